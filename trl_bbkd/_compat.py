@@ -1,0 +1,32 @@
+"""
+Every private name of TRL and transformers that this package touches.
+
+Tested with TRL 1.16. When TRL moves, `tests/test_compat.py` names what changed; this is the file to mend.
+"""
+
+import types
+
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
+
+
+__all__ = ["add_fused_lm_head", "disable_dropout_in_model", "fused_forward", "pad"]
+
+
+def fused_forward(model: PreTrainedModel, temperature: float) -> types.MethodType:
+    """
+    Build, without installing it, a forward of `model` whose fused LM head scores at another temperature.
+
+    TRL binds one temperature into the model's forward when a trainer is built. Assign the returned method to
+    `model.forward` for as long as the other temperature is wanted.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, already given a fused LM head by a TRL trainer.
+        temperature (`float`):
+            Temperature the logits are divided by.
+    """
+    installed = model.forward
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    forward, model.forward = model.forward, installed
+    return forward

@@ -1,0 +1,257 @@
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from .._compat import add_fused_lm_head, disable_dropout_in_model
+
+
+CONFIG_NAME = "discriminator_config.json"
+HEADS_NAME = "heads.safetensors"
+BACKBONE_NAME = "backbone"
+
+
+class Discriminator(nn.Module):
+    """
+    Scores responses: the higher, the more the response looks like the teacher's (`D(x, y)` of arXiv 2511.10643).
+
+    Heads are float32 whatever the backbone's dtype, since groups of samples often differ by less than bfloat16 resolves.
+    Dropout is off: the same text always gets the same score.
+
+    Args:
+        backbone ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Decoder. Without LM head for `head="scalar"`, a causal language model for `head="likelihood"`.
+        head (`str`):
+            `"scalar"`: linear head at the last token of the sequence. `"likelihood"`: a learned scale times the
+            backbone's log-likelihood of the response, plus the linear head, which then starts at zero.
+        likelihood_reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` or `"mean"` of the token log-probabilities over the response.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the linear head's initial weights.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        head: str,
+        likelihood_reduction: str = "sum",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.likelihood_reduction = likelihood_reduction
+        config = backbone.config.get_text_config()
+        self.score_head = nn.Linear(config.hidden_size, 1, dtype=torch.float32, device=backbone.device)
+        disable_dropout_in_model(backbone)
+        with torch.no_grad():
+            self.score_head.bias.zero_()
+            if head == "likelihood":
+                self.score_head.weight.zero_()
+                self.likelihood_scale = nn.Parameter(torch.ones((), dtype=torch.float32, device=backbone.device))
+                causal_lm = self._transformer()
+                add_fused_lm_head(causal_lm)
+                causal_lm.base_model.register_forward_hook(self._keep_last_hidden_state)
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                std = getattr(config, "initializer_range", 0.02)
+                self.score_head.weight.copy_(torch.randn(1, config.hidden_size, generator=generator) * std)
+
+    def _transformer(self) -> PreTrainedModel:
+        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+
+    def _keep_last_hidden_state(self, module, args, output):
+        self._last_hidden_state = output.last_hidden_state
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Score a right-padded batch of `[prompt, response]` sequences. The padding has no influence.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`):
+                Token ids.
+            attention_mask (`torch.Tensor` of shape `(B, T)`):
+                1 on tokens, 0 on padding.
+            response_mask (`torch.Tensor` of shape `(B, T)`):
+                1 on the response's tokens, its EOS included.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Scores of shape `(B,)` in float32, and, for the likelihood head
+            only, `log p_D(y | x)` of each response in nats, of shape `(B,)`.
+        """
+        if self.head == "likelihood":
+            labels = input_ids.masked_fill(response_mask == 0, -100)
+            output = self.backbone(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
+            )
+            hidden = self._last_hidden_state
+            log_likelihood = output.log_probs.float().sum(dim=1)
+        else:
+            hidden = self.backbone(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+            log_likelihood = None
+
+        last_token = attention_mask.sum(dim=1) - 1
+        rows = torch.arange(hidden.size(0), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = self.score_head(hidden[rows, last_token].float()).squeeze(-1)
+            if log_likelihood is not None:
+                evidence = log_likelihood
+                if self.likelihood_reduction == "mean":
+                    evidence = evidence / response_mask.sum(dim=1)
+                scores = scores + self.likelihood_scale * evidence
+        return scores, log_likelihood
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `discriminator_config.json`, the heads and the backbone (safetensors) to `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backbone.save_pretrained(directory / BACKBONE_NAME)
+        heads = {name: value.contiguous() for name, value in self.state_dict().items() if "backbone." not in name}
+        save_file(heads, directory / HEADS_NAME)
+        config = {
+            "head": self.head,
+            "likelihood_reduction": self.likelihood_reduction,
+            "is_adapter": isinstance(self.backbone, PeftModel),
+        }
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **model_init_kwargs) -> "Discriminator":
+        """
+        Load what [`~Discriminator.save_pretrained`] wrote.
+
+        Args:
+            directory (`str` or `Path`):
+                A run's `discriminator/` folder.
+            **model_init_kwargs:
+                Passed to `from_pretrained` of the backbone, e.g. `dtype`.
+
+        Raises:
+            FileNotFoundError: If `directory` holds no discriminator.
+        """
+        directory = Path(directory)
+        if not (directory / CONFIG_NAME).is_file():
+            raise FileNotFoundError(
+                f"{directory} holds no discriminator ({CONFIG_NAME} is missing). Pass the `discriminator/` folder of "
+                "a run or of a checkpoint."
+            )
+        config = json.loads((directory / CONFIG_NAME).read_text())
+        backbone_path = str(directory / BACKBONE_NAME)
+        model_class = AutoModelForCausalLM if config["head"] == "likelihood" else AutoModel
+        if config["is_adapter"]:
+            base_path = PeftConfig.from_pretrained(backbone_path).base_model_name_or_path
+            base = model_class.from_pretrained(base_path, **model_init_kwargs)
+            backbone = PeftModel.from_pretrained(base, backbone_path, is_trainable=True)
+        else:
+            backbone = model_class.from_pretrained(backbone_path, **model_init_kwargs)
+        discriminator = cls(backbone, config["head"], config["likelihood_reduction"])
+        discriminator._load_heads(directory)
+        return discriminator
+
+    def load_weights(self, directory: str | Path) -> None:
+        """Overwrite the weights with those [`~Discriminator.save_pretrained`] wrote for the same architecture."""
+        backbone_path = Path(directory) / BACKBONE_NAME
+        if isinstance(self.backbone, PeftModel):
+            set_peft_model_state_dict(self.backbone, load_file(backbone_path / SAFETENSORS_WEIGHTS_NAME))
+        else:
+            saved = type(self.backbone).from_pretrained(backbone_path, dtype=self.backbone.dtype)
+            self.backbone.load_state_dict(saved.state_dict())
+        self._load_heads(directory)
+
+    @torch.no_grad()
+    def _load_heads(self, directory: str | Path) -> None:
+        for name, value in load_file(Path(directory) / HEADS_NAME).items():
+            self.get_parameter(name).copy_(value)
+
+
+def build_discriminator(
+    model: "str | PreTrainedModel | Discriminator",
+    head: str,
+    likelihood_reduction: str = "sum",
+    peft_config: PeftConfig | None = None,
+    seed: int = 0,
+    **model_init_kwargs,
+) -> Discriminator:
+    """
+    Give a checkpoint or a loaded model the head of a discriminator.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`Discriminator`]):
+            Where the discriminator starts: a local path or Hub id, a loaded model (without LM head for the scalar
+            head, a causal language model for the likelihood head), or a discriminator, taken as it is. A path to a
+            saved discriminator is continued, head included.
+        head (`str`), likelihood_reduction (`str`), seed (`int`):
+            As in [`Discriminator`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Train an adapter on the frozen model instead of the model.
+        **model_init_kwargs:
+            Passed to `from_pretrained` when `model` is a path.
+
+    Raises:
+        ValueError: If a loaded model has no LM head for the likelihood head, or if a saved discriminator's head is not
+            the one asked for.
+    """
+    if isinstance(model, str) and (Path(model) / CONFIG_NAME).is_file():
+        model = Discriminator.from_pretrained(model, **model_init_kwargs)
+    if isinstance(model, Discriminator):
+        if model.head != head:
+            raise ValueError(f"The discriminator has a {model.head!r} head, but discriminator_head is {head!r}.")
+        return model
+    if isinstance(model, str):
+        model_class = AutoModelForCausalLM if head == "likelihood" else AutoModel
+        model_init_kwargs.setdefault("dtype", torch.float32)
+        model = model_class.from_pretrained(model, **model_init_kwargs)
+    if head == "likelihood" and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"discriminator_head='likelihood' needs a causal language model, got {type(model).__name__}, which has no "
+            "LM head."
+        )
+    if peft_config is not None:
+        # PEFT's task classes expect heads that a discriminator does not have
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = None
+        model = get_peft_model(model, peft_config)
+    return Discriminator(model, head, likelihood_reduction, seed)
+
+
+def collate_responses(
+    prompt_ids: list[list[int]], response_ids: list[list[int]], pad_token_id: int, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """
+    Join prompts and responses into one right-padded batch.
+
+    Args:
+        prompt_ids (`list[list[int]]`), response_ids (`list[list[int]]`):
+            `B` prompts and their responses. A response ends in EOS if and only if it was not truncated.
+        pad_token_id (`int`):
+            Fills the rest; may equal EOS, since lengths and not ids tell where a response ends.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the tensors go.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `response_mask`, each of shape `(B, T)`.
+    """
+    width = max(len(prompt) + len(response) for prompt, response in zip(prompt_ids, response_ids, strict=True))
+    input_ids = torch.full((len(prompt_ids), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    response_mask = torch.zeros_like(input_ids)
+    for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+        end = len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        attention_mask[row, :end] = 1
+        response_mask[row, len(prompt) : end] = 1
+    return {
+        "input_ids": input_ids.to(device),
+        "attention_mask": attention_mask.to(device),
+        "response_mask": response_mask.to(device),
+    }

@@ -1,0 +1,195 @@
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import GRPOConfig
+
+
+@dataclass
+class GADConfig(GRPOConfig):
+    r"""
+    Configuration class for [`GADTrainer`], Generative Adversarial Distillation
+    ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
+
+    This class includes only the parameters that are specific to GAD. For the rest, see [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`]. Defaults are those of the official runs.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.GRPOConfig`]:
+    > - `beta`: `0.001` instead of `0.0`
+    > - `lr_scheduler_type`: `"constant"` instead of `"linear"`
+    > - `max_completion_length`: `1536` instead of `512`
+    > - `max_grad_norm`: `0.2` instead of `1.0`
+    > - `temperature`: `0.8` instead of `1.0`
+    > - `use_bias_correction_kl`: `False` instead of `True` (the official runs use the plain k3 estimator)
+    > - `weight_decay`: `0.01` instead of `0.0`
+
+    Parameters:
+        > Parameters that control the data
+
+        max_prompt_length (`int`, *optional*, defaults to `2048`):
+            Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+
+        > Parameters that control the stages
+
+        warmup_epochs (`float`, *optional*, defaults to `1.0`):
+            Epochs of warm-up, out of `num_train_epochs`: the student learns the teacher's text by cross-entropy while
+            the discriminator learns to tell the student's fresh samples from it (section 2.2 of the paper). With
+            `max_steps`, warm-up keeps its share `warmup_epochs / num_train_epochs` of the steps. The student as it
+            is at the end of warm-up is the KL reference of the adversarial stage.
+        discriminator_only_steps (`int`, *optional*, defaults to `10`):
+            Optimizer steps at the start of warm-up in which only the discriminator learns; at most half of warm-up.
+
+        > Parameters that control the discriminator
+
+        discriminator (`str`, *optional*):
+            Checkpoint the discriminator starts from: a local path or a Hub id. `None` takes the student's.
+        discriminator_head (`str`, *optional*, defaults to `"scalar"`):
+            How a response is scored. `"scalar"`: a linear head at the last response token, as in the paper.
+            `"likelihood"` (ours): a learned scale times the discriminator's own log-likelihood of the response, plus
+            the linear head.
+        discriminator_likelihood_reduction (`str`, *optional*, defaults to `"sum"`):
+            Whether the `"likelihood"` head takes the `"sum"` or the `"mean"` over the response tokens.
+        discriminator_loss (`str`, *optional*, defaults to `"bradley_terry"`):
+            `"bradley_terry"` (Eq. 3) or `"cross_entropy"`, per sample (Eq. 4).
+        discriminator_lora_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of [`~peft.LoraConfig`]. When set, the discriminator is trained as a LoRA adapter.
+        discriminator_learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Learning rate of the discriminator's own AdamW optimizer, constant.
+        discriminator_weight_decay (`float`, *optional*, defaults to `0.01`):
+            Weight decay of the discriminator's optimizer.
+        discriminator_max_grad_norm (`float`, *optional*, defaults to `0.2`):
+            Gradient norm the discriminator's gradient is clipped to.
+        discriminator_updates_per_batch (`int`, *optional*, defaults to `1`):
+            Discriminator steps per generation batch. `0` freezes it.
+        discriminator_batch_size (`int`, *optional*):
+            Sequences per device in one forward pass of the discriminator. Changes memory, not results. `None` takes
+            `per_device_train_batch_size`.
+        discriminator_sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the language-model loss on the teacher's answers, added to the discriminator's loss during
+            warm-up (ours, `"likelihood"` head only: its first guess is as good as its language model).
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["discriminator_lora_kwargs"]
+
+    # Changed defaults
+    beta: float = field(
+        default=0.001,
+        metadata={"help": "KL coefficient towards the warmed-up student. If `0.0`, no reference model is kept."},
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The scheduler type of the student's learning rate."}
+    )
+    max_completion_length: int | None = field(
+        default=1536, metadata={"help": "Longest answer in tokens, for the student's samples and the teacher's text."}
+    )
+    max_grad_norm: float = field(default=0.2, metadata={"help": "Gradient norm the student's gradient is clipped to."})
+    temperature: float = field(
+        default=0.8, metadata={"help": "Sampling temperature. The student's log-probabilities are scaled by it too."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "Whether to multiply the KL estimate by the importance ratio. GAD uses the plain k3 one."},
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the student's optimizer."})
+
+    # Data
+    max_prompt_length: int | None = field(
+        default=2048, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
+    )
+
+    # Stages
+    warmup_epochs: float = field(
+        default=1.0,
+        metadata={
+            "help": "Epochs of warm-up out of `num_train_epochs`: SFT for the student, Bradley-Terry on fresh samples "
+            "for the discriminator. With `max_steps`, warm-up keeps its share of the steps."
+        },
+    )
+    discriminator_only_steps: int = field(
+        default=10,
+        metadata={"help": "Optimizer steps at the start of warm-up in which only the discriminator learns."},
+    )
+
+    # Discriminator
+    discriminator: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint the discriminator starts from. If `None`, the student's checkpoint."},
+    )
+    discriminator_head: Literal["scalar", "likelihood"] = field(
+        default="scalar",
+        metadata={
+            "help": "`scalar`: linear head at the last response token (the paper). `likelihood`: learned scale times "
+            "the discriminator's log-likelihood of the response, plus the linear head."
+        },
+    )
+    discriminator_likelihood_reduction: Literal["sum", "mean"] = field(
+        default="sum", metadata={"help": "Reduction of the `likelihood` head over the response tokens."}
+    )
+    discriminator_loss: Literal["bradley_terry", "cross_entropy"] = field(
+        default="bradley_terry", metadata={"help": "Loss of the discriminator: Eq. 3 or, per sample, Eq. 4."}
+    )
+    discriminator_lora_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the discriminator as a LoRA adapter."},
+    )
+    discriminator_learning_rate: float = field(
+        default=1e-6, metadata={"help": "Learning rate of the discriminator, constant."}
+    )
+    discriminator_weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of the discriminator's optimizer."}
+    )
+    discriminator_max_grad_norm: float = field(
+        default=0.2, metadata={"help": "Gradient norm the discriminator's gradient is clipped to."}
+    )
+    discriminator_updates_per_batch: int = field(
+        default=1, metadata={"help": "Discriminator steps per generation batch. `0` freezes the discriminator."}
+    )
+    discriminator_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences per device in one forward pass of the discriminator. If `None`, "
+            "`per_device_train_batch_size`."
+        },
+    )
+    discriminator_sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the language-model loss on teacher answers in the discriminator's warm-up "
+            "(`likelihood` head only)."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError("GAD does not support fp16: the discriminator's loss is not scaled. Use `bf16=True`.")
+        if not 0 <= self.warmup_epochs <= self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs counts towards num_train_epochs ({self.num_train_epochs}) and must lie between 0 and "
+                f"it, got {self.warmup_epochs}."
+            )
+        if self.warmup_epochs == 0 and self.discriminator_sft_weight > 0:
+            raise ValueError(
+                f"discriminator_sft_weight={self.discriminator_sft_weight} acts during warm-up, but warmup_epochs is "
+                "0. Set one of the two."
+            )
+        if self.discriminator_sft_weight > 0 and self.discriminator_head != "likelihood":
+            raise ValueError(
+                f"discriminator_sft_weight={self.discriminator_sft_weight} needs discriminator_head='likelihood': "
+                f"the {self.discriminator_head!r} head keeps no language model."
+            )
+        minimum = {
+            "discriminator_only_steps": 0,
+            "discriminator_updates_per_batch": 0,
+            "discriminator_learning_rate": 0,
+            "discriminator_weight_decay": 0,
+            "discriminator_sft_weight": 0,
+            "discriminator_batch_size": 1,
+            "max_prompt_length": 1,
+        }
+        for name, bound in minimum.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}.")
+        if self.discriminator_max_grad_norm <= 0:
+            raise ValueError(f"discriminator_max_grad_norm must be positive, got {self.discriminator_max_grad_norm}.")

@@ -1,0 +1,105 @@
+"""GAD's mathematics (arXiv 2511.10643) on plain tensors: the losses of the discriminator, what is read off its scores."""
+
+import torch
+import torch.nn.functional as F
+
+
+def bradley_terry_loss(
+    teacher_scores: torch.Tensor, student_scores: torch.Tensor, prompt_index: torch.Tensor
+) -> torch.Tensor:
+    """
+    Loss of the discriminator, Eq. 3 with the group form of Eq. 8: `mean_i -log sigma(D(x, y_t) - D(x, y_s^i))`.
+
+    Every sample of a prompt is paired with that prompt's one teacher answer, which is scored once and broadcast. A
+    constant added to all scores of a prompt changes nothing.
+
+    Args:
+        teacher_scores (`torch.Tensor` of shape `(P,)`):
+            Raw score of the teacher's answer to each prompt.
+        student_scores (`torch.Tensor` of shape `(B,)`):
+            Raw score of each student sample.
+        prompt_index (`torch.Tensor` of shape `(B,)`):
+            For each student sample, the index of its prompt in `teacher_scores`.
+
+    Returns:
+        `torch.Tensor`: Scalar, in nats. `log 2` when both sides score alike.
+    """
+    return F.softplus(student_scores - teacher_scores[prompt_index]).mean()
+
+
+def cross_entropy_loss(
+    teacher_scores: torch.Tensor, student_scores: torch.Tensor, prompt_index: torch.Tensor
+) -> torch.Tensor:
+    """
+    Ablated loss of the discriminator, Eq. 4: `mean_i -log sigma(D(x, y_t)) - log(1 - sigma(D(x, y_s^i)))`.
+
+    Arguments as in [`bradley_terry_loss`]. The teacher's answer weighs as much as the samples it is paired with.
+
+    Returns:
+        `torch.Tensor`: Scalar, in nats. `2 log 2` when all scores are zero.
+    """
+    return (F.softplus(-teacher_scores[prompt_index]) + F.softplus(student_scores)).mean()
+
+
+def loss_and_score_gradients(
+    loss_fn, teacher_scores: torch.Tensor, student_scores: torch.Tensor, prompt_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Loss, and its gradient with respect to every score.
+
+    With these gradients the discriminator can be run through again in chunks of any size: the chain rule makes the
+    accumulated gradient of the weights equal to that of one pass over all sequences.
+
+    Args:
+        loss_fn (`Callable`):
+            [`bradley_terry_loss`] or [`cross_entropy_loss`].
+        teacher_scores (`torch.Tensor` of shape `(P,)`), student_scores (`torch.Tensor` of shape `(B,)`),
+        prompt_index (`torch.Tensor` of shape `(B,)`):
+            As in [`bradley_terry_loss`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Loss (scalar), gradients of shape `(P,)` and `(B,)`.
+    """
+    teacher_scores = teacher_scores.detach().requires_grad_()
+    student_scores = student_scores.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = loss_fn(teacher_scores, student_scores, prompt_index)
+    teacher_gradient, student_gradient = torch.autograd.grad(loss, (teacher_scores, student_scores))
+    return loss.detach(), teacher_gradient, student_gradient
+
+
+def pair_accuracy(
+    teacher_scores: torch.Tensor, student_scores: torch.Tensor, prompt_index: torch.Tensor
+) -> torch.Tensor:
+    """
+    Share of (teacher, sample) pairs in which the teacher's answer scores higher. A tie counts one half.
+
+    Arguments as in [`bradley_terry_loss`]. Returns a scalar in `[0, 1]`.
+    """
+    gap = teacher_scores[prompt_index] - student_scores
+    return (gap > 0).float().mean() + 0.5 * (gap == 0).float().mean()
+
+
+def group_std(student_scores: torch.Tensor, prompt_index: torch.Tensor, num_prompts: int) -> torch.Tensor:
+    """
+    Mean over prompts of the (biased) standard deviation of the raw scores within a prompt's group.
+
+    This is what the group normalisation of Eq. 6 divides by: when it collapses, differences that mean nothing are
+    blown up to unit variance.
+
+    Args:
+        student_scores (`torch.Tensor` of shape `(B,)`), prompt_index (`torch.Tensor` of shape `(B,)`):
+            As in [`bradley_terry_loss`].
+        num_prompts (`int`):
+            Number of prompts, `P`.
+
+    Returns:
+        `torch.Tensor`: Scalar, in units of the score.
+    """
+    counts = torch.zeros(num_prompts, device=student_scores.device).index_add_(
+        0, prompt_index, torch.ones_like(student_scores)
+    )
+    means = torch.zeros_like(counts).index_add_(0, prompt_index, student_scores) / counts
+    squares = (student_scores - means[prompt_index]) ** 2
+    variances = torch.zeros_like(counts).index_add_(0, prompt_index, squares) / counts
+    return variances.sqrt().mean()
