@@ -10,7 +10,16 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
 
 
-__all__ = ["add_fused_lm_head", "disable_dropout_in_model", "fused_forward", "pad"]
+__all__ = ["add_fused_lm_head", "disable_dropout", "fused_forward", "pad"]
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Turn off dropout in modules, and in attention, where transformers reads it from a plain attribute."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def fused_forward(model: PreTrainedModel, temperature: float) -> types.MethodType:

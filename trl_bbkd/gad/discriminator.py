@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from .._compat import add_fused_lm_head, disable_dropout_in_model
+from .._compat import add_fused_lm_head, disable_dropout
 
 
 CONFIG_NAME = "discriminator_config.json"
@@ -49,7 +49,7 @@ class Discriminator(nn.Module):
         self.likelihood_reduction = likelihood_reduction
         config = backbone.config.get_text_config()
         self.score_head = nn.Linear(config.hidden_size, 1, dtype=torch.float32, device=backbone.device)
-        disable_dropout_in_model(backbone)
+        disable_dropout(backbone)
         with torch.no_grad():
             self.score_head.bias.zero_()
             if head == "likelihood":
