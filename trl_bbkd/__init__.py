@@ -1,0 +1,66 @@
+"""TRL trainers that distil a black-box teacher: one whose text is all you have."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .gad.discriminator import Discriminator
+    from .gad.gad_config import GADConfig
+    from .gad.gad_trainer import GADTrainer
+    from .teacher_data import load_teacher_data
+
+
+__version__ = "0.1.0.dev0"
+__all__ = ["Discriminator", "GADConfig", "GADTrainer", "launch", "load_teacher_data"]
+
+# Imported on first use, so that the command line answers before torch is loaded.
+_LAZY_NAMES = {
+    "Discriminator": ".gad.discriminator",
+    "GADConfig": ".gad.gad_config",
+    "GADTrainer": ".gad.gad_trainer",
+    "load_teacher_data": ".teacher_data",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY_NAMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def launch(module_name: str, recipe_file: str) -> bool:
+    """
+    Train a recipe that Python was started on, as `accelerate launch recipes/gad.yaml` and `torchrun` do.
+
+    Such a recipe is YAML between a first line that is also a Python statement and a last line that closes its string:
+
+    ```yaml
+    if __import__("trl_bbkd").launch(__name__, __file__): r'''
+    method: gad
+    # '''
+    ```
+
+    Args:
+        module_name (`str`):
+            The recipe's `__name__`. A worker process that imports the recipe again is not `"__main__"`, and nothing is
+            started there.
+        recipe_file (`str`):
+            The recipe's `__file__`. The arguments after it on the command line override its values.
+
+    Returns:
+        `bool`: always `False`, so that Python passes over the YAML.
+    """
+    if module_name == "__main__":
+        import sys
+
+        from .cli import run_recipe
+
+        run_recipe(recipe_file, sys.argv[1:])
+    return False

@@ -1,0 +1,102 @@
+"""The command line: `trl-bbkd train recipe.yaml`. What is heavy is imported by the command that needs it."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+
+
+OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
+PACKAGE = Path(__file__).parent
+# In a checkout the configurations lie with the recipes; a wheel carries them inside the package.
+ACCELERATE_CONFIG_FOLDERS = (PACKAGE.parent / "recipes" / "accelerate_configs", PACKAGE / "accelerate_configs")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `trl-bbkd`."""
+    parser = argparse.ArgumentParser(
+        prog="trl-bbkd", description="Distil a black-box teacher: one whose text is all you have."
+    )
+    add_version(parser)
+    commands = parser.add_subparsers(title="commands", dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a recipe through `accelerate launch`",
+        usage="trl-bbkd train RECIPE [--accelerate_config NAME|PATH] [accelerate launch flags] [overrides]",
+        description="Train a recipe through `accelerate launch`.",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a recipe, such as recipes/gad.yaml")
+    train.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        help="--accelerate_config with one of ddp, zero2, zero3, fsdp2 or a path; flags of `accelerate launch`, such "
+        f"as --num_processes 2; {OVERRIDES_HELP}",
+    )
+    options = parser.parse_args(arguments)
+    train_with_accelerate(options.recipe, options.arguments)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=__version__)
+
+
+def run_recipe(recipe_file: str, overrides: list[str]) -> None:
+    """Train a recipe in this process. Errors in the user's input end it with one line and exit status 2."""
+    from .recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(recipe_file, overrides)
+    except RecipeError as error:
+        exit_with_error(error)
+
+    # Only now: the recipe's `env` block has to be set before the libraries that read it are imported.
+    import torch.distributed
+
+    from .run import run
+    from .teacher_data import TeacherDataError
+
+    try:
+        run(recipe)
+    except (RecipeError, TeacherDataError) as error:
+        exit_with_error(error)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
+    """Start `accelerate launch -m trl_bbkd` on a recipe, after its keys and the overrides have been checked."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    from .recipe import RecipeError, check_recipe
+
+    launch_parser = launch_command_parser()
+    launch_parser.add_argument("--accelerate_config", dest="config_file", type=find_accelerate_config)
+    try:
+        launch_flags, overrides = check_recipe(recipe_file, arguments, launch_parser._option_string_actions)
+    except RecipeError as error:
+        exit_with_error(error)
+    launch_arguments = launch_parser.parse_args([*launch_flags, "--module", "trl_bbkd", recipe_file, *overrides])
+    try:
+        launch_command(launch_arguments)
+    except subprocess.CalledProcessError as error:
+        # The training process has said what went wrong; accelerate's own traceback would bury it.
+        sys.exit(error.returncode)
+
+
+def find_accelerate_config(name_or_path: str) -> str:
+    """Path of an `accelerate` configuration: a file, or one of ours by name."""
+    if Path(name_or_path).is_file():
+        return name_or_path
+    folder = next(folder for folder in ACCELERATE_CONFIG_FOLDERS if folder.is_dir())
+    if not (folder / f"{name_or_path}.yaml").is_file():
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise argparse.ArgumentTypeError(f"{name_or_path!r} is neither a file nor one of {names}")
+    return str(folder / f"{name_or_path}.yaml")
+
+
+def exit_with_error(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
