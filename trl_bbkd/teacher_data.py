@@ -17,6 +17,7 @@ __all__ = [
     "TeacherDataError",
     "check_teacher_data",
     "load_teacher_data",
+    "prompt_token_ids",
     "tokenize_teacher_data",
 ]
 
@@ -265,22 +266,28 @@ def tokenize_teacher_data(
     return dataset, counts
 
 
-def _prompt_and_answer_ids(tokenizer, batch: dict, chat_template_kwargs: dict) -> tuple[list, list]:
-    """Ids of the prompts as `GRPOTrainer` tokenises them, and of the answers without an end-of-sequence token."""
-    prompts = batch["prompt"]
+def prompt_token_ids(tokenizer, prompts: list, chat_template_kwargs: dict | None = None) -> list[list[int]]:
+    """Ids of prompts (all strings, or all lists of messages) as `GRPOTrainer` tokenises them."""
     if isinstance(prompts[0], str):
-        answers = batch["completion"]
-        prompt_ids = tokenizer(text=prompts)["input_ids"]
-        texts = prompts
-    else:
-        answers = [completion[0]["content"] for completion in batch["completion"]]
-        template = {"add_generation_prompt": True, **chat_template_kwargs}
-        prompt_ids = tokenizer.apply_chat_template(prompts, tokenize=True, return_dict=True, **template)["input_ids"]
-        texts = tokenizer.apply_chat_template(prompts, tokenize=False, **template)
+        return tokenizer(text=prompts)["input_ids"]
+    return tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )["input_ids"]
+
+
+def _prompt_and_answer_ids(tokenizer, batch: dict, chat_template_kwargs: dict) -> tuple[list, list]:
+    """Ids of the prompts, and of the answers without an end-of-sequence token."""
+    prompts, answers = batch["prompt"], batch["completion"]
+    prompt_ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
+    standard = isinstance(prompts[0], str)
+    if not standard:
+        answers = [completion[0]["content"] for completion in answers]
+        prompts = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
+        )
     # A chat template writes its special tokens as text, so the tokenizer must not add them again.
-    special_tokens = isinstance(prompts[0], str)
     joint_ids = tokenizer(
-        text=[text + answer for text, answer in zip(texts, answers, strict=True)], add_special_tokens=special_tokens
+        text=[prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], add_special_tokens=standard
     )["input_ids"]
     answer_ids = [
         _continuation(tokenizer, prompt, joint, answer)
