@@ -1,0 +1,153 @@
+"""Every way in, through real subprocesses of the installed commands."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_bbkd import launch
+from trl_bbkd.cli import find_accelerate_config
+
+
+COMMANDS = Path(sys.executable).parent
+RECIPE = """\
+if __import__("trl_bbkd").launch(__name__, __file__): r'''
+method: gad
+dataset_name: teacher.jsonl
+num_generations: 2
+per_device_train_batch_size: 4
+max_steps: 2
+num_train_epochs: 2
+discriminator_only_steps: 0
+max_completion_length: 8
+seqkd_baseline: false
+use_cpu: true
+bf16: false
+report_to: none
+gradient_checkpointing: false
+save_strategy: "no"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model_dir, standard_rows):
+    """A recipe that Python can start, of two steps, in a folder that is not the current directory."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    rows = [json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) for row in standard_rows]
+    (folder / "teacher.jsonl").write_text("\n".join(rows))
+    (folder / "tiny.yaml").write_text(f"{RECIPE}model_name_or_path: {tiny_model_dir}\n# '''\n")
+    return folder / "tiny.yaml"
+
+
+def start(command: list, cwd: Path) -> subprocess.CompletedProcess:
+    command = [COMMANDS / command[0], *command[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+class TestWaysIn:
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["accelerate", "launch", "RECIPE"],
+            ["accelerate", "launch", "-m", "trl_bbkd", "RECIPE"],
+            ["trl-bbkd", "train", "RECIPE", "--num_processes", "1"],
+            ["torchrun", "--nproc_per_node", "2", "--master_port", "29611", "RECIPE"],
+        ],
+        ids=["accelerate-recipe", "accelerate-module", "trl-bbkd-train", "torchrun-recipe"],
+    )
+    def test_recipe_leaves_a_student(self, recipe, tmp_path, command):
+        command = [recipe if word == "RECIPE" else word for word in command]
+        done = start([*command, "--output_dir", "out", "--learning_rate", "2e-6"], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert (tmp_path / "out" / "discriminator").is_dir()
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    def test_spawned_workers_start_nothing(self, recipe):
+        assert launch("__mp_main__", str(recipe)) is False
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "command",
+        [["python"], ["python", "-m", "trl_bbkd"], ["trl-bbkd", "train"]],
+        ids=["recipe", "module", "train"],
+    )
+    def test_typo_is_one_line_and_status_2(self, recipe, tmp_path, command):
+        recipe.write_text(recipe.read_text().replace("max_steps", "max_step"))
+        done = start([*command, recipe], cwd=tmp_path)
+        assert done.returncode == 2
+        assert f"error: {recipe}, line 6: unknown key 'max_step'; did you mean 'max_steps'?" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_bad_data_is_one_line_and_status_2(self, recipe, tmp_path):
+        (recipe.parent / "teacher.jsonl").write_text('{"prompt": "Hi", "output": "Hello!"}')
+        done = start(["python", recipe], cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: The teacher data has no column `completion`")
+        assert "Traceback" not in done.stderr
+
+    def test_status_reaches_the_shell_through_the_launcher(self, recipe, tmp_path):
+        done = start(["trl-bbkd", "train", recipe, "--dataset_name", "nowhere.jsonl"], cwd=tmp_path)
+        assert done.returncode == 2
+        assert "nowhere.jsonl` does not exist" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_other_errors_keep_their_traceback(self, recipe, tmp_path):
+        (tmp_path / "rewards.py").write_text("1 / 0")
+        done = start(["python", recipe, "--reward_funcs", "rewards.py:reward"], cwd=tmp_path)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        assert "ZeroDivisionError" in done.stderr
+
+    def test_unknown_flag_names_the_nearest(self, recipe, tmp_path):
+        done = start(["trl-bbkd", "train", recipe, "--num_proces", "2"], cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.strip() == "error: unknown option --num_proces; did you mean '--num_processes'?"
+
+    def test_unknown_accelerate_config_lists_ours(self, recipe, tmp_path):
+        done = start(["trl-bbkd", "train", recipe, "--accelerate_config", "zero9"], cwd=tmp_path)
+        assert done.returncode == 2
+        assert "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3" in done.stderr
+
+
+class TestAccelerateConfig:
+    @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+    def test_accelerate_reads_ours(self, name):
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        kinds = {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+        config = load_config_from_file(find_accelerate_config(name))
+        assert config.distributed_type == kinds[name]
+        if name.startswith("zero"):
+            assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+    def test_path(self, tmp_path):
+        file = tmp_path / "mine.yaml"
+        file.touch()
+        assert find_accelerate_config(str(file)) == str(file)
+
+    def test_unknown(self):
+        with pytest.raises(argparse.ArgumentTypeError, match="ddp, fsdp2, zero2, zero3"):
+            find_accelerate_config("zero9")
+
+    def test_it_reaches_the_training_process(self, recipe, tmp_path):
+        config = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "NO",
+            "use_cpu": True,
+            "num_processes": 1,
+        }
+        (tmp_path / "debug.yaml").write_text(yaml.safe_dump({**config, "debug": True}))
+        (tmp_path / "rewards.py").write_text("import os\nraise RuntimeError(os.environ['ACCELERATE_DEBUG_MODE'])")
+        command = ["trl-bbkd", "train", recipe, "--accelerate_config", "debug.yaml"]
+        done = start([*command, "--reward_funcs", "rewards.py:reward"], cwd=tmp_path)
+        assert done.returncode == 1
+        assert "RuntimeError: true" in done.stderr
