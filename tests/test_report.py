@@ -1,0 +1,183 @@
+import io
+import json
+import math
+
+import pytest
+import yaml
+from rich.console import Console
+
+from trl_bbkd.report import (
+    RunReport,
+    arguments_without_secrets,
+    metrics_dict,
+    print_table,
+    render_markdown,
+    summary,
+    table_metrics,
+    table_models,
+    table_rows,
+    without_secrets,
+    write_report,
+)
+from trl_bbkd.teacher_data import TeacherDataCounts
+
+
+def metrics(valid, nll):
+    temperatures = {"valid@t1.0": valid, "valid@t0.7": valid + 0.05, "valid@greedy": valid + 0.1}
+    shared = {"length@t1.0": 21.5, "length_ratio@t1.0": 1.02, "truncated@t1.0": 0.0, "teacher_nll": nll}
+    return {**temperatures, "distinct_valid@t1.0": 1234, **shared}
+
+
+def without_judge(values):
+    return {key: value for key, value in values.items() if "valid" not in key} | {"distinct_share@t1.0": 0.91}
+
+
+def make_report(judged=True, **changes):
+    results = {
+        "teacher": {"valid@t1.0": 1.0, "length@t1.0": 21.1, "length_ratio@t1.0": 1.0},
+        "undistilled": metrics(0.211, 1.9),
+        "SeqKD": metrics(0.731, 0.81),
+        "GAD": metrics(0.792, 0.84),
+    }
+    if not judged:
+        results = {name: without_judge(values) for name, values in results.items()}
+    steps = range(0, 601, 75)
+    curves = {
+        name: [
+            {
+                "step": step,
+                "valid@t1.0": 0.211 + (top - 0.211) * (1 - math.exp(-step / 120)),
+                "teacher_nll": 1.9 - step / 550,
+            }
+            for step in steps
+        ]
+        for name, top in (("GAD", 0.792), ("SeqKD", 0.731))
+    }
+    log = [
+        {
+            "step": step,
+            "adversarial_phase": min(1.0, max(0.0, (step - 195) / 10)),
+            "discriminator/accuracy": 0.6 + 0.2 * math.sin(step / 9) ** 2,
+            "discriminator/loss": 0.6 - 0.2 * math.sin(step / 9) ** 2,
+            "discriminator/teacher_score": step / 400,
+            "discriminator/student_score": step / 500 - 0.2 + 0.1 * math.sin(step / 25),
+            "discriminator/group_std": 0.5,
+            "completions/length_ratio": 1 + 0.1 * math.sin(step / 50),
+        }
+        for step in range(5, 601, 5)
+    ]
+    counts = {
+        "train": TeacherDataCounts(4000, 12, 3, 7, 3997),
+        "test": TeacherDataCounts(256, 0, 0, 0, 256),
+    }
+    report = RunReport(
+        method="GAD",
+        student="recipes/tinyworld/student",
+        teacher="the world's program",
+        results=results,
+        curves=curves,
+        log_history=log,
+        counts=counts,
+        command="trl-bbkd train recipes/gad.yaml --seed 3",
+        settings={"learning_rate": 3e-5, "model_name_or_path": "recipes/tinyworld/student"},
+        evaluation={"prompts": 256, "samples": 8, "max_new_tokens": 32, "seed": 0},
+        seqkd={"steps": 600, "best_step": 450, "batch_size": 16, "learning_rate": 3e-5},
+        versions={"trl": "1.16.0", "torch": "2.13.0"},
+        seconds={"GAD": 133.0, "SeqKD": 41.2},
+    )
+    for name, value in changes.items():
+        setattr(report, name, value)
+    return report
+
+
+class TestTable:
+    def test_cells(self):
+        report = make_report()
+        assert table_models(report) == ["undistilled", "SeqKD", "GAD", "teacher"]
+        rows = {row[0]: row[1:] for row in table_rows(report)}
+        assert rows["valid, T=1.0"] == ["0.211", "0.731", "0.792", "1.000"]
+        assert rows["valid, greedy"] == ["0.311", "0.831", "0.892", "–"]
+        assert rows["distinct answers with valid 1, T=1.0"] == ["1,234", "1,234", "1,234", "–"]
+        assert rows["length, T=1.0"][-2:] == ["21.5", "21.1"] and rows["teacher NLL"][2] == "0.840"
+
+    def test_without_judge(self):
+        report = make_report(judged=False)
+        assert table_metrics(report)[0] == ("distinct_share@t1.0", "distinct answers, T=1.0")
+        assert report.headline == "teacher_nll"
+
+    def test_rich_table_has_every_cell(self):
+        console = Console(file=io.StringIO(), width=80)
+        report = make_report()
+        print_table(report, console)
+        text = console.file.getvalue()
+        for row in table_rows(report):
+            assert all(cell in text for cell in row)
+        assert "GAD is better than it by 0.061" in " ".join(text.split())
+
+
+class TestSummary:
+    def test_says_which_is_better_whichever_way(self):
+        report = make_report()
+        assert "0.792 after GAD and 0.211 before" in summary(report)
+        assert "GAD is better than it by 0.061" in summary(report)
+        report.results["GAD"]["valid@t1.0"] = 0.7
+        assert "GAD is worse than it by 0.031" in summary(report)
+
+    def test_lower_nll_is_better(self):
+        report = make_report(judged=False)
+        assert "GAD is worse than it by 0.030" in summary(report) and "`sample_metrics`" in summary(report)
+
+    def test_without_baseline(self):
+        report = make_report()
+        del report.results["SeqKD"]
+        assert summary(report).endswith("0.211 before.")
+
+
+class TestFiles:
+    def test_markdown(self):
+        text = render_markdown(make_report())
+        assert "| valid, T=1.0 | 0.211 | 0.731 | 0.792 | 1.000 |" in text
+        assert "| duplicate prompts (kept) | 12 | 0 |" in text
+        assert "![Curves of the run](curves.png)" in text
+        assert "trl-bbkd train recipes/gad.yaml --seed 3" in text
+        settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+        assert settings["learning_rate"] == 3e-5
+        assert "step 450" in text and "trl 1.16.0, torch 2.13.0" in text and "GAD 2.2 min, SeqKD 41 s" in text
+
+    @pytest.mark.parametrize("judged", [True, False])
+    def test_all_three_are_written(self, tmp_path, judged):
+        report = make_report(judged)
+        report.log_history.append({"step": 600, "train_loss": float("nan"), "note": {"x": float("inf")}})
+        write_report(report, tmp_path)
+
+        def refuse(constant):
+            raise AssertionError(constant)
+
+        saved = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=refuse)
+        assert saved["results"]["GAD"] == report.results["GAD"]
+        assert saved["log_history"][-1] == {"step": 600, "train_loss": None, "note": {"x": None}}
+        assert saved["counts"]["train"]["truncated_answers"] == 7
+        assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (tmp_path / "report.md").read_text() == render_markdown(report)
+
+    def test_a_run_without_baseline_and_with_unknown_counts(self, tmp_path):
+        report = make_report(counts={"train": TeacherDataCounts(None, None)}, seqkd={}, command=None, seconds={})
+        del report.results["SeqKD"], report.curves["SeqKD"]
+        write_report(report, tmp_path)
+        text = (tmp_path / "report.md").read_text()
+        assert "unknown (streaming)" in text and "SeqKD" not in text and "```bash" not in text
+
+    def test_warmup_steps_come_from_the_phase(self):
+        log = [{"step": 10, "adversarial_phase": 0.0}, {"step": 20, "adversarial_phase": 0.4}]
+        assert make_report(log_history=log).warmup_steps == pytest.approx(16)
+        assert metrics_dict(make_report())["warmup_steps"] == pytest.approx(197.5, abs=3)
+
+
+class TestSecrets:
+    def test_settings(self):
+        settings = {"hub_token": "hf_x", "model_init_kwargs": {"token": "hf_y", "dtype": "float32"}, "max_tokens": 3}
+        assert without_secrets(settings) == {"model_init_kwargs": {"dtype": "float32"}, "max_tokens": 3}
+
+    def test_arguments(self):
+        arguments = ["--hub_token", "hf_x", "--learning_rate", "1e-4", "--hub_token=hf_y", "--api_key", "k"]
+        assert arguments_without_secrets(arguments) == ["--learning_rate", "1e-4"]

@@ -1,0 +1,272 @@
+"""The report of a run: `report.md`, `curves.png`, `metrics.json` and the table on the terminal."""
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .evaluation import TEMPERATURES, temperature_name
+from .teacher_data import TeacherDataCounts
+
+
+TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
+OWN_METRICS = ("length", "length_ratio", "truncated", "distinct_valid", "distinct_share")
+SECRET = re.compile(r"(token|password|secret|credential|api_?key)$", re.IGNORECASE)
+
+
+@dataclass
+class RunReport:
+    """
+    Everything a run has to say. Curves and log entries are dictionaries with `step`.
+
+    Args:
+        method (`str`):
+            Name of the method, such as `"GAD"`.
+        student (`str`):
+            Checkpoint the student started from.
+        teacher (`str`, *optional*):
+            Name of the black-box teacher.
+        results (`dict[str, dict[str, float]]`):
+            Final metrics of `"teacher"`, `"undistilled"`, `"SeqKD"` and the method, as of
+            [`~evaluation.evaluate_student`].
+        curves (`dict[str, list[dict]]`):
+            Metrics along the way, of the method and of `"SeqKD"`.
+        log_history (`list[dict]`):
+            The trainer's log.
+        counts (`dict[str, TeacherDataCounts]`):
+            Data counts per split.
+        command (`str`, *optional*):
+            How the run was started.
+        settings (`dict`):
+            The recipe's values that differ from the defaults, without secrets.
+        evaluation (`dict`):
+            How results were measured: `prompts`, `samples`, `max_new_tokens`, `seed`.
+        seqkd (`dict`):
+            What the baseline was: `steps`, `best_step`, `batch_size`, `learning_rate`.
+        versions (`dict[str, str]`):
+            Versions of libraries.
+        seconds (`dict[str, float]`):
+            Wall-clock time per part of the run.
+    """
+
+    method: str
+    student: str
+    teacher: str | None
+    results: dict[str, dict[str, float]]
+    curves: dict[str, list[dict]]
+    log_history: list[dict]
+    counts: dict[str, TeacherDataCounts]
+    command: str | None = None
+    settings: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    seqkd: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def judged_metrics(self) -> list[str]:
+        """Names of the judge's metrics, the deciding one first; empty without a judge."""
+        names = [key.partition("@")[0] for key in self.results[self.method] if key.endswith("@t1.0")]
+        return [name for name in names if name not in OWN_METRICS]
+
+    @property
+    def headline(self) -> str:
+        """The metric the run is summed up by."""
+        return f"{self.judged_metrics[0]}@t1.0" if self.judged_metrics else "teacher_nll"
+
+    @property
+    def warmup_steps(self) -> float:
+        """Optimizer steps of warm-up, from the phase in the log."""
+        steps, previous = 0.0, 0
+        for entry in self.log_history:
+            if "adversarial_phase" in entry:
+                steps += (1 - entry["adversarial_phase"]) * (entry["step"] - previous)
+                previous = entry["step"]
+        return steps
+
+
+def table_metrics(report: RunReport) -> list[tuple[str, str]]:
+    """Metric and label of each line of the table."""
+    metrics = []
+    for name in report.judged_metrics:
+        for temperature in TEMPERATURES:
+            label = f"{name}, T={temperature}" if temperature else f"{name}, greedy"
+            metrics.append((f"{name}@{temperature_name(temperature)}", label))
+    if report.judged_metrics:
+        metrics.append(("distinct_valid@t1.0", f"distinct answers with {report.judged_metrics[0]} 1, T=1.0"))
+    else:
+        metrics.append(("distinct_share@t1.0", "distinct answers, T=1.0"))
+    return metrics + [
+        ("teacher_nll", "teacher NLL"),
+        ("length@t1.0", "length, T=1.0"),
+        ("length_ratio@t1.0", "length / teacher's, T=1.0"),
+        ("truncated@t1.0", "truncated, T=1.0"),
+    ]
+
+
+def format_value(metric: str, value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if metric.startswith("distinct_valid"):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if metric.startswith("length@") else f"{value:.3f}"
+
+
+def table_models(report: RunReport) -> list[str]:
+    """Columns of the table: the teacher closes."""
+    return sorted(report.results, key=lambda name: name == TEACHER)
+
+
+def table_rows(report: RunReport) -> list[list[str]]:
+    """Cells of the table: a label, then one value per column of [`table_models`]."""
+    models = table_models(report)
+    return [
+        [label, *(format_value(key, report.results[model].get(key)) for model in models)]
+        for key, label in table_metrics(report)
+    ]
+
+
+def summary(report: RunReport) -> str:
+    """One sentence with the deciding numbers, whichever way they point."""
+    key, results, method = report.headline, report.results, report.method
+    judged = key != "teacher_nll"
+    name = f"`{report.judged_metrics[0]}` at temperature 1.0" if judged else "The NLL of held-out teacher answers"
+    value = {model: format_value(key, metrics.get(key)) for model, metrics in results.items()}
+    text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
+    if SEQKD not in results:
+        return text + "."
+    gain = (results[method][key] - results[SEQKD][key]) * (1 if judged else -1)
+    verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
+    text += f"; SeqKD on the same text reaches {value[SEQKD]}, so {method} is {verdict} it by {abs(gain):.3f}"
+    if not judged:
+        text += ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
+    return text + "."
+
+
+def render_markdown(report: RunReport) -> str:
+    """The text of `report.md`."""
+    teacher = report.teacher or "a black-box teacher"
+    lines = [f"# {report.method}: `{report.student}` from {teacher}", "", summary(report), ""]
+    lines += _markdown_table(["", *table_models(report)], table_rows(report))
+    lines += ["", _explanation(report), "", "![Curves of the run](curves.png)", "", "## Teacher data", ""]
+    splits = list(report.counts)
+    labels = [label for label, _ in report.counts[splits[0]].table_rows()]
+    cells = {split: dict(counts.table_rows()) for split, counts in report.counts.items()}
+    lines += _markdown_table(["", *splits], [[label, *(cells[split][label] for split in splits)] for label in labels])
+    lines += ["", "## Reproduce", ""]
+    if report.command:
+        lines += ["```bash", report.command, "```", ""]
+    settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True).strip()
+    lines += ["What the recipe and the command line set, beside the defaults:", "", "```yaml", settings, "```", ""]
+    lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
+    times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in report.seconds.items())
+    return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _explanation(report: RunReport) -> str:
+    evaluation, seqkd = report.evaluation, report.seqkd
+    text = []
+    if evaluation:
+        text.append(
+            f"Measured on {evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each (one when "
+            f"greedy) of at most {evaluation['max_new_tokens']} tokens, with one seed."
+        )
+    if report.judged_metrics:
+        text.append(
+            f"`{report.judged_metrics[0]}` is the judge's mean; distinct answers are different pairs of prompt and answer, "
+            "counted."
+        )
+    else:
+        text.append("Distinct answers is the share of different pairs of prompt and answer among the samples.")
+    text.append(
+        "Length is in the student's tokens; truncated is the share of answers cut at the limit; teacher NLL is in nats "
+        "per token of the teacher's held-out answers (coverage: lower is better)."
+    )
+    if seqkd:
+        text.append(
+            f"SeqKD is supervised fine-tuning of the same student on the same text for the same {seqkd['steps']} "
+            f"optimizer steps of {seqkd['batch_size']} prompts at learning rate {seqkd['learning_rate']:g}. Its column is "
+            f"its best checkpoint, step {seqkd['best_step']}, chosen on these very prompts, which favours it; "
+            f"{report.method} is measured at its last step."
+        )
+    return " ".join(text)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def metrics_dict(report: RunReport) -> dict:
+    """Everything in `report`, fit for strict JSON: what is not a finite number is `None`."""
+    return _finite(
+        dataclasses.asdict(report)
+        | {"headline": report.headline, "warmup_steps": report.warmup_steps, "summary": summary(report)}
+    )
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def without_secrets(settings: dict) -> dict:
+    """`settings` without entries whose name says that they hold a secret, at any depth."""
+    return {
+        key: without_secrets(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not SECRET.search(str(key))
+    }
+
+
+def arguments_without_secrets(arguments: list[str]) -> list[str]:
+    """Command-line arguments without options whose name says that they hold a secret."""
+    kept, skipping = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            skipping = bool(SECRET.search(argument.partition("=")[0]))
+        if not skipping:
+            kept.append(argument)
+    return kept
+
+
+def print_table(report: RunReport, console=None) -> None:
+    """Print the table and the sentence under it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.method}: {report.student} from {report.teacher or 'a black-box teacher'}")
+    table.add_column("")
+    for model in table_models(report):
+        style = "bold" if model == report.method else "dim" if model == TEACHER else None
+        table.add_column(model, justify="right", style=style)
+    for row in table_rows(report):
+        table.add_row(*row)
+    console = console or Console()
+    console.print(table)
+    console.print(summary(report).replace("`", ""), markup=False)
+
+
+def write_report(report: RunReport, output_dir: str | Path) -> None:
+    """Write `report.md`, `curves.png` and `metrics.json` to `output_dir`."""
+    from .curves import plot_curves
+
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    text = json.dumps(metrics_dict(report), indent=2, allow_nan=False, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    plot_curves(report, folder / "curves.png")
