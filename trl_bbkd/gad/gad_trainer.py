@@ -181,7 +181,9 @@ class GADTrainer(GRPOTrainer):
         if discriminator_peft_config is None and args.discriminator_lora_kwargs is not None:
             discriminator_peft_config = LoraConfig(**args.discriminator_lora_kwargs)
         discriminator_kwargs = {
-            key: init_kwargs[key] for key in ("dtype", "attn_implementation", "trust_remote_code") if key in init_kwargs
+            key: init_kwargs[key]
+            for key in ("dtype", "attn_implementation", "trust_remote_code")
+            if key in init_kwargs
         }
         if discriminator is None and args.discriminator is None:
             discriminator_kwargs["revision"] = init_kwargs.get("revision", "main")
@@ -198,8 +200,10 @@ class GADTrainer(GRPOTrainer):
             self.accelerator,
             self._tokenizer.pad_token_id,
         )
-        policy = self._unwrapped_policy()
-        self._sft_forward = fused_forward(policy, temperature=1.0)
+        if self.accelerator.device.type == "cpu":
+            # A saturated discriminator's gradients are denormal numbers, on which CPUs are many times slower
+            torch.set_flush_denormal(True)
+        self._sft_forward = fused_forward(self._unwrapped_policy(), temperature=1.0)
         if args.warmup_epochs > 0 and args.beta != 0 and isinstance(self.model, PeftModel):
             self._add_reference_adapter()
         self._warmup_steps = None
@@ -324,9 +328,7 @@ class GADTrainer(GRPOTrainer):
         metrics["completions/length_ratio"] = self._length_ratio(pairs)
         if self.model.training:
             sft_weight = self.args.discriminator_sft_weight if self._in_warmup else 0.0
-            metrics.update(
-                self.discriminator_trainer.update(pairs, teacher_scores, self._student_scores, sft_weight)
-            )
+            metrics.update(self.discriminator_trainer.update(pairs, teacher_scores, self._student_scores, sft_weight))
             metrics["adversarial_phase"] = float(not self._in_warmup)
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
@@ -453,7 +455,9 @@ def _datasets(dataset) -> list[Dataset | IterableDataset]:
 
 def _refuse_sharding(args: GADConfig) -> None:
     # `accelerate launch` announces its configuration through these variables
-    launched_with = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("DeepSpeed", "FSDP")}
+    launched_with = {
+        name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("DeepSpeed", "FSDP")
+    }
     for name, configured in {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}.items():
         if configured or launched_with[name]:
             raise ValueError(

@@ -1,0 +1,67 @@
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from trl_bbkd.gad.gad_config import GADConfig
+from trl_bbkd.gad.gad_trainer import GADTrainer
+
+
+def make_config(output_dir, **kwargs):
+    """A run of 12 rows: 2 prompts x 4 samples a generation batch, hence 6 optimizer steps an epoch."""
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "discriminator_learning_rate": 1e-3,
+        "discriminator_only_steps": 0,
+        "gradient_checkpointing": False,
+    }
+    return GADConfig(str(output_dir), **{**defaults, **kwargs})
+
+
+def make_trainer(output_dir, model, rows, trainer_class=GADTrainer, trainer_kwargs=None, **config):
+    return trainer_class(
+        model=model,
+        args=make_config(output_dir, **config),
+        train_dataset=Dataset.from_list(rows[:12]),
+        **(trainer_kwargs or {}),
+    )
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def are_different(first, second):
+    return any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def discriminator_steps(trainer):
+    optimizer = trainer.discriminator_trainer.optimizer
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert len(steps) <= 1
+    return steps.pop() if steps else 0
+
+
+class GradientRecorder(TrainerCallback):
+    """Keeps the student's gradient, before clipping, of every optimizer step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

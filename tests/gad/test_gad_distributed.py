@@ -1,0 +1,54 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .helpers import assert_same_weights
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run(num_processes, model, output, *arguments):
+    output.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+        launcher += ["--master_port", str(free_port())]
+    command = [*launcher, str(ROOT / "tests/gad/two_processes.py"), model, str(output), *map(str, arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(num_processes)]
+
+
+@pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2)])
+def test_both_processes_train_one_discriminator(tiny_model_dir, tmp_path, per_device, accumulation):
+    first, second = run(2, tiny_model_dir, tmp_path / "two", per_device, accumulation, 1.0)
+    assert first["discriminator_steps"] == second["discriminator_steps"] == 4
+    assert_same_weights(first["discriminator"], second["discriminator"])
+    assert_same_weights(first["student"], second["student"])
+    assert first["log"][-1]["adversarial_phase"] == 1.0
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.0, 2.0])
+def test_two_processes_take_the_steps_of_one(tiny_model_dir, tmp_path, warmup_epochs):
+    """A prompt's samples straddle the processes (2 rows each, groups of 4): scores and loss must not notice."""
+    (one,) = run(1, tiny_model_dir, tmp_path / "one", 8, 1, warmup_epochs)
+    two, _ = run(2, tiny_model_dir, tmp_path / "two", 2, 2, warmup_epochs)
+    for name, gradient in one["gradients"][0].items():
+        torch.testing.assert_close(two["gradients"][0][name], gradient, atol=1e-6, rtol=1e-4)
+    for key in ("discriminator/loss", "discriminator/accuracy", "discriminator/margin", "completions/length_ratio"):
+        assert two["log"][0][key] == pytest.approx(one["log"][0][key], abs=1e-5)
+    for name, value in one["discriminator"].items():
+        torch.testing.assert_close(two["discriminator"][name], value, atol=2e-4, rtol=1e-3)
