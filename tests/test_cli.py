@@ -58,7 +58,16 @@ class TestWaysIn:
             ["accelerate", "launch", "RECIPE"],
             ["accelerate", "launch", "-m", "trl_bbkd", "RECIPE"],
             ["trl-bbkd", "train", "RECIPE", "--num_processes", "1"],
-            ["torchrun", "--nproc_per_node", "2", "--master_port", "29611", "RECIPE"],
+            [
+                "torchrun",
+                "--nproc_per_node",
+                "2",
+                "--rdzv_backend",
+                "c10d",
+                "--rdzv_endpoint",
+                "localhost:0",
+                "RECIPE",
+            ],
         ],
         ids=["accelerate-recipe", "accelerate-module", "trl-bbkd-train", "torchrun-recipe"],
     )
@@ -75,11 +84,7 @@ class TestWaysIn:
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
-        "command",
-        [["python"], ["python", "-m", "trl_bbkd"], ["trl-bbkd", "train"]],
-        ids=["recipe", "module", "train"],
-    )
+    @pytest.mark.parametrize("command", [["python"], ["trl-bbkd", "train"]], ids=["recipe", "train"])
     def test_typo_is_one_line_and_status_2(self, recipe, tmp_path, command):
         recipe.write_text(recipe.read_text().replace("max_steps", "max_step"))
         done = start([*command, recipe], cwd=tmp_path)
@@ -100,13 +105,6 @@ class TestErrors:
         assert "nowhere.jsonl` does not exist" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_other_errors_keep_their_traceback(self, recipe, tmp_path):
-        (tmp_path / "rewards.py").write_text("1 / 0")
-        done = start(["python", recipe, "--reward_funcs", "rewards.py:reward"], cwd=tmp_path)
-        assert done.returncode == 1
-        assert "Traceback" in done.stderr
-        assert "ZeroDivisionError" in done.stderr
-
     def test_unknown_flag_names_the_nearest(self, recipe, tmp_path):
         done = start(["trl-bbkd", "train", recipe, "--num_proces", "2"], cwd=tmp_path)
         assert done.returncode == 2
@@ -115,7 +113,8 @@ class TestErrors:
     def test_unknown_accelerate_config_lists_ours(self, recipe, tmp_path):
         done = start(["trl-bbkd", "train", recipe, "--accelerate_config", "zero9"], cwd=tmp_path)
         assert done.returncode == 2
-        assert "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3" in done.stderr
+        message = "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3"
+        assert done.stderr.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
 
 
 class TestAccelerateConfig:
@@ -146,8 +145,10 @@ class TestAccelerateConfig:
             "num_processes": 1,
         }
         (tmp_path / "debug.yaml").write_text(yaml.safe_dump({**config, "debug": True}))
+        # any other error of a run keeps its traceback, which shows what the launcher passed on
         (tmp_path / "rewards.py").write_text("import os\nraise RuntimeError(os.environ['ACCELERATE_DEBUG_MODE'])")
         command = ["trl-bbkd", "train", recipe, "--accelerate_config", "debug.yaml"]
         done = start([*command, "--reward_funcs", "rewards.py:reward"], cwd=tmp_path)
         assert done.returncode == 1
+        assert "Traceback" in done.stderr
         assert "RuntimeError: true" in done.stderr

@@ -74,6 +74,7 @@ def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
 
     launch_parser = launch_command_parser()
     launch_parser.add_argument("--accelerate_config", dest="config_file", type=find_accelerate_config)
+    launch_parser.error = exit_with_error  # without pages of usage
     try:
         launch_flags, overrides = check_recipe(recipe_file, arguments, launch_parser._option_string_actions)
     except RecipeError as error:
@@ -97,6 +98,6 @@ def find_accelerate_config(name_or_path: str) -> str:
     return str(folder / f"{name_or_path}.yaml")
 
 
-def exit_with_error(error: Exception) -> NoReturn:
+def exit_with_error(error: Exception | str) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
