@@ -344,3 +344,13 @@ def test_answer_broadcast_gives_the_gradient_of_one_answer_per_pair(tiny_model_d
 
 def test_grpo_is_the_only_base_and_untouched(tiny_model_dir):
     assert GADTrainer.__mro__[1] is GRPOTrainer
+
+
+def test_warmup_learning_rate(tiny_model_dir, tmp_path, standard_rows):
+    trainer = make_trainer(
+        tmp_path, tiny_model_dir, standard_rows, max_steps=4, warmup_learning_rate=2e-3, learning_rate=1e-4
+    )
+    trainer.train()
+    # The scheduler has moved on to the next step when a log is written
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([2e-3, 2e-3, 1e-4, 1e-4])

@@ -36,6 +36,8 @@ class GADConfig(GRPOConfig):
             the discriminator learns to tell the student's fresh samples from it (section 2.2 of the paper). With
             `max_steps`, warm-up keeps its share `warmup_epochs / num_train_epochs` of the steps. The student as it
             is at the end of warm-up is the KL reference of the adversarial stage.
+        warmup_learning_rate (`float`, *optional*):
+            Learning rate of the student during warm-up. `None` takes `learning_rate`.
         discriminator_only_steps (`int`, *optional*, defaults to `10`):
             Optimizer steps at the start of warm-up in which only the discriminator learns; at most half of warm-up.
 
@@ -104,6 +106,10 @@ class GADConfig(GRPOConfig):
             "help": "Epochs of warm-up out of `num_train_epochs`: SFT for the student, Bradley-Terry on fresh samples "
             "for the discriminator. With `max_steps`, warm-up keeps its share of the steps."
         },
+    )
+    warmup_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the student during warm-up. If `None`, `learning_rate`."},
     )
     discriminator_only_steps: int = field(
         default=10,
@@ -178,7 +184,10 @@ class GADConfig(GRPOConfig):
                 f"discriminator_sft_weight={self.discriminator_sft_weight} needs discriminator_head='likelihood': "
                 f"the {self.discriminator_head!r} head keeps no language model."
             )
+        if self.warmup_learning_rate is not None and self.learning_rate <= 0:
+            raise ValueError(f"warmup_learning_rate needs a positive learning_rate, got {self.learning_rate}.")
         minimum = {
+            "warmup_learning_rate": 0,
             "discriminator_only_steps": 0,
             "discriminator_updates_per_batch": 0,
             "discriminator_learning_rate": 0,

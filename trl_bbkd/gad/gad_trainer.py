@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PeftConfig, PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 from trl import GRPOTrainer
 
 from .._compat import fused_forward, pad
-from ..teacher_data import check_teacher_data, tokenize_teacher_data
+from ..teacher_data import tokenize_teacher_data
 from .discriminator import Discriminator, build_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch
 from .gad_config import GADConfig
@@ -124,8 +125,6 @@ class GADTrainer(GRPOTrainer):
         if discriminator_peft_config is not None and args.discriminator_lora_kwargs is not None:
             raise ValueError("Pass `discriminator_peft_config` or set `args.discriminator_lora_kwargs`, not both.")
 
-        for dataset in _datasets(train_dataset) + _datasets(eval_dataset):
-            check_teacher_data(dataset)
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         hub_kwargs = {key: init_kwargs[key] for key in ("revision", "trust_remote_code") if key in init_kwargs}
@@ -221,16 +220,33 @@ class GADTrainer(GRPOTrainer):
 
     # The phase of the run
 
+    def _count_warmup_steps(self, max_steps: int) -> int:
+        share = self.args.warmup_epochs / self.args.num_train_epochs
+        steps_per_batch = max(
+            1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
+        )
+        # Round away what floating point adds, then up to a step at which a generation batch starts
+        return int(-(-round(max_steps * share, 6) // steps_per_batch)) * steps_per_batch
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.warmup_learning_rate is None:
+            return scheduler
+        warmup_steps = self._count_warmup_steps(num_training_steps)
+        factor = self.args.warmup_learning_rate / self.args.learning_rate
+        self.lr_scheduler = LambdaLR(
+            scheduler.optimizer,
+            [
+                lambda step, schedule=schedule: schedule(step) * (factor if step < warmup_steps else 1.0)
+                for schedule in scheduler.lr_lambdas
+            ],
+        )
+        return self.lr_scheduler
+
     def _start_generation_batch(self) -> None:
         """Decide the phase of the coming generation batch, which owns every optimizer step until the next one."""
         if self._warmup_steps is None:
-            share = self.args.warmup_epochs / self.args.num_train_epochs
-            steps_per_batch = max(
-                1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
-            )
-            # Round away what floating point adds, then up to a step at which a generation batch starts
-            warmup_batches = -(-round(self.state.max_steps * share, 6) // steps_per_batch)
-            self._warmup_steps = int(warmup_batches) * steps_per_batch
+            self._warmup_steps = self._count_warmup_steps(self.state.max_steps)
             if self._discriminator_only_steps < self.args.discriminator_only_steps and self._warmup_steps > 0:
                 logger.warning(
                     f"discriminator_only_steps={self.args.discriminator_only_steps} is more than half of the "
@@ -445,12 +461,6 @@ class GADTrainer(GRPOTrainer):
         if not _internal_call and self.args.should_save:
             self.discriminator.save_pretrained(Path(output_dir) / DISCRIMINATOR_FOLDER)
         super().save_model(output_dir, _internal_call)
-
-
-def _datasets(dataset) -> list[Dataset | IterableDataset]:
-    if dataset is None:
-        return []
-    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
 def _refuse_sharding(args: GADConfig) -> None:
