@@ -270,7 +270,9 @@ class TestPaperRecipe:
     recipe_file = RECIPES / "qwen2.5-7b-lmsys" / "gad.yaml"
 
     def test_hyper_parameters(self):
-        args = load_recipe(self.recipe_file, ["--bf16", "false", "--use_cpu", "true"]).training_args
+        recipe = load_recipe(self.recipe_file, ["--bf16", "false", "--use_cpu", "true"])
+        args = recipe.training_args
+        assert recipe.script_args.seqkd_learning_rate == 5e-6
         samples_per_step = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
         assert samples_per_step == 256 * args.num_generations == 256 * 8
         assert args.steps_per_generation == args.gradient_accumulation_steps

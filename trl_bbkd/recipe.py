@@ -51,6 +51,8 @@ class RecipeArguments(ScriptArguments):
             Function that judges the student's samples, written in the same way.
         seqkd_baseline (`bool`, *optional*, defaults to `True`):
             Whether to train plain SFT on the same text for the same number of optimizer steps, and report it.
+        seqkd_learning_rate (`float`, *optional*):
+            Learning rate of that baseline. `None` takes the student's.
     """
 
     teacher_name: str | None = field(
@@ -76,6 +78,9 @@ class RecipeArguments(ScriptArguments):
             "help": "Whether to train plain SFT on the same text for the same number of optimizer steps, and report "
             "it."
         },
+    )
+    seqkd_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of that baseline. If `None`, the student's."}
     )
 
 
