@@ -266,6 +266,18 @@ class TestShippedRecipes:
         assert str(file.relative_to(RECIPES.parent)) in header
 
 
+def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(RECIPES / "gad.yaml")
+    inputs = [
+        recipe.model_args.model_name_or_path,
+        recipe.training_args.discriminator,
+        recipe.script_args.dataset_name,
+    ]
+    assert [Path(path) for path in inputs if Path(path).exists()] == [Path(path) for path in inputs]
+    assert callable(import_callable(recipe.script_args.sample_metrics))
+
+
 class TestPaperRecipe:
     recipe_file = RECIPES / "qwen2.5-7b-lmsys" / "gad.yaml"
 
