@@ -122,6 +122,8 @@ class TestSummary:
         assert "GAD is better than it by 0.061" in summary(report)
         report.results["GAD"]["valid@t1.0"] = 0.7
         assert "GAD is worse than it by 0.031" in summary(report)
+        report.results["GAD"]["valid@t1.0"] = 0.7312
+        assert "GAD is equal to it." in summary(report)
 
     def test_lower_nll_is_better(self):
         report = make_report(judged=False)

@@ -94,17 +94,17 @@ def generate_completion_ids(
     num_samples = num_samples if temperature > 0 else 1
     end_ids = end_token_ids(model, tokenizer)
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     # Everything is stated, because generate() takes what is left open from the checkpoint's own settings.
     config = GenerationConfig(
         **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, **sampling},
-        top_k=0,
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=end_ids,
         pad_token_id=pad_id,
         use_cache=True,
+        disable_compile=True,
     )
     prompt_ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
     # Neighbours of like length need little padding.
@@ -122,9 +122,7 @@ def generate_completion_ids(
             input_ids, attention_mask = pad_rows(
                 [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
             )
-            output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, disable_compile=True
-            )
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
             for index, row in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))
                 completions[index].append(row[:length])

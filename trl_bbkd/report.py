@@ -39,10 +39,12 @@ class RunReport:
             The trainer's log.
         counts (`dict[str, TeacherDataCounts]`):
             Data counts per split.
+        inputs (`dict`):
+            What tells one run from another: method, student and data.
         command (`str`, *optional*):
-            How the run was started.
+            How to repeat the run.
         settings (`dict`):
-            The recipe's values that differ from the defaults, without secrets.
+            What the recipe says, without secrets.
         evaluation (`dict`):
             How results were measured: `prompts`, `samples`, `max_new_tokens`, `seed`.
         seqkd (`dict`):
@@ -60,6 +62,7 @@ class RunReport:
     curves: dict[str, list[dict]]
     log_history: list[dict]
     counts: dict[str, TeacherDataCounts]
+    inputs: dict = field(default_factory=dict)
     command: str | None = None
     settings: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
@@ -139,9 +142,10 @@ def summary(report: RunReport) -> str:
     text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
     if SEQKD not in results:
         return text + "."
-    gain = (results[method][key] - results[SEQKD][key]) * (1 if judged else -1)
+    gain = round((results[method][key] - results[SEQKD][key]) * (1 if judged else -1), 3)
     verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
-    text += f"; SeqKD on the same text reaches {value[SEQKD]}, so {method} is {verdict} it by {abs(gain):.3f}"
+    text += f"; SeqKD on the same text reaches {value[SEQKD]}, so {method} is {verdict} it"
+    text += f" by {abs(gain):.3f}" if gain else ""
     if not judged:
         text += ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
     return text + "."
@@ -160,8 +164,9 @@ def render_markdown(report: RunReport) -> str:
     lines += ["", "## Reproduce", ""]
     if report.command:
         lines += ["```bash", report.command, "```", ""]
-    settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True).strip()
-    lines += ["What the recipe and the command line set, beside the defaults:", "", "```yaml", settings, "```", ""]
+    if report.settings:
+        settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True).strip()
+        lines += ["The recipe:", "", "```yaml", settings, "```", ""]
     lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
     times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in report.seconds.items())
     return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
