@@ -25,7 +25,9 @@ OVERRIDDEN = {
 @pytest.mark.parametrize(("owner", "name"), OVERRIDDEN, ids=lambda value: getattr(value, "__name__", value))
 def test_seam_keeps_its_signature(owner, name):
     method = getattr(owner, name, None)
-    assert method is not None, f"{owner.__name__}.{name} is gone. Find its successor and move the override in the trainers."
+    assert method is not None, (
+        f"{owner.__name__}.{name} is gone. Find its successor and move the override in the trainers."
+    )
     parameters = list(inspect.signature(method).parameters)
     assert parameters == OVERRIDDEN[owner, name], (
         f"{owner.__name__}.{name} now takes {parameters}. Read its new body, adapt the overrides in the trainers, then "

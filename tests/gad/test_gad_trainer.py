@@ -315,7 +315,8 @@ def test_the_discriminator_step_does_not_depend_on_its_batch_size(tiny_model_dir
             tmp_path, tiny_model_dir, standard_rows, discriminator_batch_size=batch_size, discriminator_head=head
         ).discriminator_trainer
         trainer.optimizer.zero_grad = lambda: None
-        trainer.update(pairs, *trainer.score(pairs), sft_weight=0.5 if head == "likelihood" else 0.0)
+        trainer.args.discriminator_sft_weight = 0.5 if head == "likelihood" else 0.0
+        trainer.update(pairs, *trainer.score(pairs), in_warmup=True)
         gradients.append([parameter.grad for parameter in trainer.parameters])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
@@ -348,9 +349,24 @@ def test_grpo_is_the_only_base_and_untouched(tiny_model_dir):
 
 def test_warmup_learning_rate(tiny_model_dir, tmp_path, standard_rows):
     trainer = make_trainer(
-        tmp_path, tiny_model_dir, standard_rows, max_steps=4, warmup_learning_rate=2e-3, learning_rate=1e-4
+        tmp_path,
+        tiny_model_dir,
+        standard_rows,
+        max_steps=4,
+        warmup_learning_rate=2e-3,
+        learning_rate=1e-4,
+        discriminator_warmup_learning_rate=1e-3,
+        discriminator_learning_rate=0.0,
     )
+    snapshots = []
+    update = trainer.discriminator_trainer.update
+    trainer.discriminator_trainer.update = lambda *args: (
+        update(*args),
+        snapshots.append(weights(trainer.discriminator)),
+    )[0]
     trainer.train()
+    assert are_different(snapshots[0], snapshots[1])
+    assert_same_weights(snapshots[1], snapshots[3])
     # The scheduler has moved on to the next step when a log is written
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([2e-3, 2e-3, 1e-4, 1e-4])

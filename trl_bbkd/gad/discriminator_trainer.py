@@ -129,7 +129,7 @@ class DiscriminatorTrainer:
         pairs: PairBatch,
         teacher_scores: torch.Tensor,
         student_scores: torch.Tensor,
-        sft_weight: float = 0.0,
+        in_warmup: bool = False,
     ) -> dict[str, float]:
         """
         Take `discriminator_updates_per_batch` optimizer steps on one generation batch.
@@ -139,12 +139,20 @@ class DiscriminatorTrainer:
                 The sequences.
             teacher_scores (`torch.Tensor` of shape `(P,)`), student_scores (`torch.Tensor` of shape `(B,)`):
                 What [`~DiscriminatorTrainer.score`] just gave for them.
-            sft_weight (`float`, *optional*, defaults to `0.0`):
-                Weight of the mean negative log-likelihood per token of the teacher's answers (likelihood head only).
+            in_warmup (`bool`, *optional*, defaults to `False`):
+                Whether the run is in its warm-up, which has its own learning rate and may add the mean negative
+                log-likelihood per token of the teacher's answers to the loss.
 
         Returns:
             `dict[str, float]`: Gradient norm before clipping, and the teacher's NLL when it was trained on.
         """
+        learning_rate, sft_weight = self.args.discriminator_learning_rate, 0.0
+        if in_warmup:
+            sft_weight = self.args.discriminator_sft_weight
+            if self.args.discriminator_warmup_learning_rate is not None:
+                learning_rate = self.args.discriminator_warmup_learning_rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         prompt_index = torch.tensor(pairs.prompt_index, device=student_scores.device)
         num_teacher = len(pairs.teacher_ids)
         # The mean over processes, by which DDP's averaged gradient is that of the token mean over all of them

@@ -57,6 +57,8 @@ class GADConfig(GRPOConfig):
             Keyword arguments of [`~peft.LoraConfig`]. When set, the discriminator is trained as a LoRA adapter.
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-6`):
             Learning rate of the discriminator's own AdamW optimizer, constant.
+        discriminator_warmup_learning_rate (`float`, *optional*):
+            Learning rate of the discriminator during warm-up. `None` takes `discriminator_learning_rate`.
         discriminator_weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of the discriminator's optimizer.
         discriminator_max_grad_norm (`float`, *optional*, defaults to `0.2`):
@@ -141,6 +143,12 @@ class GADConfig(GRPOConfig):
     discriminator_learning_rate: float = field(
         default=1e-6, metadata={"help": "Learning rate of the discriminator, constant."}
     )
+    discriminator_warmup_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the discriminator during warm-up. If `None`, `discriminator_learning_rate`."
+        },
+    )
     discriminator_weight_decay: float = field(
         default=0.01, metadata={"help": "Weight decay of the discriminator's optimizer."}
     )
@@ -191,6 +199,7 @@ class GADConfig(GRPOConfig):
             "discriminator_only_steps": 0,
             "discriminator_updates_per_batch": 0,
             "discriminator_learning_rate": 0,
+            "discriminator_warmup_learning_rate": 0,
             "discriminator_weight_decay": 0,
             "discriminator_sft_weight": 0,
             "discriminator_batch_size": 1,

@@ -343,8 +343,7 @@ class GADTrainer(GRPOTrainer):
         metrics = self.discriminator_trainer.measure(pairs, teacher_scores, self._student_scores)
         metrics["completions/length_ratio"] = self._length_ratio(pairs)
         if self.model.training:
-            sft_weight = self.args.discriminator_sft_weight if self._in_warmup else 0.0
-            metrics.update(self.discriminator_trainer.update(pairs, teacher_scores, self._student_scores, sft_weight))
+            metrics |= self.discriminator_trainer.update(pairs, teacher_scores, self._student_scores, self._in_warmup)
             metrics["adversarial_phase"] = float(not self._in_warmup)
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
