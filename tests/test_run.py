@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bbkd.evaluation import evaluate_student, teacher_nll
 from trl_bbkd.recipe import RecipeError, load_recipe
-from trl_bbkd.run import EVALUATION_SAMPLES, checkpoint_to_resume, command, hold_out, refuse_another_run, run
+from trl_bbkd.run import EVALUATION_SAMPLES, checkpoint_to_resume, command, hold_out, quality, refuse_another_run, run
 from trl_bbkd.seqkd import CurveCallback, batch_shape, curve, curve_steps, sft_rows
 from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
 
@@ -253,7 +253,19 @@ class TestParts:
         expected = "trl-bbkd train recipes/gad.yaml --learning_rate 1e-6"
         assert command(recipe, ["recipes/gad.yaml", *overrides]) == expected
         assert command(recipe, ["trl_bbkd/__main__.py", "recipes/gad.yaml", *overrides]) == expected
+        assert command(recipe.absolute(), ["recipes/gad.yaml", *overrides]) == expected
         assert command(recipe, ["pytest"]) is None and command(None, ["x"]) is None
+
+    def test_quality_is_the_judge_then_the_nll(self):
+        class Judged:
+            judged_metrics, headline = ["blue"], "blue@t1.0"
+
+        class Unjudged:
+            judged_metrics, headline = [], "teacher_nll"
+
+        good, tied, bad = ({"blue@t1.0": b, "teacher_nll": n} for b, n in ((0.5, 3.0), (0.0, 1.0), (0.0, 2.0)))
+        assert sorted([good, bad, tied], key=lambda metrics: quality(metrics, Judged)) == [bad, tied, good]
+        assert sorted([good, bad, tied], key=lambda metrics: quality(metrics, Unjudged)) == [good, bad, tied]
 
     def test_unfinished_folder_is_no_other_run(self, tmp_path):
         refuse_another_run(str(tmp_path), {"method": "gad"})

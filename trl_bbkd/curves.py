@@ -38,7 +38,8 @@ def plot_curves(report: RunReport, path: str | Path) -> None:
     _line(panels[0], log, "discriminator/accuracy", STUDENT, "accuracy")
     _line(panels[0], log, "discriminator/loss", SECOND, "loss")
     panels[0].axhline(0.5, color=INK, lw=0.8, ls=":")
-    panels[0].set_ylim(0, max(1.0, panels[0].get_ylim()[1]))
+    # A discriminator that starts badly has a loss that would flatten all that follows
+    panels[0].set_ylim(0, min(2.0, max(1.05, panels[0].get_ylim()[1])))
     _title(panels[0], "Discriminator on fresh pairs")
 
     _line(panels[1], log, "discriminator/teacher_score", COLORS[TEACHER], "teacher's answer")
@@ -113,7 +114,7 @@ def _finish(axes, warmup_steps: float, last_step: int, label: bool) -> None:
         if label:
             axes.annotate(
                 "warm-up",
-                (warmup_steps / 2, 0.01),
+                (warmup_steps / 2, 0.1),
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 va="bottom",

@@ -210,7 +210,6 @@ class _Run:
         gc.collect()
         torch.cuda.empty_cache()
         output_dir = str(Path(self.args.output_dir) / "seqkd")
-        sign = 1 if report.judged_metrics else -1
         with timed(report.seconds, SEQKD):
             seqkd = train_seqkd(
                 self.model,
@@ -218,7 +217,7 @@ class _Run:
                 self.train,
                 self.tokenizer,
                 self.measure_briefly,
-                is_better=lambda new, old: sign * new[report.headline] > sign * old[report.headline],
+                is_better=lambda new, old: quality(new, report) > quality(old, report),
                 output_dir=output_dir,
                 max_steps=self.max_steps,
                 learning_rate=self.script_args.seqkd_learning_rate,
@@ -279,6 +278,12 @@ def hold_out(train):
     return parts
 
 
+def quality(metrics: dict[str, float], report: RunReport) -> tuple[float, ...]:
+    """Compares checkpoints: the judge's metric at temperature 1 if there is one, then the NLL of the teacher's answers."""
+    judged = (metrics[report.headline],) if report.judged_metrics else ()
+    return (*judged, -metrics["teacher_nll"])
+
+
 def refuse_another_run(output_dir: str, inputs: dict) -> None:
     """Raise [`~recipe.RecipeError`] if `output_dir` reports a run of other inputs: its files would be mixed up."""
     path = Path(output_dir) / "metrics.json"
@@ -325,11 +330,16 @@ def command(recipe_path: Path | None, argv: list[str]) -> str | None:
         argv (`list[str]`):
             The process's `sys.argv`: the recipe is its program or its first argument.
     """
-    if recipe_path is None or str(recipe_path) not in argv[:2]:
+    named = [index for index, argument in enumerate(argv[:2]) if recipe_path and same_file(recipe_path, argument)]
+    if not named:
         return None
-    overrides = argv[argv.index(str(recipe_path)) + 1 :]
+    overrides = argv[named[0] + 1 :]
     path = display_path(str(recipe_path))
     return shlex.join(["trl-bbkd", "train", path, *arguments_without_secrets(overrides)])
+
+
+def same_file(path: Path, other: str) -> bool:
+    return path.resolve() == Path(other).resolve()
 
 
 def settings(recipe: Recipe) -> dict:
