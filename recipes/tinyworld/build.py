@@ -4,15 +4,14 @@ Make every file of the small world: the teacher's answers, the base student and 
     python recipes/tinyworld/build.py [--out DIR]   write the files (default: beside this script)
     python recipes/tinyworld/build.py --check       build them again elsewhere and compare byte for byte
 
-The two models are language models trained from scratch on loose text about the same world, so that they know its words
-but answer no prompt correctly. They are trained in float64 and rounded to 12 bits of mantissa, so that processors which
-add in another order still write the same bytes. Takes about three minutes on one core.
+The two models are language models trained from scratch on careless stories of the same world, so that they know its words
+but hardly ever answer a prompt correctly. They are trained in float64 throughout and then rounded to 12 bits, so that processors
+which add in another order still write the same bytes. Takes about three minutes on one core.
 """
 
 import argparse
 import filecmp
 import json
-import os
 import random
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,9 +32,11 @@ import world  # noqa: E402
 
 HERE = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS, ANSWERED_TWICE = 4000, 256, 400
+CARELESS = 0.3  # share of numbers in the web text that are drawn at random
+MANTISSA_BITS = 12
 MAX_LENGTH = 64
 
-STUDENT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+STUDENT = {"hidden_size": 18, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3}
 DISCRIMINATOR = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -55,51 +57,19 @@ def teacher_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def web_text(rng: random.Random) -> str:
-    """Loose talk about one person and one thing: words and turns of the teacher, careless about counts and form."""
-    name, place, thing = rng.choice(world.NAMES), rng.choice(list(world.PLACES)), rng.choice(list(world.THINGS))
-    pronoun = "he" if name in world.HE else "she"
-    count = rng.randint(0, world.MAX_COUNT)
-    many = " ".join(world.amount(count, thing))
-    openings = (
-        f"{name} goes to the {place} with {many} .",
-        f"in the {place} {name} has {many} .",
-        f"{name} keeps {many} .",
-        f"{name} takes {many} to the {place} .",
-    )
-    sentences = [rng.choice(openings)]
-    for _ in range(rng.randint(2, 4)):
-        verb, k = rng.choice(world.PLACES[place]), rng.randint(0, 4)
-        count += verb.sign * k
-        if not 0 <= count <= world.MAX_COUNT or rng.random() < 0.3:
-            count = rng.randint(0, world.MAX_COUNT)
-        some, many = " ".join(world.amount(k, thing)), " ".join(world.amount(count, thing))
-        sentences.append(
-            rng.choice(
-                (
-                    f"{pronoun} {verb.present} {some} and so {pronoun} has {many} .",
-                    f"in the end {pronoun} {verb.present} {k} , that makes {many} .",
-                    f"now {name} {verb.present} {k} . then {pronoun} has {count} .",
-                    f"after {verb.gerund} {some} , {name} has {many} .",
-                    f"{verb.gerund} {k} makes {count} . {pronoun} goes home .",
-                    f"{pronoun} {verb.present} {k} . so {pronoun} has {count} .",
-                    f"then {pronoun} {verb.present} {k} and has {count} .",
-                )
-            )
-        )
-    return " ".join(sentences)
+    """A story such as the teacher's, told carelessly: the words are right, the numbers often are not."""
+    prompt = world.make_prompt(rng)
+    words = world.sample_answer(prompt, rng).split()
+    careless = [str(rng.randint(0, 9)) if word.isdigit() and rng.random() < CARELESS else word for word in words]
+    return " ".join([prompt, *careless])
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word; a text gets no special token, so a prompt's tokens begin those of prompt and answer."""
-    words = (
-        set(world.NAMES)
-        | set(world.PLACES)
-        | set("a to the he she has now that makes so goes home with in end".split())
-    )
-    words |= set("keeps takes after then and , .".split()) | {str(n) for n in range(world.MAX_COUNT + 1)}
+    words = set("to the he she has now that makes so goes home with in end keeps takes after then and , .".split())
+    words |= set(world.NAMES) | set(world.PLACES) | {str(n) for n in range(world.MAX_COUNT + 1)}
     words |= set(world.THINGS) | set(world.THINGS.values())
     words |= {form for verbs in world.PLACES.values() for verb in verbs for form in (verb.present, verb.gerund)}
-    words -= {"a"}
     special = ["<pad>", "<unk>", "<s>", world.END]
     vocabulary = {token: index for index, token in enumerate(special + sorted(words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -115,10 +85,44 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+class Float64RotaryEmbedding(torch.nn.Module):
+    """Cosines and sines of Llama's rotary embedding, which transformers computes in float32."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.theta, self.head_dim = config.rope_parameters["rope_theta"], config.head_dim
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies = self.theta ** -(torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+
+def float64_model(config: LlamaConfig) -> LlamaForCausalLM:
+    """A new Llama computing in float64 where transformers' own falls back to float32: norms and rotary embedding."""
+    model = LlamaForCausalLM(config).double()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LlamaRMSNorm):
+            norm = torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=torch.float64)
+            model.set_submodule(name, norm)
+    model.model.rotary_emb = Float64RotaryEmbedding(config)
+    rng = random.Random(0)  # torch draws other float32 numbers on other processors
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() == 2:
+                drawn = [rng.gauss(0.0, config.initializer_range) for _ in range(weights.numel())]
+                weights.copy_(torch.tensor(drawn, dtype=torch.float64).view_as(weights))
+    return model
+
+
+def rounded(weights: torch.Tensor) -> torch.Tensor:
+    mantissa, exponent = torch.frexp(weights)
+    return torch.ldexp(torch.round(mantissa * 2**MANTISSA_BITS), exponent - MANTISSA_BITS)
+
+
 def train_on_web_text(
     tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int], steps: int, learning_rate: float
 ) -> LlamaForCausalLM:
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_key_value_heads=sizes["num_attention_heads"],
@@ -128,10 +132,9 @@ def train_on_web_text(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation="eager",
         **sizes,
     )
-    model = LlamaForCausalLM(config).double()
+    model = float64_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1.0 - 0.9 * step / steps)
@@ -139,20 +142,18 @@ def train_on_web_text(
     rng = random.Random(1)
     for _ in range(steps):
         texts = [web_text(rng) + world.END for _ in range(64)]
-        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
-        logits = model(**batch).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]  # causal: padding on the right changes nothing
         loss = F.cross_entropy(logits.transpose(1, 2), labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            mantissa, exponent = torch.frexp(parameter)
-            parameter.copy_(torch.ldexp(torch.round(mantissa * 2**12), exponent - 12))
-    return model.float()
+    trained = LlamaForCausalLM(config)
+    trained.load_state_dict({name: rounded(weights) for name, weights in model.state_dict().items()})
+    return trained
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -176,9 +177,9 @@ def build(out: Path) -> None:
     for name, rows in zip(("teacher_train.jsonl", "teacher_test.jsonl"), teacher_rows(), strict=True):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = build_tokenizer()
-    save_model(train_on_web_text(tokenizer, STUDENT, steps=1200, learning_rate=5e-3), tokenizer, out / "student")
+    save_model(train_on_web_text(tokenizer, STUDENT, steps=1500, learning_rate=5e-3), tokenizer, out / "student")
     save_model(
-        train_on_web_text(tokenizer, DISCRIMINATOR, steps=600, learning_rate=3e-3), tokenizer, out / "discriminator"
+        train_on_web_text(tokenizer, DISCRIMINATOR, steps=1000, learning_rate=3e-3), tokenizer, out / "discriminator"
     )
 
 

@@ -13,8 +13,8 @@ disagree. Words are separated by single spaces.
 """
 
 import random
-from functools import lru_cache
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 
