@@ -36,7 +36,7 @@ CARELESS = 0.3  # share of numbers in the web text that are drawn at random
 MANTISSA_BITS = 12
 MAX_LENGTH = 64
 
-STUDENT = {"hidden_size": 18, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3}
+STUDENT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 DISCRIMINATOR = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
