@@ -31,9 +31,6 @@ SHARED_ARGUMENTS = (
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "logging_steps",
-    "lr_scheduler_kwargs",
-    "lr_scheduler_type",
-    "max_grad_norm",
     "model_init_kwargs",
     "optim",
     "optim_args",
@@ -41,7 +38,6 @@ SHARED_ARGUMENTS = (
     "tf32",
     "trust_remote_code",
     "use_cpu",
-    "warmup_steps",
     "weight_decay",
 )
 
@@ -175,8 +171,8 @@ def train_seqkd(
         model (`str`):
             The student's checkpoint.
         args ([`GADConfig`]):
-            The method's configuration. Optimizer, schedule and precision are taken from it; prompts per optimizer step
-            are as many.
+            The method's configuration. Optimizer and precision are taken from it, and there are as many prompts per
+            optimizer step. Schedule (linear to 0) and gradient clipping are the defaults of [`~trl.SFTConfig`].
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt` and `teacher_ids`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):

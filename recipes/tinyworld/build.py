@@ -6,7 +6,7 @@ Make every file of the small world: the teacher's answers, the base student and 
 
 The two models are language models trained from scratch on careless stories of the same world, so that they know its
 words but hardly ever answer a prompt correctly. They are trained in float64 throughout and then rounded to 12 bits, so
-that processors which add in another order still write the same bytes. Takes about three minutes on one core.
+that processors which add in another order still write the same bytes. Takes about four minutes on one core.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CARELESS = 0.3  # share of numbers in the web text that are drawn at random
 MANTISSA_BITS = 12
 MAX_LENGTH = 64
 
-STUDENT = {"hidden_size": 18, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3}
+STUDENT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 DISCRIMINATOR = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

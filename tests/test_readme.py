@@ -1,0 +1,108 @@
+"""Every code block of the README is run as it stands, at a smaller size where it says so here."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from trl_bbkd.teacher_data import check_teacher_data
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+SMALL = "--use_cpu true --bf16 false --max_steps 2 --per_device_train_batch_size 8 --max_completion_length 12"
+
+
+def blocks(language):
+    return [code for name, code in BLOCKS if name == language]
+
+
+def run(command, cwd, timeout=900):
+    process = subprocess.run(
+        command,
+        shell=True,
+        executable="/bin/bash",
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
+    return process
+
+
+def test_every_block_has_a_test():
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash"]
+
+
+def test_install_commands():
+    """Installing is `.ci/run`'s part: it runs the second block from its first word to its last."""
+    install, test = blocks("bash")[:2]
+    assert install == "pip install -c constraints.txt -e . && accelerate launch recipes/gad.yaml\n"
+    assert test == 'pip install -c constraints.txt -e ".[test]" && pytest\n'
+    assert test.strip() in (ROOT / ".ci/run").read_text()
+
+
+def test_first_command_in_small(tmp_path):
+    launch = blocks("bash")[0].split("&&")[1].strip()
+    run(f"{launch} --max_steps 4 --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
+    check_run(tmp_path / "gad")
+
+
+@pytest.mark.slow
+def test_first_command_as_it_stands(tmp_path):
+    launch = blocks("bash")[0].split("&&")[1].strip()
+    run(f"{launch} --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
+    check_run(tmp_path / "gad")
+    results = json.loads((tmp_path / "gad/metrics.json").read_text())["results"]
+    assert results["GAD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+
+
+def check_run(folder):
+    for name in ("model.safetensors", "README.md", "report.md", "curves.png", "metrics.json"):
+        assert (folder / name).stat().st_size > 100, name
+    assert (folder / "discriminator/backbone/model.safetensors").is_file()
+    assert {"undistilled", "SeqKD", "GAD"} <= set(json.loads((folder / "metrics.json").read_text())["results"])
+    code = (
+        "import sys; from transformers import pipeline; "
+        "print(pipeline('text-generation', sys.argv[1])('tom takes 4 pears to the market .', max_new_tokens=8))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "generated_text" in process.stdout, process.stderr[-2000:]
+
+
+def test_python_example(tmp_path):
+    (code,) = blocks("python")
+    small = code.replace("max_steps=20", "max_steps=2, use_cpu=True, bf16=False, per_device_train_batch_size=8")
+    small = small.replace("output/student", str(tmp_path / "student"))
+    assert small.count("max_steps=2,") == 1
+    script = tmp_path / "example.py"
+    script.write_text(small)
+    run(f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}", ROOT)
+    assert (tmp_path / "student/model.safetensors").is_file()
+    assert (tmp_path / "student/discriminator/heads.safetensors").is_file()
+
+
+def test_teacher_file_and_recipe(tmp_path, tiny_model_dir):
+    (example,), (recipe,), command = blocks("json"), blocks("yaml"), blocks("bash")[2].strip()
+    rows = [json.loads(line) for line in example.splitlines()]
+    for row in rows:
+        assert check_teacher_data(Dataset.from_list([row])).rows == 1
+    (tmp_path / "teacher.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(24)))
+    (tmp_path / "my.yaml").write_text(recipe.replace("Qwen/Qwen2.5-0.5B-Instruct", tiny_model_dir))
+    run(f"{command} {SMALL}", tmp_path)
+    assert (tmp_path / "output/student/report.md").is_file()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
