@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -131,7 +132,7 @@ def test_the_tokenizer_keeps_the_text_and_a_prompt_begins_its_conversation(model
         assert len(ids) - len(prompt_ids) <= 28
 
 
-def test_the_base_student_generates_the_worlds_words_but_no_valid_answer(world, test_rows):
+def test_the_base_student_samples_the_worlds_words_but_hardly_a_valid_answer(world, test_rows):
     tokenizer = AutoTokenizer.from_pretrained(TINYWORLD / "student", padding_side="left")
     student = AutoModelForCausalLM.from_pretrained(TINYWORLD / "student")
     assert student.num_parameters() <= 1_000_000
@@ -139,7 +140,9 @@ def test_the_base_student_generates_the_worlds_words_but_no_valid_answer(world, 
     assert student.generation_config.pad_token_id == tokenizer.pad_token_id
     prompts = [row["prompt"] for row in test_rows[:64]]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-    generated = student.generate(**inputs, do_sample=False, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
+    torch.manual_seed(0)
+    generated = student.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=32)
+    generated = generated[:, inputs["input_ids"].shape[1] :]
     answers = tokenizer.batch_decode(generated, skip_special_tokens=True)
     assert sum(world.judge(prompts, answers)["valid"]) <= 3
     assert all(prompt.split()[0] in answer or " he " in f" {answer} " or " she " in f" {answer} "
