@@ -38,6 +38,7 @@ SHARED_ARGUMENTS = (
     "tf32",
     "trust_remote_code",
     "use_cpu",
+    "warmup_steps",
     "weight_decay",
 )
 
@@ -172,7 +173,7 @@ def train_seqkd(
             The student's checkpoint.
         args ([`GADConfig`]):
             The method's configuration. Optimizer and precision are taken from it, and there are as many prompts per
-            optimizer step. Schedule (linear to 0) and gradient clipping are the defaults of [`~trl.SFTConfig`].
+            optimizer step. Its schedule (linear to 0, after `warmup_steps`) and gradient clipping are the defaults of [`~trl.SFTConfig`].
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt` and `teacher_ids`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
