@@ -54,7 +54,8 @@ def test_install_commands():
 
 def test_first_command_in_small(tmp_path):
     launch = blocks("bash")[0].split("&&")[1].strip()
-    run(f"{launch} --max_steps 4 --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
+    process = run(f"{launch} --max_steps 4 --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
+    assert "undistilled" in process.stdout and "SeqKD" in process.stdout
     check_run(tmp_path / "gad")
 
 

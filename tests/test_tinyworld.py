@@ -37,7 +37,7 @@ def train_rows():
 
 
 @pytest.fixture(scope="module")
-def test_rows():
+def held_out_rows():
     return read_rows("teacher_test.jsonl")
 
 
@@ -85,8 +85,8 @@ def test_a_foreign_prompt_is_refused(world):
             world.is_valid(prompt, ANSWER)
 
 
-def test_distributions_sum_to_one_and_are_empty_off_the_path(world, test_rows):
-    for row in test_rows[:20]:
+def test_distributions_sum_to_one_and_are_empty_off_the_path(world, held_out_rows):
+    for row in held_out_rows[:20]:
         tokens = [*row["completion"].split(), world.END]
         for length, token in enumerate(tokens):
             distribution = world.next_token_distribution(row["prompt"], tokens[:length])
@@ -105,17 +105,17 @@ def test_samples_follow_the_next_token_distribution(world):
         assert first_words.count(word) / 2000 == pytest.approx(probability, abs=0.05)
 
 
-def test_committed_text_is_what_the_world_writes(train_rows, test_rows):
-    assert load_script("build").teacher_rows() == (train_rows, test_rows)
+def test_committed_text_is_what_the_world_writes(train_rows, held_out_rows):
+    assert load_script("build").teacher_rows() == (train_rows, held_out_rows)
 
 
-def test_committed_text_is_valid_and_test_prompts_are_new(world, train_rows, test_rows):
-    for rows in (train_rows, test_rows):
+def test_committed_text_is_valid_and_test_prompts_are_new(world, train_rows, held_out_rows):
+    for rows in (train_rows, held_out_rows):
         judged = world.judge([row["prompt"] for row in rows], [row["completion"] for row in rows])
         assert sum(judged["valid"]) == len(rows)
     train_prompts = {row["prompt"] for row in train_rows}
-    assert not train_prompts & {row["prompt"] for row in test_rows}
-    assert len({row["prompt"] for row in test_rows}) == len(test_rows) == 256
+    assert not train_prompts & {row["prompt"] for row in held_out_rows}
+    assert len({row["prompt"] for row in held_out_rows}) == len(held_out_rows) == 256
     assert len(train_prompts) < len(train_rows)  # some prompts are answered twice
 
 
@@ -132,13 +132,13 @@ def test_the_tokenizer_keeps_the_text_and_a_prompt_begins_its_conversation(model
         assert len(ids) - len(prompt_ids) <= 28
 
 
-def test_the_base_student_samples_the_worlds_words_but_hardly_a_valid_answer(world, test_rows):
+def test_the_base_student_samples_the_worlds_words_but_hardly_a_valid_answer(world, held_out_rows):
     tokenizer = AutoTokenizer.from_pretrained(TINYWORLD / "student", padding_side="left")
     student = AutoModelForCausalLM.from_pretrained(TINYWORLD / "student")
     assert student.num_parameters() <= 1_000_000
     assert student.generation_config.eos_token_id == tokenizer.eos_token_id
     assert student.generation_config.pad_token_id == tokenizer.pad_token_id
-    prompts = [row["prompt"] for row in test_rows[:64]]
+    prompts = [row["prompt"] for row in held_out_rows[:64]]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     torch.manual_seed(0)
     generated = student.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=32)
