@@ -22,8 +22,8 @@ def build(model_dir, head, **kwargs):
 @pytest.mark.parametrize("head", ["scalar", "likelihood"])
 def test_padding_has_no_influence(tiny_model_dir, head):
     discriminator = build(tiny_model_dir, head)
-    together, _ = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0))
-    other_padding, _ = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=2))
+    together = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0)).scores
+    other_padding = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=2)).scores
     alone = [
         discriminator(**collate_responses([prompt], [response], pad_token_id=0))[0]
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
@@ -38,7 +38,7 @@ def test_likelihood_score_equals_full_logits(tiny_model_dir, reduction):
     with torch.no_grad():
         discriminator.likelihood_scale.fill_(0.7)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64).eval()
-    scores, log_likelihoods = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0))
+    scores, _, log_likelihoods = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0))
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         output = model(torch.tensor([prompt + response]), output_hidden_states=True)
         log_probs = output.logits[0].log_softmax(-1)
@@ -53,7 +53,7 @@ def test_likelihood_score_equals_full_logits(tiny_model_dir, reduction):
 
 def test_likelihood_head_starts_as_the_language_model(tiny_model_dir):
     discriminator = build_discriminator(tiny_model_dir, "likelihood")
-    scores, log_likelihoods = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0))
+    scores, _, log_likelihoods = discriminator(**collate_responses(PROMPTS, RESPONSES, pad_token_id=0))
     torch.testing.assert_close(scores, log_likelihoods)
 
 

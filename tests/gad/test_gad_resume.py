@@ -1,8 +1,15 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 from peft import LoraConfig
+
+from trl_bbkd.gad.checkpoint import is_finished
 
 from .helpers import are_different, assert_same_weights, make_trainer, weights
 
@@ -36,8 +43,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_model_dir, tmp_path, 
     straight.train()
     final = straight.state.log_history[5]
     checkpoint = tmp_path / "run" / f"checkpoint-{resume_at}"
-    phase = json.loads((checkpoint / "gad_state.json").read_text())
-    assert phase == {"phase": "warmup" if resume_at == 2 else "adversarial", "warmup_steps": 3}
+    state = json.loads((checkpoint / "gad_state.json").read_text())
+    assert (state["phase"], state["warmup_steps"]) == ("warmup" if resume_at == 2 else "adversarial", 3)
 
     resumed = trainer("run")
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -93,3 +100,120 @@ def test_save_model_leaves_student_and_discriminator(tiny_model_dir, tmp_path, s
     discriminator = Discriminator.from_pretrained(tmp_path / "final" / "discriminator")
     assert_same_weights(weights(trainer.discriminator), weights(discriminator))
     assert AutoTokenizer.from_pretrained(tmp_path / "final").eos_token == "<|im_end|>"
+
+
+EVERYTHING_ON = {
+    "max_steps": 6,
+    "num_train_epochs": 6,
+    "warmup_epochs": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "beta": 0.1,
+    "discriminator_head": "likelihood",
+    "advantage_estimator": "gae",
+    "critic": "copy",
+    "critic_learning_rate": 1e-3,
+    "discriminator_replay_size": 40,
+}
+
+
+def everything(trainer):
+    """Weights and optimizer states of student, discriminator and critic, and the replayed pairs."""
+    critic, replay = trainer.critic_trainer, trainer.discriminator_trainer.replay
+    optimizers = [trainer.optimizer, trainer.discriminator_trainer.optimizer, critic.optimizer]
+    states = [
+        torch.as_tensor(value).clone()
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _, value in sorted(getattr(optimizer, "optimizer", optimizer).state[parameter].items())
+    ]
+    modules = (trainer.model, trainer.discriminator, critic.critic)
+    return [weights(module) for module in modules], states, list(replay.pairs), replay.generator.get_state()
+
+
+@pytest.mark.parametrize(
+    "cycle",
+    [
+        {"steps_per_generation": 4},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2},
+    ],
+    ids=["4 steps a batch", "2 micro-batches, 2 iterations"],
+)
+def test_a_run_resumed_at_any_step_ends_like_an_uninterrupted_one(tiny_model_dir, tmp_path, standard_rows, cycle):
+    def trainer():
+        return make_trainer(tmp_path, tiny_model_dir, standard_rows, **EVERYTHING_ON, **cycle)
+
+    straight = trainer()
+    straight.train()
+    expected_weights, expected_states, expected_pairs, expected_generator = everything(straight)
+    assert straight.discriminator_trainer.replay.pairs
+    for step in range(1, 6):
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        found_weights, found_states, found_pairs, found_generator = everything(resumed)
+        for expected, found in zip(expected_weights, found_weights, strict=True):
+            assert_same_weights(expected, found)
+        assert all(torch.equal(*pair) for pair in zip(expected_states, found_states, strict=True)), step
+        assert found_pairs == expected_pairs
+        assert torch.equal(found_generator, expected_generator)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.conftest import SENTENCES
+from tests.gad.helpers import make_trainer
+from trl_bbkd import GADTrainer
+
+class KilledWhileSaving(GADTrainer):
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8], "row": i} for i in range(16)]
+make_trainer(sys.argv[1], sys.argv[2], rows, KilledWhileSaving, max_steps=6, save_strategy="steps", save_steps=2).train()
+"""
+
+
+def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_model_dir, tmp_path, standard_rows):
+    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    straight = make_trainer(tmp_path / "straight", tiny_model_dir, standard_rows, **config)
+    straight.train()
+
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run"), tiny_model_dir], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    half_written = tmp_path / "run" / "checkpoint-4"
+    assert (half_written / "gad_state.json").is_file() and not is_finished(half_written)
+
+    resumed = make_trainer(tmp_path / "run", tiny_model_dir, standard_rows, **config)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(straight.model), weights(resumed.model))
+    assert_same_weights(weights(straight.discriminator), weights(resumed.discriminator))
+    assert is_finished(half_written)
+
+
+def test_a_checkpoint_cut_inside_its_last_file_is_not_finished(tmp_path):
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"global_step": 2}))
+    assert is_finished(tmp_path)
+    os.truncate(state, 5)
+    assert not is_finished(tmp_path)
+
+
+def test_another_runs_checkpoints_are_refused_before_training(tiny_model_dir, tmp_path, standard_rows):
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train()
+    other = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config, num_generations=2)
+    with pytest.raises(
+        ValueError, match="belongs to another run.*num_generations: 4 there, 2 here.*another output_dir"
+    ):
+        other.train()
+    with pytest.raises(ValueError, match="num_generations: 4 there, 2 here.*settings it was written with"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert other.state.global_step == 0
+    with pytest.raises(ValueError, match="no finished checkpoint"):
+        make_trainer(tmp_path / "empty", tiny_model_dir, standard_rows, **config).train(resume_from_checkpoint=True)

@@ -180,9 +180,9 @@ def test_identical_text_scores_identically(tiny_model_dir, tmp_path, standard_ro
     end = [] if truncated else [2]
     answers = [[20, 21, 22, *end], [30, *end], [40, 41, 42, 43, 44, 45, 46, *end]]
     pairs = PairBatch([[5, 6], [7, 8, 9], [10]], answers, answers * 2, [0, 1, 2] * 2)
-    teacher_scores, student_scores = trainer.score(pairs)
-    torch.testing.assert_close(student_scores, teacher_scores.repeat(2), atol=1e-5, rtol=1e-5)
-    metrics = trainer.measure(pairs, teacher_scores, student_scores)
+    scores = trainer.score(pairs)
+    torch.testing.assert_close(scores.student, scores.teacher.repeat(2), atol=1e-5, rtol=1e-5)
+    metrics = trainer.measure(pairs, scores)
     assert metrics["discriminator/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["discriminator/margin"] == pytest.approx(0, abs=1e-5)
 
@@ -316,7 +316,7 @@ def test_the_discriminator_step_does_not_depend_on_its_batch_size(tiny_model_dir
         ).discriminator_trainer
         trainer.optimizer.zero_grad = lambda: None
         trainer.args.discriminator_sft_weight = 0.5 if head == "likelihood" else 0.0
-        trainer.update(pairs, *trainer.score(pairs), in_warmup=True)
+        trainer.update(pairs, trainer.score(pairs), in_warmup=True)
         gradients.append([parameter.grad for parameter in trainer.parameters])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
@@ -332,14 +332,14 @@ def test_answer_broadcast_gives_the_gradient_of_one_answer_per_pair(tiny_model_d
     start = weights(trainer.discriminator)
     prompts, teacher, student = [[5, 6], [7, 8, 9]], [[20, 21, 2], [30, 2]], [[40, 2], [41, 42], [43, 44, 45, 2]]
     pairs = PairBatch(prompts, teacher, student, [0, 0, 1])
-    trainer.update(pairs, *trainer.score(pairs))
+    trainer.update(pairs, trainer.score(pairs))
     broadcast = [parameter.grad.clone() for parameter in trainer.parameters]
 
     trainer.discriminator.load_state_dict(start)
     for parameter in trainer.parameters:
         parameter.grad = None
     repeated = PairBatch([prompts[0], *prompts], [teacher[0], *teacher], student, [0, 1, 2])
-    trainer.update(repeated, *trainer.score(repeated))
+    trainer.update(repeated, trainer.score(repeated))
     torch.testing.assert_close([p.grad for p in trainer.parameters], broadcast, atol=1e-6, rtol=1e-4)
 
 

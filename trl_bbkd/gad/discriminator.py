@@ -1,8 +1,10 @@
 import copy
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,24 @@ from .._compat import add_fused_lm_head, disable_dropout
 CONFIG_NAME = "discriminator_config.json"
 HEADS_NAME = "heads.safetensors"
 BACKBONE_NAME = "backbone"
+
+
+class DiscriminatorOutput(NamedTuple):
+    """
+    What a discriminator says of `B` sequences of `T` tokens.
+
+    Parameters:
+        scores (`torch.Tensor` of shape `(B,)`):
+            Scores, in float32.
+        token_scores (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Likelihood head only: what each token adds to the score; zero outside the response.
+        log_likelihoods (`torch.Tensor` of shape `(B,)`, *optional*):
+            Likelihood head only: `log p_D(y | x)` of each response, in nats.
+    """
+
+    scores: torch.Tensor
+    token_scores: torch.Tensor | None = None
+    log_likelihoods: torch.Tensor | None = None
 
 
 class Discriminator(nn.Module):
@@ -71,7 +91,7 @@ class Discriminator(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> DiscriminatorOutput:
         """
         Score a right-padded batch of `[prompt, response]` sequences. The padding has no influence.
 
@@ -84,32 +104,30 @@ class Discriminator(nn.Module):
                 1 on the response's tokens, its EOS included.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Scores of shape `(B,)` in float32, and, for the likelihood head
-            only, `log p_D(y | x)` of each response in nats, of shape `(B,)`.
+            [`DiscriminatorOutput`]
         """
-        if self.head == "likelihood":
-            labels = input_ids.masked_fill(response_mask == 0, -100)
-            output = self.backbone(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
-            )
-            hidden = self._last_hidden_state
-            log_likelihood = output.log_probs.float().sum(dim=1)
-        else:
+        rows, last_token = torch.arange(len(input_ids), device=input_ids.device), attention_mask.sum(dim=1) - 1
+        if self.head == "scalar":
             hidden = self.backbone(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
-            log_likelihood = None
+            return DiscriminatorOutput(self._head_scores(hidden[rows, last_token]))
 
-        last_token = attention_mask.sum(dim=1) - 1
-        rows = torch.arange(hidden.size(0), device=hidden.device)
+        labels = input_ids.masked_fill(response_mask == 0, -100)
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+        # The first token of a sequence is not predicted
+        log_probs = F.pad(output.log_probs.float(), (1, 0))
+        evidence = log_probs
+        if self.likelihood_reduction == "mean":
+            evidence = evidence / response_mask.sum(dim=1, keepdim=True)
+        head_scores = self._head_scores(self._last_hidden_state[rows, last_token])
+        token_scores = self.likelihood_scale * evidence
+        token_scores = token_scores.index_put((rows, last_token), head_scores, accumulate=True)
+        return DiscriminatorOutput(token_scores.sum(dim=1), token_scores, log_probs.sum(dim=1))
+
+    def _head_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = self.score_head(hidden[rows, last_token].float()).squeeze(-1)
-            if log_likelihood is not None:
-                evidence = log_likelihood
-                if self.likelihood_reduction == "mean":
-                    evidence = evidence / response_mask.sum(dim=1)
-                scores = scores + self.likelihood_scale * evidence
-        return scores, log_likelihood
+            return self.score_head(hidden.float()).squeeze(-1)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `discriminator_config.json`, the heads and the backbone (safetensors) to `directory`."""

@@ -2,6 +2,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from .discriminator import Discriminator, collate_responses
 from .gad_config import GADConfig
 from .objectives import bradley_terry_loss, cross_entropy_loss, group_std, loss_and_score_gradients, pair_accuracy
+from .optimizer_state import optimizer_tensors, restore_optimizer
+from .stabilizers import ReplayBuffer
 
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -37,6 +40,37 @@ class PairBatch:
     student_ids: list[list[int]]
     prompt_index: list[int]
 
+    @classmethod
+    def from_triples(cls, triples: list[tuple[list[int], list[int], list[int]]]) -> "PairBatch":
+        """Pair up `(prompt_ids, teacher_ids, student_ids)`, each different teacher's answer once."""
+        numbers: dict[tuple, int] = {}
+        prompt_index = [
+            numbers.setdefault((tuple(prompt), tuple(teacher)), len(numbers)) for prompt, teacher, _ in triples
+        ]
+        return cls(
+            prompt_ids=[list(prompt) for prompt, _ in numbers],
+            teacher_ids=[list(teacher) for _, teacher in numbers],
+            student_ids=[student for _, _, student in triples],
+            prompt_index=prompt_index,
+        )
+
+    def triples(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """`(prompt_ids, teacher_ids, student_ids)` of each sample."""
+        return [
+            (self.prompt_ids[index], self.teacher_ids[index], student)
+            for index, student in zip(self.prompt_index, self.student_ids, strict=True)
+        ]
+
+    def joined(self, other: "PairBatch") -> "PairBatch":
+        """Both batches as one, this one's prompts and samples first."""
+        offset = len(self.prompt_ids)
+        return PairBatch(
+            prompt_ids=self.prompt_ids + other.prompt_ids,
+            teacher_ids=self.teacher_ids + other.teacher_ids,
+            student_ids=self.student_ids + other.student_ids,
+            prompt_index=self.prompt_index + [offset + index for index in other.prompt_index],
+        )
+
     @property
     def prompts(self) -> list[list[int]]:
         return self.prompt_ids + [self.prompt_ids[i] for i in self.prompt_index]
@@ -44,6 +78,22 @@ class PairBatch:
     @property
     def responses(self) -> list[list[int]]:
         return self.teacher_ids + self.student_ids
+
+
+class PairScores(NamedTuple):
+    """
+    Scores of a [`PairBatch`].
+
+    Parameters:
+        teacher (`torch.Tensor` of shape `(P,)`), student (`torch.Tensor` of shape `(B,)`):
+            Raw scores.
+        student_tokens (`torch.Tensor` of shape `(B, T)`, *optional*):
+            What each token of the samples, right-padded with zeros, adds to its score (likelihood head only).
+    """
+
+    teacher: torch.Tensor
+    student: torch.Tensor
+    student_tokens: torch.Tensor | None = None
 
 
 class DiscriminatorTrainer:
@@ -78,6 +128,12 @@ class DiscriminatorTrainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=args.discriminator_learning_rate, weight_decay=args.discriminator_weight_decay
         )
+        # Each process replays pairs of its own
+        self.replay = (
+            ReplayBuffer(args.discriminator_replay_size, args.seed + accelerator.process_index)
+            if args.discriminator_replay_size > 0
+            else None
+        )
 
     def _chunks(self, pairs: PairBatch) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         """Yield row numbers of `pairs.responses` with their batch, longest first so that chunks pad little."""
@@ -94,50 +150,47 @@ class DiscriminatorTrainer:
             yield rows, batch
 
     @torch.no_grad()
-    def score(self, pairs: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Score both sides with the discriminator as it stands.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Teacher scores of shape `(P,)`, student scores of shape `(B,)`.
-        """
+    def score(self, pairs: PairBatch) -> PairScores:
+        """Score both sides with the discriminator as it stands."""
         self.discriminator.eval()
-        scores = torch.empty(len(pairs.responses), device=self.accelerator.device)
+        num_teacher, device = len(pairs.teacher_ids), self.accelerator.device
+        scores = torch.empty(len(pairs.responses), device=device)
+        tokens = torch.zeros(len(pairs.student_ids), max(map(len, pairs.student_ids)), device=device)
         for rows, batch in self._chunks(pairs):
-            scores[rows] = self.discriminator(**batch)[0]
-        return scores.split([len(pairs.teacher_ids), len(pairs.student_ids)])
+            output = self.discriminator(**batch)
+            scores[rows] = output.scores
+            if output.token_scores is None:
+                continue
+            for row, token_scores, is_response in zip(rows, output.token_scores, batch["response_mask"], strict=True):
+                if row >= num_teacher:
+                    response = token_scores[is_response.bool()]
+                    tokens[row - num_teacher, : len(response)] = response
+        teacher, student = scores.split([num_teacher, len(pairs.student_ids)])
+        return PairScores(teacher, student, tokens if self.discriminator.head == "likelihood" else None)
 
-    def measure(
-        self, pairs: PairBatch, teacher_scores: torch.Tensor, student_scores: torch.Tensor
-    ) -> dict[str, float]:
+    def measure(self, pairs: PairBatch, scores: PairScores) -> dict[str, float]:
         """Metrics of already scored pairs, averaged over processes."""
-        prompt_index = torch.tensor(pairs.prompt_index, device=student_scores.device)
-        sides = (teacher_scores, student_scores, prompt_index)
+        prompt_index = torch.tensor(pairs.prompt_index, device=scores.student.device)
+        sides = (scores.teacher, scores.student, prompt_index)
         metrics = {
             "discriminator/loss": self.loss_fn(*sides),
             "discriminator/accuracy": pair_accuracy(*sides),
-            "discriminator/margin": (teacher_scores[prompt_index] - student_scores).mean(),
-            "discriminator/teacher_score": teacher_scores[prompt_index].mean(),
-            "discriminator/student_score": student_scores.mean(),
-            "discriminator/group_std": group_std(student_scores, prompt_index, len(pairs.prompt_ids)),
+            "discriminator/margin": (scores.teacher[prompt_index] - scores.student).mean(),
+            "discriminator/teacher_score": scores.teacher[prompt_index].mean(),
+            "discriminator/student_score": scores.student.mean(),
+            "discriminator/group_std": group_std(scores.student, prompt_index, len(pairs.prompt_ids)),
         }
         values = self.accelerator.gather(torch.stack(list(metrics.values()))[None]).mean(dim=0)
         return dict(zip(metrics, values.tolist(), strict=True))
 
-    def update(
-        self,
-        pairs: PairBatch,
-        teacher_scores: torch.Tensor,
-        student_scores: torch.Tensor,
-        in_warmup: bool = False,
-    ) -> dict[str, float]:
+    def update(self, pairs: PairBatch, scores: PairScores, in_warmup: bool = False) -> dict[str, float]:
         """
-        Take `discriminator_updates_per_batch` optimizer steps on one generation batch.
+        Take `discriminator_updates_per_batch` optimizer steps on one generation batch and, with replay, on past pairs.
 
         Args:
             pairs ([`PairBatch`]):
                 The sequences.
-            teacher_scores (`torch.Tensor` of shape `(P,)`), student_scores (`torch.Tensor` of shape `(B,)`):
+            scores ([`PairScores`]):
                 What [`~DiscriminatorTrainer.score`] just gave for them.
             in_warmup (`bool`, *optional*, defaults to `False`):
                 Whether the run is in its warm-up, which has its own learning rate and may add the mean negative
@@ -153,19 +206,21 @@ class DiscriminatorTrainer:
                 learning_rate = self.args.discriminator_warmup_learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        prompt_index = torch.tensor(pairs.prompt_index, device=student_scores.device)
-        num_teacher = len(pairs.teacher_ids)
+        num_fresh_teacher, device = len(pairs.teacher_ids), scores.student.device
         # The mean over processes, by which DDP's averaged gradient is that of the token mean over all of them
-        teacher_tokens = torch.tensor(float(sum(map(len, pairs.teacher_ids))), device=student_scores.device)
+        teacher_tokens = torch.tensor(float(sum(map(len, pairs.teacher_ids))), device=device)
         teacher_tokens = self.accelerator.reduce(teacher_tokens, reduction="mean").item()
+        if self.replay is not None:
+            pairs, scores = self._with_past_pairs(pairs, scores)
+        prompt_index = torch.tensor(pairs.prompt_index, device=device)
         metrics = {}
         for update in range(self.args.discriminator_updates_per_batch):
             if update > 0:
-                teacher_scores, student_scores = self.score(pairs)
-            _, *gradients = loss_and_score_gradients(self.loss_fn, teacher_scores, student_scores, prompt_index)
+                scores = self.score(pairs)
+            _, *gradients = loss_and_score_gradients(self.loss_fn, scores.teacher, scores.student, prompt_index)
             score_gradient = torch.cat(gradients)
             likelihood_gradient = torch.zeros_like(score_gradient)
-            likelihood_gradient[:num_teacher] = -sft_weight / teacher_tokens
+            likelihood_gradient[:num_fresh_teacher] = -sft_weight / teacher_tokens
             teacher_log_likelihood = 0.0
 
             self.discriminator.train()
@@ -173,12 +228,12 @@ class DiscriminatorTrainer:
             for number, (rows, batch) in enumerate(chunks):
                 is_last = number == len(chunks) - 1
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                    scores, log_likelihood = self.model(**batch)
-                    objective = (scores * score_gradient[rows]).sum()
+                    output = self.model(**batch)
+                    objective = (output.scores * score_gradient[rows]).sum()
                     if sft_weight > 0:
-                        objective = objective + (log_likelihood * likelihood_gradient[rows]).sum()
-                        from_teacher = torch.tensor(rows, device=scores.device) < num_teacher
-                        teacher_log_likelihood += log_likelihood.detach()[from_teacher].sum().item()
+                        objective = objective + (output.log_likelihoods * likelihood_gradient[rows]).sum()
+                        is_fresh_teacher = torch.tensor(rows, device=device) < num_fresh_teacher
+                        teacher_log_likelihood += output.log_likelihoods.detach()[is_fresh_teacher].sum().item()
                     objective.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.discriminator_max_grad_norm)
             self.optimizer.step()
@@ -188,20 +243,24 @@ class DiscriminatorTrainer:
                 metrics["discriminator/teacher_nll"] = -teacher_log_likelihood / teacher_tokens
         return metrics
 
+    def _with_past_pairs(self, pairs: PairBatch, scores: PairScores) -> tuple[PairBatch, PairScores]:
+        """The batch and, behind it, as many past pairs as `discriminator_replay_ratio` asks for."""
+        ratio = self.args.discriminator_replay_ratio
+        triples = self.replay.sample(round(len(pairs.student_ids) * ratio / (1 - ratio)))
+        self.replay.add(pairs.triples())
+        if not triples:
+            return pairs, scores
+        past = PairBatch.from_triples(triples)
+        past_scores = self.score(past)
+        teacher = torch.cat([scores.teacher, past_scores.teacher])
+        return pairs.joined(past), PairScores(teacher, torch.cat([scores.student, past_scores.student]))
+
     def save(self, directory: Path) -> None:
         """Write the discriminator and its optimizer's state to `directory`."""
         self.discriminator.save_pretrained(directory)
-        tensors = {
-            f"{index}.{name}": value
-            for index, parameter in enumerate(self.parameters)
-            for name, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        save_file(tensors, directory / OPTIMIZER_NAME)
+        save_file(optimizer_tensors(self.optimizer), directory / OPTIMIZER_NAME)
 
     def load(self, directory: Path) -> None:
         """Restore what [`~DiscriminatorTrainer.save`] wrote."""
         self.discriminator.load_weights(directory)
-        for key, value in load_file(directory / OPTIMIZER_NAME).items():
-            index, name = key.split(".", 1)
-            parameter = self.parameters[int(index)]
-            self.optimizer.state[parameter][name] = value.to(parameter.device if name != "step" else "cpu")
+        restore_optimizer(self.optimizer, load_file(directory / OPTIMIZER_NAME))

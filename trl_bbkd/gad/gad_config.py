@@ -71,9 +71,51 @@ class GADConfig(GRPOConfig):
         discriminator_sft_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the language-model loss on the teacher's answers, added to the discriminator's loss during
             warm-up (ours, `"likelihood"` head only: its first guess is as good as its language model).
+
+        > Parameters that control the advantages
+
+        advantage_estimator (`str`, *optional*, defaults to `"group"`):
+            `"group"`: a sample against the other samples of its prompt (GRPO, as in the paper). `"gae"`: generalized
+            advantage estimation with a critic (PPO).
+        discriminator_credit (`str`, *optional*, defaults to `"sequence"`):
+            `"sequence"`: the score is one reward for the whole answer. `"token"` (ours, `"likelihood"` head only): each
+            token is rewarded with what it adds to the score; with `"group"`, the advantage of a token is the reward
+            still to come against that of the group.
+        gamma (`float`, *optional*, defaults to `1.0`):
+            Discount of `"gae"`.
+        lam (`float`, *optional*, defaults to `0.95`):
+            Trade-off of `"gae"` between the critic's bias (0) and the variance of sampled returns (1).
+        critic (`str`, *optional*):
+            The value model of `"gae"`. `"copy"`: the student's checkpoint with a value head, trained. `"trunk"`: a
+            value head on the student's own trunk, which it reads without changing it.
+        critic_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Learning rate of the critic's own AdamW optimizer, constant. It learns in both stages.
+        critic_lora_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of [`~peft.LoraConfig`]: train the `"copy"` as a LoRA adapter.
+        critic_max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Gradient norm the critic's gradient is clipped to.
+        cliprange_value (`float`, *optional*, defaults to `0.5`):
+            How far the value loss lets a value move from what it was when the answer was sampled, in units of the
+            reward.
+
+        > Parameters that stabilise the game, all off by default
+
+        discriminator_replay_size (`int`, *optional*, defaults to `0`):
+            Past pairs each process keeps to show the discriminator again. Metrics stay those of fresh pairs.
+        discriminator_replay_ratio (`float`, *optional*, defaults to `0.5`):
+            Share of past pairs in the discriminator's batch.
+        policy_min_accuracy (`float`, *optional*):
+            Hold the student still while the discriminator's accuracy on fresh pairs is under this bound
+            (adversarial stage).
+        discriminator_max_accuracy (`float`, *optional*):
+            Hold the discriminator still while its accuracy on fresh pairs is over this bound (adversarial stage).
+        group_std_floor (`float`, *optional*, defaults to `0.0`):
+            Least standard deviation that advantages of `"group"` are divided by, in units of the reward.
+        length_control (`bool`, *optional*, defaults to `False`):
+            Remove from the discriminator's score what length explains within the groups.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["discriminator_lora_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["discriminator_lora_kwargs", "critic_lora_kwargs"]
 
     # Changed defaults
     beta: float = field(
@@ -173,10 +215,80 @@ class GADConfig(GRPOConfig):
         },
     )
 
+    # Advantages
+    advantage_estimator: Literal["group", "gae"] = field(
+        default="group",
+        metadata={
+            "help": "`group`: against the prompt's other samples (GRPO, the paper). `gae`: with a critic (PPO)."
+        },
+    )
+    discriminator_credit: Literal["sequence", "token"] = field(
+        default="sequence",
+        metadata={
+            "help": "`sequence`: the score rewards the whole answer. `token`: each token is rewarded with what it adds "
+            "to the score (`likelihood` head only)."
+        },
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of generalized advantage estimation."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    critic: Literal["copy", "trunk"] | None = field(
+        default=None,
+        metadata={
+            "help": "Value model of `gae`. `copy`: the student's checkpoint with a value head, trained. `trunk`: a value "
+            "head on the student's own trunk, which it only reads."
+        },
+    )
+    critic_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the critic, constant."})
+    critic_lora_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the `copy` as a LoRA adapter."},
+    )
+    critic_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradient norm the critic's gradient is clipped to."}
+    )
+    cliprange_value: float = field(
+        default=0.5, metadata={"help": "How far the value loss lets a value move from the old one."}
+    )
+
+    # Stabilisers
+    discriminator_replay_size: int = field(
+        default=0, metadata={"help": "Past pairs each process keeps to show the discriminator again. `0`: no replay."}
+    )
+    discriminator_replay_ratio: float = field(
+        default=0.5, metadata={"help": "Share of past pairs in the discriminator's batch."}
+    )
+    policy_min_accuracy: float | None = field(
+        default=None,
+        metadata={"help": "Hold the student still while the discriminator's accuracy on fresh pairs is lower."},
+    )
+    discriminator_max_accuracy: float | None = field(
+        default=None,
+        metadata={"help": "Hold the discriminator still while its accuracy on fresh pairs is higher."},
+    )
+    group_std_floor: float = field(
+        default=0.0, metadata={"help": "Least standard deviation that group advantages are divided by."}
+    )
+    length_control: bool = field(
+        default=False,
+        metadata={"help": "Remove from the discriminator's score what length explains within the groups."},
+    )
+
     def __post_init__(self):
+        # The Trainer would take larger to be better for every metric whose name does not end in `loss`, and `loss`, the
+        # policy's, for the default metric
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "teacher_nll"
+        if str(self.metric_for_best_model).endswith("teacher_nll") and self.greater_is_better is None:
+            self.greater_is_better = False
         super().__post_init__()
         if self.fp16:
             raise ValueError("GAD does not support fp16: the discriminator's loss is not scaled. Use `bf16=True`.")
+        self._check_bounds()
+        self._check_stages()
+        self._check_advantages()
+        self._check_stabilizers()
+
+    def _check_stages(self):
         if not 0 <= self.warmup_epochs <= self.num_train_epochs:
             raise ValueError(
                 f"warmup_epochs counts towards num_train_epochs ({self.num_train_epochs}) and must lie between 0 and "
@@ -194,6 +306,60 @@ class GADConfig(GRPOConfig):
             )
         if self.warmup_learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"warmup_learning_rate needs a positive learning_rate, got {self.learning_rate}.")
+
+    def _check_advantages(self):
+        if self.advantage_estimator == "gae" and self.critic is None:
+            raise ValueError(
+                "advantage_estimator='gae' needs a critic: set critic='copy' (a value model of its own) or "
+                "critic='trunk' (a value head on the student)."
+            )
+        if self.critic is not None and self.advantage_estimator != "gae":
+            raise ValueError(f"critic={self.critic!r} is only used by advantage_estimator='gae'. Set both or neither.")
+        if self.critic_lora_kwargs is not None and self.critic != "copy":
+            raise ValueError(f"critic_lora_kwargs needs critic='copy', got critic={self.critic!r}.")
+        if self.discriminator_credit == "token" and self.discriminator_head != "likelihood":
+            raise ValueError(
+                "discriminator_credit='token' needs discriminator_head='likelihood': the "
+                f"{self.discriminator_head!r} head gives no score to single tokens."
+            )
+        per_token = self.advantage_estimator == "gae" or self.discriminator_credit == "token"
+        if per_token and self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level={self.importance_sampling_level!r} has one ratio for an answer, but "
+                "advantage_estimator='gae' and discriminator_credit='token' give each token its advantage. Set "
+                "importance_sampling_level='token'."
+            )
+        if self.group_std_floor > 0 and (self.advantage_estimator == "gae" or self.scale_rewards == "none"):
+            raise ValueError(
+                f"group_std_floor={self.group_std_floor} bounds the standard deviation that group advantages are divided "
+                "by; with advantage_estimator='gae' or scale_rewards='none' there is no such division. Set it to 0."
+            )
+
+    def _check_stabilizers(self):
+        for name in ("policy_min_accuracy", "discriminator_max_accuracy"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is an accuracy and must lie between 0 and 1, got {value}.")
+        if self.discriminator_replay_size == 0:
+            return
+        if not 0 < self.discriminator_replay_ratio < 1:
+            raise ValueError(
+                f"discriminator_replay_ratio is a share and must lie between 0 and 1, got {self.discriminator_replay_ratio}."
+            )
+        if self.discriminator_updates_per_batch == 0:
+            raise ValueError(
+                "discriminator_replay_size needs a discriminator that learns, but discriminator_updates_per_batch is 0."
+            )
+        fresh = self.per_device_train_batch_size * self.steps_per_generation
+        past = round(fresh * self.discriminator_replay_ratio / (1 - self.discriminator_replay_ratio))
+        if self.discriminator_replay_size < past:
+            raise ValueError(
+                f"discriminator_replay_size={self.discriminator_replay_size} has no room: each batch of {fresh} fresh "
+                f"pairs per process draws {past} past ones. Set it to several times {past}, or lower "
+                "discriminator_replay_ratio."
+            )
+
+    def _check_bounds(self):
         minimum = {
             "warmup_learning_rate": 0,
             "discriminator_only_steps": 0,
@@ -204,10 +370,19 @@ class GADConfig(GRPOConfig):
             "discriminator_sft_weight": 0,
             "discriminator_batch_size": 1,
             "max_prompt_length": 1,
+            "gamma": 0,
+            "lam": 0,
+            "critic_learning_rate": 0,
+            "discriminator_replay_size": 0,
+            "group_std_floor": 0,
         }
         for name, bound in minimum.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}.")
-        if self.discriminator_max_grad_norm <= 0:
-            raise ValueError(f"discriminator_max_grad_norm must be positive, got {self.discriminator_max_grad_norm}.")
+        for name in ("discriminator_max_grad_norm", "critic_max_grad_norm", "cliprange_value"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}.")

@@ -1,15 +1,10 @@
-import contextlib
 import copy
-import json
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PeftConfig, PeftModel
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -20,21 +15,27 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from .._compat import fused_forward, pad
+from .._compat import fused_forward
+from ..evaluation import SampleMetrics, judge
 from ..teacher_data import tokenize_teacher_data
+from .advantage_estimator import AdvantageEstimator
+from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator, build_discriminator
-from .discriminator_trainer import DiscriminatorTrainer, PairBatch
+from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .gad_config import GADConfig
+from .held_out import HeldOutMetrics
+from .reference import add_reference_adapter
+from .resumable import ResumableGAD
+from .sharding import refuse_sharding
+from .stabilizers import without_length_effect
+from .stages import TwoStageGAD
+from .warnings import TrainingMonitor
 
 
 logger = logging.getLogger(__name__)
 
-DISCRIMINATOR_FOLDER = "discriminator"
-WARMED_UP_STUDENT_FOLDER = "warmed_up_student"
-STATE_NAME = "gad_state.json"
 
-
-class GADTrainer(GRPOTrainer):
+class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
     r"""
     Trainer for Generative Adversarial Distillation ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
 
@@ -75,6 +76,10 @@ class GADTrainer(GRPOTrainer):
             Where the discriminator starts; instead of `args.discriminator`.
         discriminator_peft_config ([`~peft.PeftConfig`], *optional*):
             Train the discriminator as an adapter; instead of `args.discriminator_lora_kwargs`.
+        sample_metrics (`Callable[[list, list[str]], dict[str, list[float]]]`, *optional*):
+            Judge of the samples of an evaluation: prompts and completions to named lists with one number a completion.
+            Their means are metrics of the evaluation (`eval_<name>`), usable as `metric_for_best_model`, as is
+            `eval_teacher_nll`.
         processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
             As in [`~trl.GRPOTrainer`].
 
@@ -116,10 +121,11 @@ class GADTrainer(GRPOTrainer):
         peft_config: PeftConfig | None = None,
         discriminator: str | PreTrainedModel | Discriminator | None = None,
         discriminator_peft_config: PeftConfig | None = None,
+        sample_metrics: SampleMetrics | None = None,
     ):
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
-        _refuse_sharding(args)
+        refuse_sharding(args)
         if discriminator is not None and args.discriminator is not None:
             raise ValueError("Pass `discriminator` to the trainer or set it in `args`, not both.")
         if discriminator_peft_config is not None and args.discriminator_lora_kwargs is not None:
@@ -199,14 +205,28 @@ class GADTrainer(GRPOTrainer):
             self.accelerator,
             self._tokenizer.pad_token_id,
         )
+        critic_trainer = None
+        if args.critic is not None:
+            critic_peft_config = LoraConfig(**args.critic_lora_kwargs) if args.critic_lora_kwargs else None
+            critic = build_critic(
+                args.critic, self._unwrapped_policy(), student_path, critic_peft_config, **discriminator_kwargs
+            )
+            critic_trainer = CriticTrainer(critic, args, self.accelerator)
+        self.critic_trainer = critic_trainer
+        self._estimate_advantages = AdvantageEstimator(args, self.accelerator, critic_trainer)
+        self.monitor = TrainingMonitor(self._tokenizer)
+        self.sample_metrics = sample_metrics
+        self._held_out = HeldOutMetrics(self.accelerator)
         if self.accelerator.device.type == "cpu":
             # A saturated discriminator's gradients are denormal numbers, on which CPUs are many times slower
             torch.set_flush_denormal(True)
         self._sft_forward = fused_forward(self._unwrapped_policy(), temperature=1.0)
         if args.warmup_epochs > 0 and args.beta != 0 and isinstance(self.model, PeftModel):
-            self._add_reference_adapter()
+            add_reference_adapter(self.accelerator.unwrap_model(self.model))
+        self._student_path = student_path
         self._warmup_steps = None
         self._in_warmup = False
+        self._policy_is_held = False
         self._reference_is_set = False
 
     @property
@@ -217,76 +237,6 @@ class GADTrainer(GRPOTrainer):
     def _unwrapped_policy(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
-
-    # The phase of the run
-
-    def _count_warmup_steps(self, max_steps: int) -> int:
-        share = self.args.warmup_epochs / self.args.num_train_epochs
-        steps_per_batch = max(
-            1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
-        )
-        # Round away what floating point adds, then up to a step at which a generation batch starts
-        return int(-(-round(max_steps * share, 6) // steps_per_batch)) * steps_per_batch
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.warmup_learning_rate is None:
-            return scheduler
-        warmup_steps = self._count_warmup_steps(num_training_steps)
-        factor = self.args.warmup_learning_rate / self.args.learning_rate
-        self.lr_scheduler = LambdaLR(
-            scheduler.optimizer,
-            [
-                lambda step, schedule=schedule: schedule(step) * (factor if step < warmup_steps else 1.0)
-                for schedule in scheduler.lr_lambdas
-            ],
-        )
-        return self.lr_scheduler
-
-    def _start_generation_batch(self) -> None:
-        """Decide the phase of the coming generation batch, which owns every optimizer step until the next one."""
-        if self._warmup_steps is None:
-            self._warmup_steps = self._count_warmup_steps(self.state.max_steps)
-            if self._discriminator_only_steps < self.args.discriminator_only_steps and self._warmup_steps > 0:
-                logger.warning(
-                    f"discriminator_only_steps={self.args.discriminator_only_steps} is more than half of the "
-                    f"{self._warmup_steps} warm-up steps: the discriminator learns alone for "
-                    f"{self._discriminator_only_steps}, so that the student is warmed up too."
-                )
-        self._in_warmup = self.state.global_step < self._warmup_steps
-        self.beta = 0.0 if self._in_warmup else self.args.beta
-        if not self._in_warmup and not self._reference_is_set:
-            self._set_reference()
-
-    @property
-    def _discriminator_only_steps(self) -> int:
-        return min(self.args.discriminator_only_steps, self._warmup_steps // 2)
-
-    def _add_reference_adapter(self) -> None:
-        # TRL computes reference log-probs with an adapter of this name when there is one
-        if "ref" not in self.model.peft_config:
-            self.model.add_adapter("ref", self.model.peft_config["default"])
-            self.model.set_adapter("default")
-        self._copy_adapter_to_reference()
-
-    def _copy_adapter_to_reference(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        for name, parameter in model.named_parameters():
-            if ".default." in name:
-                reference = model.get_parameter(name.replace(".default.", ".ref."))
-                reference.data.copy_(parameter.data)
-                reference.requires_grad_(False)
-
-    def _set_reference(self) -> None:
-        """Make the student, as it is now, the KL reference, and keep it on disk for a resumed run."""
-        if self._warmup_steps > 0:
-            self._save(os.path.join(self.args.output_dir, WARMED_UP_STUDENT_FOLDER))
-        model = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None:
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(model.state_dict())
-        elif self.args.beta != 0 and "ref" in model.peft_config:
-            self._copy_adapter_to_reference()
-        self._reference_is_set = True
 
     # Generation and rewards
 
@@ -305,13 +255,31 @@ class GADTrainer(GRPOTrainer):
         if self.model.training:
             self._start_generation_batch()
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self._in_warmup:
+        if not self.model.training:
+            self._measure_teacher_nll(output | self._teacher_tensors(inputs))
+            return output
+        updates, metrics = self._estimate_advantages(
+            output, self._rewards, self._scores.student_tokens, self._teacher_score
+        )
+        self._log_metrics("train", metrics)
+        output.update(updates)
+        if self._policy_is_held:
+            output["policy_is_held"] = torch.ones((), device=self.accelerator.device)
+        if self._in_warmup:
             output.update(self._teacher_tensors(inputs))
         return output
 
+    def _log_metrics(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    @property
+    def _samples_per_prompt(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
     def _prompt_numbers(self, num_rows: int) -> list[int]:
         """Number of each local row's prompt in the global batch, in which a prompt's samples are neighbours."""
-        num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        num_generations = self._samples_per_prompt
         first = self.accelerator.process_index * num_rows
         return [row // num_generations for row in range(first, first + num_rows)]
 
@@ -331,24 +299,72 @@ class GADTrainer(GRPOTrainer):
     def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
         log_extra("teacher_completion", teacher_completion)
-        return self._student_scores.tolist()
+        return self._scores.student.tolist()
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         pairs = self._collect_pairs(inputs, completion_ids_list)
-        teacher_scores, self._student_scores = self.discriminator_trainer.score(pairs)
+        self._scores = self.discriminator_trainer.score(pairs)
         # TRL drops a column named `completion`: pass the teacher's answer under another name
         inputs = [{**row, "teacher_completion": row["completion"]} for row in inputs]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.args.length_control:
+            lengths = self.accelerator.gather(
+                torch.tensor([len(ids) for ids in completion_ids_list]).to(rewards.device)
+            )
+            rewards[:, 0] = without_length_effect(rewards[:, 0], lengths, self._samples_per_prompt)
+        self._rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
 
-        metrics = self.discriminator_trainer.measure(pairs, teacher_scores, self._student_scores)
+        metrics = self.discriminator_trainer.measure(pairs, self._scores)
         metrics["completions/length_ratio"] = self._length_ratio(pairs)
+        self._teacher_score = metrics["discriminator/teacher_score"]
         if self.model.training:
-            metrics |= self.discriminator_trainer.update(pairs, teacher_scores, self._student_scores, self._in_warmup)
-            metrics["adversarial_phase"] = float(not self._in_warmup)
-        mode = "train" if self.model.training else "eval"
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+            metrics |= self._step_discriminator(pairs, self._scores, metrics)
+        else:
+            self._judge_samples(prompts, completions)
+        self._log_metrics("train" if self.model.training else "eval", metrics)
         return rewards
+
+    def _step_discriminator(
+        self, pairs: PairBatch, scores: PairScores, measured: dict[str, float]
+    ) -> dict[str, float]:
+        """Warn of trouble, apply the gate, update the discriminator. Returns the metrics of this."""
+        entropy = {"entropy": self._metrics["train"]["entropy"][-1]} if self._metrics["train"].get("entropy") else {}
+        warnings = self.monitor.observe(
+            self.state.global_step, measured | entropy, self._in_warmup, pairs.teacher_ids, pairs.student_ids
+        )
+        for warning in warnings:
+            if self.accelerator.is_main_process:
+                logger.warning(f"Step {warning.step}: {warning.text}")
+        accuracy, metrics = measured["discriminator/accuracy"], {"adversarial_phase": float(not self._in_warmup)}
+        low, high = self.args.policy_min_accuracy, self.args.discriminator_max_accuracy
+        self._policy_is_held = low is not None and accuracy < low and not self._in_warmup
+        discriminator_is_held = high is not None and accuracy > high and not self._in_warmup
+        if low is not None:
+            metrics["gate/policy_held"] = float(self._policy_is_held)
+        if high is not None:
+            metrics["gate/discriminator_held"] = float(discriminator_is_held)
+        if not discriminator_is_held:
+            metrics |= self.discriminator_trainer.update(pairs, scores, self._in_warmup)
+        return metrics
+
+    # Held-out metrics
+
+    def _judge_samples(self, prompts: list, completions: list) -> None:
+        if self.sample_metrics is None:
+            return
+        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        for name, values in judge(self.sample_metrics, prompts, texts).items():
+            self._held_out.add(name, sum(values), len(values))
+
+    def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            log_probs, mask = self._teacher_log_probs(self.model, inputs)
+        self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._held_out.pop_means(metric_key_prefix))
+        return output
 
     def _length_ratio(self, pairs: PairBatch) -> float:
         student = sum(map(len, pairs.student_ids))
@@ -359,118 +375,24 @@ class GADTrainer(GRPOTrainer):
 
     # The student's loss
 
-    def _teacher_tensors(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
-        """
-        The teacher's answers beside the samples: `teacher_ids` and `teacher_mask` of shape `(B, T)`. Of the rows that
-        repeat one prompt, only the first (over all processes) has a mask: the answer counts once.
-        """
-        device = self.accelerator.device
-        num_generations = self.num_generations
-        first = self.accelerator.process_index * len(inputs)
-        rows = [torch.tensor(row["teacher_ids"]) for row in inputs]
-        masks = [torch.full_like(ids, (first + row) % num_generations == 0) for row, ids in enumerate(rows)]
-        teacher_ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="right").to(device)
-        teacher_mask = pad(masks, padding_value=0, padding_side="right").to(device)
-        return {
-            "teacher_ids": teacher_ids,
-            "teacher_mask": teacher_mask,
-            "num_teacher_tokens": self.accelerator.gather(teacher_mask.sum()).sum(),
-        }
-
     def _compute_loss(self, model, inputs):
+        if "returns" in inputs and self.model.training:
+            self._train_critic(inputs)
+        if "policy_is_held" in inputs:
+            return self._no_loss()
         if "teacher_ids" not in inputs:
             return super()._compute_loss(model, inputs)
         if self.state.global_step < self._discriminator_only_steps:
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+            return self._no_loss()
         return self._sft_loss(model, inputs)
 
-    def _sft_loss(self, model, inputs):
-        """Cross-entropy on the teacher's answers (section 2.2): the token mean over one accumulation window."""
-        rows = inputs["teacher_mask"].any(dim=1)
-        # Every process must run the model, or the others would wait for its gradients
-        rows[0] |= ~rows.any()
-        teacher_ids, teacher_mask = inputs["teacher_ids"][rows], inputs["teacher_mask"][rows]
-        input_ids = torch.cat([inputs["prompt_ids"][rows], teacher_ids], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"][rows], teacher_mask], dim=1)
-        with self._sft_temperature():
-            log_probs, _, _ = self._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep=teacher_ids.size(1)
-            )
-        tokens_per_window = (
-            inputs["num_teacher_tokens"]
-            / self.accelerator.num_processes
-            * self.current_gradient_accumulation_steps
-            / self.args.steps_per_generation
-        )
-        loss = -(log_probs * teacher_mask).sum() / tokens_per_window
-        nll = self.accelerator.reduce(torch.stack([loss.detach() * tokens_per_window, teacher_mask.sum()]))
-        if nll[1] > 0:
-            self._metrics["train"]["teacher_nll"].append((nll[0] / nll[1]).item())
-        return loss
+    def _no_loss(self) -> torch.Tensor:
+        # No parameter gets a gradient, not even of 0, so that neither momentum nor weight decay moves the student
+        return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
-    @contextlib.contextmanager
-    def _sft_temperature(self):
-        policy = self._unwrapped_policy()
-        installed = policy.forward
-        policy.forward = self._sft_forward
-        try:
-            yield
-        finally:
-            policy.forward = installed
-
-    # Checkpoints
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self.discriminator_trainer.save(Path(output_dir) / DISCRIMINATOR_FOLDER)
-            state = {"phase": "warmup" if self._in_warmup else "adversarial", "warmup_steps": self._warmup_steps}
-            (Path(output_dir) / STATE_NAME).write_text(json.dumps(state) + "\n")
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state_path = Path(checkpoint) / STATE_NAME
-        if not state_path.is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} holds no discriminator ({STATE_NAME} is missing): it was not written by GADTrainer, or "
-                "with save_only_model=True. It can be a new run's model, but not be resumed."
-            )
-        self.discriminator_trainer.load(Path(checkpoint) / DISCRIMINATOR_FOLDER)
-        state = json.loads(state_path.read_text())
-        self._warmup_steps = state["warmup_steps"]
-        if state["phase"] == "adversarial":
-            self._restore_reference(Path(checkpoint).parent / WARMED_UP_STUDENT_FOLDER)
-
-    def _restore_reference(self, folder: Path) -> None:
-        if self.ref_model is not None and self._warmup_steps > 0:
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"The KL reference of this run, {folder}, is missing. Put the folder back beside the checkpoints, "
-                    "or start again from a checkpoint of the warm-up."
-                )
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            warmed_up = type(self._unwrapped_policy()).from_pretrained(folder, dtype=reference.dtype)
-            reference.load_state_dict(warmed_up.state_dict())
-        self._reference_is_set = True
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        output_dir = output_dir or self.args.output_dir
-        if not _internal_call and self.args.should_save:
-            self.discriminator.save_pretrained(Path(output_dir) / DISCRIMINATOR_FOLDER)
-        super().save_model(output_dir, _internal_call)
-
-
-def _refuse_sharding(args: GADConfig) -> None:
-    # `accelerate launch` announces its configuration through these variables
-    launched_with = {
-        name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("DeepSpeed", "FSDP")
-    }
-    for name, configured in {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}.items():
-        if configured or launched_with[name]:
-            raise ValueError(
-                f"GADTrainer does not support {name} yet: the discriminator, a second trained model, would not be "
-                "synchronised. Launch with plain data parallelism (recipes/accelerate_configs/ddp.yaml), and train "
-                "adapters (`use_peft`, `discriminator_lora_kwargs`) if memory is short."
-            )
+    def _train_critic(self, inputs: dict[str, torch.Tensor]) -> None:
+        loss = self.critic_trainer.backward(inputs, self._tokens_per_window(inputs["num_items_in_batch"]))
+        totals = self.accelerator.reduce(torch.stack([loss, inputs["completion_mask"].sum()]))
+        self._log_metrics("train", {"critic/loss": (totals[0] / totals[1]).item()})
+        if self.accelerator.sync_gradients:
+            self._log_metrics("train", {"critic/grad_norm": self.critic_trainer.step()})

@@ -1,0 +1,34 @@
+from collections import defaultdict
+
+import torch
+from accelerate import Accelerator
+
+
+class HeldOutMetrics:
+    """
+    Means over an evaluation, whatever its batches and processes: the student judged by something other than the
+    discriminator.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Sums over its processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add `count` values that sum to `total`."""
+        self.sums[name][0] += total
+        self.sums[name][1] += count
+
+    def pop_means(self, prefix: str) -> dict[str, float]:
+        """The means, named `{prefix}_{name}`, and start again."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = torch.tensor([self.sums[name] for name in names], dtype=torch.float64, device="cpu")
+        sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32)).double()
+        self.sums.clear()
+        return {f"{prefix}_{name}": (total / count).item() for name, (total, count) in zip(names, sums, strict=True)}

@@ -1,0 +1,23 @@
+import os
+
+from transformers import TrainingArguments
+
+
+def refuse_sharding(args: TrainingArguments) -> None:
+    """
+    Raise if the run is configured or launched with DeepSpeed or FSDP.
+
+    Raises:
+        ValueError: Says what to do instead.
+    """
+    # `accelerate launch` announces its configuration through these variables
+    launched_with = {
+        name: os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true" for name in ("DeepSpeed", "FSDP")
+    }
+    for name, configured in {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}.items():
+        if configured or launched_with[name]:
+            raise ValueError(
+                f"GADTrainer does not support {name} yet: the discriminator, a second trained model, would not be "
+                "synchronised. Launch with plain data parallelism (recipes/accelerate_configs/ddp.yaml), and train "
+                "adapters (`use_peft`, `discriminator_lora_kwargs`) if memory is short."
+            )

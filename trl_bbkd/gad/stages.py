@@ -1,0 +1,115 @@
+"""The two stages of a run of GAD: warm-up on the teacher's text, then the adversarial stage."""
+
+import contextlib
+import logging
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from .._compat import pad
+
+
+logger = logging.getLogger(__name__)
+
+
+class TwoStageGAD:
+    """
+    The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
+    (section 2.2 of arXiv 2511.10643).
+    """
+
+    def _count_warmup_steps(self, max_steps: int) -> int:
+        share = self.args.warmup_epochs / self.args.num_train_epochs
+        steps_per_batch = max(
+            1, self.args.steps_per_generation * self.num_iterations // self.args.gradient_accumulation_steps
+        )
+        # Round away what floating point adds, then up to a step at which a generation batch starts
+        return int(-(-round(max_steps * share, 6) // steps_per_batch)) * steps_per_batch
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.warmup_learning_rate is None:
+            return scheduler
+        warmup_steps = self._count_warmup_steps(num_training_steps)
+        factor = self.args.warmup_learning_rate / self.args.learning_rate
+        self.lr_scheduler = LambdaLR(
+            scheduler.optimizer,
+            [
+                lambda step, schedule=schedule: schedule(step) * (factor if step < warmup_steps else 1.0)
+                for schedule in scheduler.lr_lambdas
+            ],
+        )
+        return self.lr_scheduler
+
+    def _start_generation_batch(self) -> None:
+        """Decide the phase of the coming generation batch, which owns every optimizer step until the next one."""
+        if self._warmup_steps is None:
+            self._warmup_steps = self._count_warmup_steps(self.state.max_steps)
+            if self._discriminator_only_steps < self.args.discriminator_only_steps and self._warmup_steps > 0:
+                logger.warning(
+                    f"discriminator_only_steps={self.args.discriminator_only_steps} is more than half of the "
+                    f"{self._warmup_steps} warm-up steps: the discriminator learns alone for "
+                    f"{self._discriminator_only_steps}, so that the student is warmed up too."
+                )
+        self._in_warmup = self.state.global_step < self._warmup_steps
+        self.beta = 0.0 if self._in_warmup else self.args.beta
+        if not self._in_warmup and not self._reference_is_set:
+            self._set_reference()
+
+    @property
+    def _discriminator_only_steps(self) -> int:
+        return min(self.args.discriminator_only_steps, self._warmup_steps // 2)
+
+    def _teacher_tensors(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        The teacher's answers beside the samples: `teacher_ids` and `teacher_mask` of shape `(B, T)`. Of the rows that
+        repeat one prompt, only the first (over all processes) has a mask: the answer counts once.
+        """
+        device = self.accelerator.device
+        first = self.accelerator.process_index * len(inputs)
+        rows = [torch.tensor(row["teacher_ids"]) for row in inputs]
+        masks = [torch.full_like(ids, (first + row) % self._samples_per_prompt == 0) for row, ids in enumerate(rows)]
+        teacher_ids = pad(rows, padding_value=self._tokenizer.pad_token_id, padding_side="right").to(device)
+        teacher_mask = pad(masks, padding_value=0, padding_side="right").to(device)
+        return {
+            "teacher_ids": teacher_ids,
+            "teacher_mask": teacher_mask,
+            "num_teacher_tokens": self.accelerator.gather(teacher_mask.sum()).sum(),
+        }
+
+    def _tokens_per_window(self, tokens_per_generation_batch: torch.Tensor) -> torch.Tensor:
+        windows = self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        return tokens_per_generation_batch / self.accelerator.num_processes / windows
+
+    def _teacher_log_probs(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the teacher's answers that count, and their mask, of shape `(B', T)`."""
+        rows = inputs["teacher_mask"].any(dim=1)
+        # Every process must run the model, or the others would wait for its gradients
+        rows[0] |= ~rows.any()
+        teacher_ids, teacher_mask = inputs["teacher_ids"][rows], inputs["teacher_mask"][rows]
+        input_ids = torch.cat([inputs["prompt_ids"][rows], teacher_ids], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"][rows], teacher_mask], dim=1)
+        with self._sft_temperature():
+            log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep=teacher_ids.size(1)
+            )
+        return log_probs, teacher_mask
+
+    def _sft_loss(self, model, inputs):
+        """Cross-entropy on the teacher's answers (section 2.2): the token mean over one accumulation window."""
+        log_probs, mask = self._teacher_log_probs(model, inputs)
+        total = -(log_probs * mask).sum()
+        nll = self.accelerator.reduce(torch.stack([total.detach(), mask.sum()]))
+        if nll[1] > 0:
+            self._log_metrics("train", {"teacher_nll": (nll[0] / nll[1]).item()})
+        return total / self._tokens_per_window(inputs["num_teacher_tokens"])
+
+    @contextlib.contextmanager
+    def _sft_temperature(self):
+        policy = self._unwrapped_policy()
+        installed = policy.forward
+        policy.forward = self._sft_forward
+        try:
+            yield
+        finally:
+            policy.forward = installed
