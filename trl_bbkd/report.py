@@ -53,6 +53,8 @@ class RunReport:
             Versions of libraries.
         seconds (`dict[str, float]`):
             Wall-clock time per part of the run.
+        warnings (`list[dict]`):
+            What went wrong during training: `step` and `text`.
     """
 
     method: str
@@ -69,6 +71,7 @@ class RunReport:
     seqkd: dict = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[dict] = field(default_factory=list)
 
     @property
     def judged_metrics(self) -> list[str]:
@@ -156,7 +159,15 @@ def render_markdown(report: RunReport) -> str:
     teacher = report.teacher or "a black-box teacher"
     lines = [f"# {report.method}: `{report.student}` from {teacher}", "", summary(report), ""]
     lines += _markdown_table(["", *table_models(report)], table_rows(report))
-    lines += ["", _explanation(report), "", "![Curves of the run](curves.png)", "", "## Teacher data", ""]
+    lines += ["", _explanation(report), "", "![Curves of the run](curves.png)", ""]
+    if report.warnings:
+        lines += [
+            "## Warnings",
+            "",
+            *(f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings),
+            "",
+        ]
+    lines += ["## Teacher data", ""]
     splits = list(report.counts)
     labels = [label for label, _ in report.counts[splits[0]].table_rows()]
     cells = {split: dict(counts.table_rows()) for split, counts in report.counts.items()}

@@ -157,6 +157,7 @@ class _Run:
             callbacks=[CurveCallback(self.measure_briefly, at_end=False)],
             peft_config=self.peft_config,
             quantization_config=self.quantization_config,
+            sample_metrics=self.sample_metrics,
         )
         undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
@@ -203,6 +204,7 @@ class _Run:
             versions={"trl-bbkd": __version__, "python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in LIBRARIES},
             seconds=seconds,
+            warnings=[vars(warning) for warning in trainer.monitor.warnings],
         )
 
     def add_seqkd(self, report: RunReport) -> None:

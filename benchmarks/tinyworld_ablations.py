@@ -1,0 +1,232 @@
+"""
+What each part of GAD is worth in tinyworld: `docs/results.md` is written from this script's table.
+
+    python benchmarks/tinyworld_ablations.py --seeds 0 1 2 --output_dir output/ablations
+
+A student of 4,224 parameters is trained by SeqKD until it gains nothing more, and its best checkpoint is kept. Every arm
+starts there, with a discriminator fine-tuned on the same teacher text, and runs the adversarial stage only. Finished
+parts are kept in `output_dir` and not run again; `--arms` selects some; `--table` only prints what is there.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+TINYWORLD = Path(__file__).parents[1] / "recipes" / "tinyworld"
+sys.path.insert(0, str(TINYWORLD))
+
+import build  # noqa: E402
+import torch  # noqa: E402
+import world  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from trl_bbkd import GADConfig, GADTrainer  # noqa: E402
+from trl_bbkd.evaluation import evaluate_student  # noqa: E402
+from trl_bbkd.seqkd import train_seqkd  # noqa: E402
+from trl_bbkd.teacher_data import tokenize_teacher_data  # noqa: E402
+
+
+STUDENT = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+ANSWER_TOKENS = 32
+SEQKD_STEPS, SEQKD_LEARNING_RATE = 8000, 1.5e-2
+DISCRIMINATOR_STEPS, DISCRIMINATOR_LEARNING_RATE = 800, 3e-3
+UNDISTILLED, SEQKD = "undistilled", "SeqKD at convergence"
+
+COMMON = {
+    "max_steps": 160,
+    "warmup_epochs": 0,
+    "discriminator_only_steps": 0,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 256,
+    "num_generations": 8,
+    "temperature": 1.0,
+    "beta": 0.01,
+    "scale_rewards": "batch",
+    "discriminator_head": "likelihood",
+    "discriminator_learning_rate": 1e-5,
+    "discriminator_max_grad_norm": 1.0,
+    "discriminator_batch_size": 288,
+    "max_completion_length": ANSWER_TOKENS,
+}
+ARMS = {
+    "GAD (group)": {},
+    "GAD (gae)": {"advantage_estimator": "gae", "critic": "copy", "critic_learning_rate": 2e-3},
+    "without D warm-up": {"discriminator": "base"},
+    "frozen D": {"discriminator_updates_per_batch": 0},
+    "scalar head": {"discriminator_head": "scalar"},
+    "token credit": {"discriminator_credit": "token"},
+    "replay": {"discriminator_replay_size": 4096},
+    "gate": {"policy_min_accuracy": 0.6, "discriminator_max_accuracy": 0.8},
+    "std floor": {"scale_rewards": "group", "group_std_floor": 2.0},
+    "group std, no floor": {"scale_rewards": "group"},
+    "length control": {"length_control": True},
+}
+COLUMNS = {
+    "valid@t1.0": "valid, T=1.0",
+    "valid@t0.7": "T=0.7",
+    "valid@greedy": "greedy",
+    "distinct_valid@t1.0": "distinct valid",
+    "teacher_nll": "teacher NLL",
+    "length_ratio@t1.0": "length ratio",
+    "accuracy": "D accuracy, last",
+    "warnings": "warnings",
+}
+
+
+def config(output_dir: Path, seed: int, **settings) -> GADConfig:
+    return GADConfig(
+        str(output_dir),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=10,
+        seed=seed,
+        **settings,
+    )
+
+
+class Experiment:
+    def __init__(self, output_dir: Path, seed: int):
+        self.folder, self.seed = output_dir / f"seed{seed}", seed
+        self.base = output_dir / "student"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = build.build_tokenizer()
+        from datasets import Dataset
+
+        train, test = map(Dataset.from_list, build.teacher_rows())
+        tokenize = functools.partial(
+            tokenize_teacher_data, tokenizer=self.tokenizer, max_completion_length=ANSWER_TOKENS
+        )
+        self.train, self.test = tokenize(train)[0], list(tokenize(test)[0])
+
+    def measure(self, model, temperatures=(1.0, 0.7, 0.0), num_samples=8) -> dict[str, float]:
+        return evaluate_student(
+            model,
+            self.tokenizer,
+            self.test,
+            world.judge,
+            max_new_tokens=ANSWER_TOKENS,
+            temperatures=temperatures,
+            num_samples=num_samples,
+            batch_size=512,
+        )
+
+    def result(self, name: str, run) -> dict:
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(run(), indent=2) + "\n")
+            print(f"seed {self.seed}: {name}", json.loads(path.read_text()), flush=True)
+        return json.loads(path.read_text())
+
+    def build_student(self) -> None:
+        if not (self.base / "config.json").is_file():
+            student = build.train_on_web_text(self.tokenizer, STUDENT, steps=1500, learning_rate=1e-2)
+            build.save_model(student, self.tokenizer, self.base)
+
+    def undistilled(self) -> dict:
+        return self.measure(AutoModelForCausalLM.from_pretrained(self.base))
+
+    def fine_tune(self, model: Path, name: str, steps: int, learning_rate: float, key: str, sign: int) -> dict:
+        """SFT on the teacher's text; the checkpoint with the best `key` stays."""
+        folder = str(self.folder / name)
+        brief = functools.partial(self.measure, temperatures=(1.0,), num_samples=4)
+        baseline = train_seqkd(
+            str(model),
+            config(folder, self.seed, warmup_steps=20, **COMMON | {"per_device_train_batch_size": 512}),
+            self.train,
+            self.tokenizer,
+            brief,
+            lambda new, old: sign * new[key] > sign * old[key],
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=learning_rate,
+        )
+        return self.measure(AutoModelForCausalLM.from_pretrained(folder)) | dataclasses.asdict(baseline)
+
+    def seqkd(self) -> dict:
+        return self.fine_tune(self.base, "seqkd", SEQKD_STEPS, SEQKD_LEARNING_RATE, "valid@t1.0", 1)
+
+    def discriminator(self) -> dict:
+        model = TINYWORLD / "discriminator"
+        return self.fine_tune(
+            model, "discriminator", DISCRIMINATOR_STEPS, DISCRIMINATOR_LEARNING_RATE, "teacher_nll", -1
+        )
+
+    def arm(self, name: str) -> dict:
+        settings = COMMON | {"discriminator": "fine-tuned"} | ARMS[name]
+        models = {"base": TINYWORLD / "discriminator", "fine-tuned": self.folder / "discriminator"}
+        settings["discriminator"] = str(models[settings["discriminator"]])
+        trainer = GADTrainer(
+            model=str(self.folder / "seqkd"),
+            args=config(self.folder / "runs" / name, self.seed, **settings),
+            train_dataset=self.train,
+            processing_class=self.tokenizer,
+        )
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "discriminator/accuracy" in entry]
+        return self.measure(trainer.model) | {
+            "accuracy": log[-1]["discriminator/accuracy"],
+            "warnings": [vars(warning) for warning in trainer.monitor.warnings],
+            "seconds": trainer.state.log_history[-1]["train_runtime"],
+            "log": log,
+        }
+
+    def run(self, arms: list[str]) -> None:
+        self.build_student()
+        self.result(UNDISTILLED, self.undistilled)
+        self.result(SEQKD, self.seqkd)
+        self.result("discriminator", self.discriminator)
+        for name in arms:
+            self.result(name, functools.partial(self.arm, name))
+
+
+def cell(key: str, results: list[dict]) -> str:
+    values = [result[key] for result in results if key in result]
+    if not values:
+        return "–"
+    if key == "warnings":
+        kinds = {warning["kind"] for warnings in values for warning in warnings}
+        return ", ".join(sorted(kinds)) or "none"
+    mean = statistics.mean(values)
+    return f"{mean:,.0f}" if key.startswith("distinct") else f"{mean:.3f}"
+
+
+def print_table(output_dir: Path, seeds: list[int]) -> None:
+    print("| arm | " + " | ".join(COLUMNS.values()) + " | valid, T=1.0, of each seed |")
+    print("| --- |" + " ---: |" * len(COLUMNS) + " --- |")
+    for name in [UNDISTILLED, SEQKD, *ARMS, "discriminator"]:
+        paths = [output_dir / f"seed{seed}" / f"{name}.json" for seed in seeds]
+        results = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        each = ", ".join(f"{result['valid@t1.0']:.3f}" for result in results)
+        print(f"| {name} | " + " | ".join(cell(key, results) for key in COLUMNS) + f" | {each} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ablations of GAD in tinyworld.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--output_dir", type=Path, default=Path("output/ablations"))
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if not arguments.table:
+        for seed in arguments.seeds:
+            Experiment(arguments.output_dir, seed).run(arguments.arms)
+    print_table(arguments.output_dir, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
