@@ -58,17 +58,28 @@ COMMON = {
     "discriminator_batch_size": 288,
     "max_completion_length": ANSWER_TOKENS,
 }
+# A scalar head has to learn from pairs: 80 steps in which only the discriminator moves
+SCALAR = {"discriminator_head": "scalar", "discriminator_learning_rate": 1e-4}
+SCALAR_WARMUP = {
+    "max_steps": 240,
+    "num_train_epochs": 3,
+    "warmup_epochs": 1,
+    "warmup_learning_rate": 0.0,
+    "discriminator_warmup_learning_rate": 1e-3,
+}
 ARMS = {
     "GAD (group)": {},
     "GAD (gae)": {"advantage_estimator": "gae", "critic": "copy", "critic_learning_rate": 2e-3},
     "without D warm-up": {"discriminator": "base"},
-    "frozen D": {"discriminator_updates_per_batch": 0},
-    "scalar head": {"discriminator_head": "scalar"},
+    "frozen D": {"discriminator_learning_rate": 0.0},
+    "scalar head": SCALAR | SCALAR_WARMUP,
+    "scalar head, without D warm-up": SCALAR,
+    "scalar head, frozen D": SCALAR | SCALAR_WARMUP | {"discriminator_learning_rate": 0.0},
     "token credit": {"discriminator_credit": "token"},
     "replay": {"discriminator_replay_size": 4096},
     "gate": {"policy_min_accuracy": 0.6, "discriminator_max_accuracy": 0.8},
-    "std floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "group std, no floor": {"scale_rewards": "group"},
+    "group std, floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "length control": {"length_control": True},
 }
 COLUMNS = {

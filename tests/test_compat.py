@@ -17,6 +17,16 @@ OVERRIDDEN = {
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
+    (Trainer, "_save_rng_state"): ["self", "output_dir"],
+    (Trainer, "evaluation_loop"): [
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ],
+    (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
     (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
 }

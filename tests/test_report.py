@@ -90,6 +90,13 @@ def make_report(judged=True, **changes):
     return report
 
 
+def test_warnings_are_told():
+    warned = make_report(warnings=[{"kind": "inverted", "step": 7, "text": "the discriminator is inverted."}])
+    assert "## Warnings\n\n* Step 7: the discriminator is inverted.\n" in render_markdown(warned)
+    assert metrics_dict(warned)["warnings"][0]["kind"] == "inverted"
+    assert "Warnings" not in render_markdown(make_report())
+
+
 class TestTable:
     def test_cells(self):
         report = make_report()
