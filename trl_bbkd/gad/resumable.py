@@ -44,7 +44,8 @@ class ResumableGAD:
     def _describe_run(self) -> dict:
         """What decides which samples a step sees and what is trained: the same in a run and its resumption."""
         return {
-            "student": str(self._student_path),
+            # Its name alone: folders may be moved, and paths given from elsewhere
+            "student": Path(self._student_path).name,
             "rows": None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
             "num_processes": self.accelerator.num_processes,
             **{name: getattr(self.args, name) for name in SAME_WHEN_RESUMED},
