@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.gad.helpers import make_trainer
 from tests.hub_server import TOKEN, HubServer
 from tests.test_report import make_report
 from trl_bbkd import Discriminator
-from trl_bbkd.gad.gad_trainer import GADTrainer
 from trl_bbkd.hub import HubError, push_student, stage_student
 from trl_bbkd.model_card import StudentCard, hub_id, render_card
+from trl_bbkd.recipe import load_recipe
 from trl_bbkd.redaction import public_text
-from trl_bbkd.teacher_data import TeacherDataCounts
+from trl_bbkd.report import render_markdown, without_secrets
+from trl_bbkd.run import dataset_names
 
 
 STUDENT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -117,11 +120,9 @@ class TestPushedRun:
 
     def test_discriminator_loads(self, pushed):
         _, output_dir, received, _ = pushed
-        ids = [[5, 6, 7]], [[8, 9]]
         model, saved = (Discriminator.from_pretrained(folder / "discriminator") for folder in (received, output_dir))
         for name, value in saved.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
-        assert ids
 
     def test_no_secret_and_no_local_path_leaves(self, pushed):
         server, output_dir, received, done = pushed
@@ -180,7 +181,7 @@ class TestPushedRun:
         assert r"GPT\|5" in text and "| rows kept | 12 | 4 |" in text
         assert "curves.png" not in text and "None" not in text
 
-    def test_its_example_works(self, pushed, card, monkeypatch):
+    def test_its_example_works(self, pushed, card):
         example = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
         assert 'student = "me/student"' in example
         output = io.StringIO()
@@ -191,8 +192,7 @@ class TestPushedRun:
 
 class TestRefusals:
     @pytest.fixture
-    def output_dir(self, tmp_path, pushed):
-        """A copy of the finished run, as a server that failed at the last moment would leave it."""
+    def output_dir(self, pushed):
         return pushed[1]
 
     @pytest.mark.parametrize("path, status", [("/commit/", 500), ("/lfs/objects/batch", 403), ("/repos/create", 401)])
@@ -228,15 +228,191 @@ class TestRefusals:
             push_student(output_dir, "me/student")
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_model_dir, standard_rows):
-    values = {"save_strategy": "no", "seqkd_baseline": False, "push_to_hub": True, "output_dir": "out"}
-    return write_recipe(tmp_path / "recipes", tiny_model_dir, standard_rows, **values)
-
-
+@pytest.mark.slow
 class TestTrainingWithoutAHub:
+    @pytest.fixture
+    def recipe(self, tmp_path, tiny_model_dir, standard_rows):
+        values = {"seqkd_baseline": False, "push_to_hub": True, "output_dir": "out", "hub_model_id": "me/student"}
+        return write_recipe(tmp_path / "recipes", tiny_model_dir, standard_rows, save_steps=1, **values)
+
     def test_refused_repository_ends_it_before_training(self, recipe, tmp_path):
-        with HubServer() as server:
-            done = start(server, "train", recipe, cwd=tmp_path, token="hf_another_token_of_no_use")
+        with HubServer(refusals={"/repos/create": 401}) as server:
+            done = start(server, "train", recipe, cwd=tmp_path)
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "hf_another" not in done.stdout + done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        assert "The repository me/student cannot be created on the Hub: the Hub answered 401" in done.stderr
+        assert "hf auth login" in done.stderr and "`push_to_hub: false` trains without the Hub" in done.stderr
+        assert not (tmp_path / "out" / "model.safetensors").exists() and "train_runtime" not in done.stdout
+
+    def test_refused_commits_lose_nothing(self, recipe, tmp_path):
+        with HubServer(refusals={"/commit/": 500}) as server:
+            done = start(server, "train", recipe, cwd=tmp_path)
+        assert done.returncode == 2 and not server.commits
+        assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert "Training goes on. The student could not be pushed to me/student: the Hub answered 500" in done.stderr
+        assert "It is complete on disk, in out. Push it again with `trl-bbkd push out me/student`." in done.stderr
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert "teacher NLL" in done.stdout and (tmp_path / "out" / "metrics.json").is_file()
+
+
+class TestTrainer:
+    def test_python_use(self, tmp_path, tiny_model_dir, standard_rows, caplog):
+        trainer = make_trainer(tmp_path / "out", tiny_model_dir, standard_rows, max_steps=1, push_discriminator=True)
+        trainer.train()
+        with pytest.raises(HubError, match="cannot be created on the Hub: OfflineModeIsEnabled.*Unset HF_HUB_OFFLINE"):
+            trainer.push_to_hub(dataset_name="someone/questions", teacher_name="GPT-5", tags="stories")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        trainer.create_model_card(dataset_name="someone/questions", teacher_name="GPT-5", tags="stories")
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert card.data.datasets == ["someone/questions"] and card.data.tags == ["trl", "trl-bbkd", "gad", "stories"]
+        assert "**GPT-5** in [`someone/questions`](https://huggingface.co/datasets/someone/questions)" in card.text
+        assert "| rows kept | 12 |" in card.text and "| optimizer steps | `1` |" in card.text
+        assert "| learning_rate | `0.001` |" in card.text and "| discriminator_head | `scalar` |" in card.text
+        assert "push_discriminator" not in card.text and "recipe" not in card.text and "How good" not in card.text
+
+        # In the background nobody waits for the error
+        trainer._save_hub_folders()
+        job = trainer._upload(HfApi(), folder_path=tmp_path / "out", repo_id="me/student", run_as_future=True)
+        assert isinstance(job.exception(), HubError)
+        assert "Training goes on. The student could not be pushed to me/student: OfflineModeIsEnabled" in caplog.text
+
+    def test_a_checkpoint_asked_for_goes_without_the_pickled_arguments(self, tmp_path, tiny_model_dir, standard_rows):
+        trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows)
+        sent = {}
+        client = HfApi()
+        client.upload_folder = lambda **kwargs: sent.update(kwargs)
+        trainer._upload(client, folder_path="x", path_in_repo="last-checkpoint", ignore_patterns=None, repo_id="a/b")
+        assert sent["ignore_patterns"] == ["training_args.bin"] and sent["path_in_repo"] == "last-checkpoint"
+
+
+class TestStage:
+    @pytest.fixture
+    def output_dir(self, tmp_path):
+        folder = tmp_path / "out"
+        for name in (
+            "model.safetensors",
+            "optimizer.pt",
+            "notes.txt",
+            ".env",
+            "credentials.json",
+            "discriminator/heads.safetensors",
+        ):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).write_text("x")
+        return folder
+
+    def stage(self, output_dir, **kwargs):
+        staged = output_dir.parent / "staged"
+        staged.mkdir()
+        stage_student(output_dir, staged, "me/student", **kwargs)
+        return staged, {str(file.relative_to(staged)) for file in staged.rglob("*") if file.is_file()}
+
+    def test_what_its_owner_keeps_there_stays(self, output_dir):
+        assert self.stage(output_dir)[1] == {"model.safetensors"}
+
+    def test_shards_and_templates(self, output_dir):
+        names = [
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "additional_chat_templates/tool.jinja",
+        ]
+        for name in names:
+            (output_dir / name).parent.mkdir(exist_ok=True)
+            (output_dir / name).write_text("{}")
+        assert self.stage(output_dir)[1] == {"model.safetensors", *names}
+
+    def test_an_earlier_runs_report_stays(self, output_dir):
+        (output_dir / "report.md").write_text("# earlier")
+        (output_dir / "recipe.yaml").write_text("a: 1")
+        assert self.stage(output_dir, report_files=["recipe.yaml"])[1] == {"model.safetensors", "recipe.yaml"}
+
+    def test_local_base_of_an_adapter(self, output_dir):
+        (output_dir / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base", "r": 8}')
+        staged, _ = self.stage(output_dir)
+        assert json.loads((staged / "adapter_config.json").read_text()) == {"base_model_name_or_path": "base", "r": 8}
+
+
+def make_card(**changes):
+    paper = {"title": "Black-Box", "id": "2511.10643", "citation": "@article{gad}"}
+    values = {"base_model": "Qwen/Qwen2.5-0.5B", "name": "student", "repo_id": "me/student"}
+    return StudentCard("GAD", paper, ["gad"], **{**values, **changes})
+
+
+def html(card):
+    return MarkdownIt().enable("table").render(render_card(card).split("---\n", 2)[2])
+
+
+class TestCard:
+    def test_values_break_nothing(self, tmp_path):
+        name = "a|b\n# not a heading\n<script>`*x*"
+        report = make_report(teacher=name, settings={"note": "```\n# out of the fence\n"})
+        for metrics in report.results.values():
+            metrics["va|id@t1.0"] = 0.5
+        card = make_card(
+            teacher=name, datasets=[name], hyperparameters={name: name}, report=report, settings=report.settings
+        )
+        for page in (html(card), MarkdownIt().enable("table").render(render_markdown(report))):
+            headings = re.findall("<h[12]>(.*?)</h", page)
+            assert not [heading for heading in headings if heading.startswith(("not a", "out of"))]
+            assert "<script>" not in page and "a|b # not a heading &lt;script&gt;`*x*" in page
+            for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL):
+                assert len(re.findall("<t[hd]", row)) in (2, 3, 5)
+        assert yaml.safe_load(re.search(r"<code class=\"language-yaml\">(.*?)</code>", html(card), re.DOTALL)[1])
+
+    def test_metadata_of_hub_ids(self):
+        data = ModelCard(render_card(make_card(datasets=["someone/questions", "teacher/train.jsonl/x"]))).data
+        assert data.base_model == "Qwen/Qwen2.5-0.5B" and data.datasets == ["someone/questions"]
+
+    def test_without_anything_known(self):
+        text = render_card(make_card(base_model=None))
+        assert "None" not in text and "Whose text" not in text and "an unnamed teacher" in text
+
+    def test_adapter_of_a_local_base(self, tmp_path):
+        text = render_card(make_card(is_adapter=True, base_model=str(tmp_path)))
+        assert "PeftModel.from_pretrained(base, student)" in text and str(tmp_path) not in text
+        assert ModelCard(text).data.library_name == "peft" and ModelCard(text).data.base_model is None
+        assert "PeftModel" not in render_card(make_card(is_adapter=True))
+
+    def test_hub_ids(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "local").mkdir()
+        assert hub_id("gpt2") == "gpt2" and hub_id("a/b") == "a/b"
+        assert [hub_id(name) for name in ("local", "./x", "/a/b", "a/b/c", "", None)] == [None] * 6
+
+    def test_data_set_names(self, tmp_path):
+        mixture = [
+            {"path": "me/data"},
+            {"path": "json", "data_files": "a.jsonl"},
+            {"path": "csv", "data_files": ["b", "c"]},
+        ]
+        mixture.append({"path": "json", "data_files": {"train": "d"}})
+        path = tmp_path / "r.yaml"
+        path.write_text(
+            yaml.safe_dump({"method": "gad", "output_dir": "out", "use_cpu": True, "bf16": False, "datasets": mixture})
+        )
+        assert dataset_names(load_recipe(path)) == ["me/data", "a.jsonl", "b", "c", "d"]
+
+
+class TestRedaction:
+    def test_tokens(self, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+        text = public_text('--x \'{"token": "hf_abcdefgh123"}\' 0123456789abcdef mine-mine', "mine-mine")
+        assert text == '--x \'{"token": "***"}\' *** ***'
+
+    def test_paths(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        text = f'`{tmp_path}/data/t.jsonl` --out=/home/me/out judge: \'/srv/x/judge.py:has\' {{"a": "/home/me/"}}'
+        assert public_text(text) == '`data/t.jsonl` --out=out judge: \'judge.py:has\' {"a": "me"}'
+        for kept in (
+            "https://huggingface.co/papers/2511.10643",
+            "1/2/3",
+            "/think",
+            "a/b/c",
+            "~/x/y",
+            "../x/y",
+            "T / U",
+        ):
+            assert public_text(kept) == kept
+
+    def test_secrets_in_lists(self):
+        assert without_secrets({"datasets": [{"path": "a", "token": "x"}]}) == {"datasets": [{"path": "a"}]}

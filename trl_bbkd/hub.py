@@ -98,7 +98,14 @@ def push_student(
 
 
 def upload_student(
-    api: HfApi, output_dir: str | Path, repo_id: str, folders=(), *, reported=True, token=None, **commit
+    api: HfApi,
+    output_dir: str | Path,
+    repo_id: str,
+    folders: Iterable[str] = (),
+    *,
+    report_files: Iterable[str] = REPORT_FILES,
+    token: str | None = None,
+    **commit,
 ):
     """
     Send a student to an existing repository, in one commit. The other arguments are those of [`push_student`].
@@ -106,8 +113,8 @@ def upload_student(
     Args:
         api ([`~huggingface_hub.HfApi`]):
             The client.
-        reported (`bool`, *optional*, defaults to `True`):
-            Whether `output_dir` reports on this student. While it is still training, what lies there is of another.
+        report_files (`Iterable[str]`, *optional*):
+            Which files of the report are about this student. By default all of them.
         **commit:
             Passed to [`~huggingface_hub.HfApi.upload_folder`].
 
@@ -116,7 +123,7 @@ def upload_student(
     """
     _check_student(output_dir, folders)
     with tempfile.TemporaryDirectory(prefix="student-") as staged:
-        stage_student(output_dir, staged, repo_id, folders, reported=reported, token=token)
+        stage_student(output_dir, staged, repo_id, folders, report_files=report_files, token=token)
         try:
             return api.upload_folder(folder_path=staged, repo_id=repo_id, token=token, **commit)
         except Exception as error:
@@ -130,7 +137,7 @@ def stage_student(
     repo_id: str,
     folders: Iterable[str] = (),
     *,
-    reported: bool = True,
+    report_files: Iterable[str] = REPORT_FILES,
     token: str | None = None,
 ) -> None:
     """
@@ -148,13 +155,13 @@ def stage_student(
             Repository it is for.
         folders (`Iterable[str]`, *optional*):
             Subfolders that go as well; of them, JSON files and safetensors.
-        reported (`bool`, *optional*, defaults to `True`):
-            Whether report, metrics, picture and recipe go.
+        report_files (`Iterable[str]`, *optional*):
+            Which files of the report go. By default all of them.
         token (`str`, *optional*):
             A secret that must not be in any text, as those of the environment.
     """
     output_dir, staged = Path(output_dir).absolute(), Path(staged)
-    patterns = [*STUDENT_FILES, "README.md", *(REPORT_FILES if reported else ())]
+    patterns = [*STUDENT_FILES, "README.md", *report_files]
     patterns += [f"{folder}/{files}" for folder in folders for files in FOLDER_FILES]
     for source in sorted({file for pattern in patterns for file in output_dir.glob(pattern) if file.is_file()}):
         target = staged / source.relative_to(output_dir)
@@ -190,11 +197,11 @@ def _check_student(output_dir: str | Path, folders: Iterable[str]) -> None:
 
 
 def creation_error(error: Exception, repo_id: str, output_dir: str, token: str | None) -> HubError:
-    """What to say before training when `repo_id` cannot be created."""
+    """What to say when `repo_id` cannot be created."""
     return HubError(
-        f"The repository {repo_id} cannot be created on the Hub: {_reason(error, token)}. {_remedy(error)}Or train with "
-        f"`push_to_hub: false`, and send the student afterwards with `trl-bbkd push {shlex.quote(str(output_dir))} "
-        f"{repo_id}`."
+        f"The repository {repo_id} cannot be created on the Hub: {_reason(error, token)}. {_remedy(error)}Nothing on "
+        f"disk is lost: `push_to_hub: false` trains without the Hub, and `trl-bbkd push {shlex.quote(str(output_dir))} "
+        f"{repo_id}` sends a student that is finished."
     )
 
 

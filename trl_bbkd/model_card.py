@@ -43,6 +43,8 @@ class StudentCard:
             Its repository on the Hub, or where it lies.
         is_adapter (`bool`, *optional*, defaults to `False`):
             Whether its weights are an adapter of `base_model`.
+        note (`str`, *optional*):
+            What a reader has to know of the method's students.
         conversational (`bool`, *optional*, defaults to `False`):
             Whether its prompts are messages.
         max_new_tokens (`int`, *optional*, defaults to `256`):
@@ -72,6 +74,7 @@ class StudentCard:
     name: str
     repo_id: str
     is_adapter: bool = False
+    note: str | None = None
     conversational: bool = False
     max_new_tokens: int = 256
     folders: list[str] = field(default_factory=list)
@@ -84,8 +87,9 @@ class StudentCard:
     report: RunReport | None = None
 
     @property
-    def teacher_or_none(self) -> str:
-        return escape(self.teacher) if self.teacher else "a black-box teacher"
+    def teacher_name(self) -> str:
+        """The teacher's name, or what to call one without, in Markdown."""
+        return escape(self.teacher) if self.teacher else "an unnamed teacher"
 
 
 def write_card(card: StudentCard, output_dir: str | Path) -> None:
@@ -148,8 +152,8 @@ def hub_id(name: str | None) -> str | None:
 def _what_it_is(card: StudentCard) -> str:
     student = f"from {_linked(card.base_model)} " if card.base_model else ""
     return (
-        f"A student distilled {student}with {_method(card)}. All it learned from is text: the answers of "
-        f"**{card.teacher_or_none}**, of which neither weights nor probabilities were used."
+        f"A student distilled {student}with {_method(card)}: it learned from the answers of **{card.teacher_name}**, a "
+        "teacher that could only be queried."
     )
 
 
@@ -157,21 +161,17 @@ def _method(card: StudentCard) -> str:
     return f"[{escape(card.method)}](https://huggingface.co/papers/{card.paper['id']})"
 
 
-def _linked(name: str) -> str:
-    kind = "" if hub_id(name) else None
-    return code(name) if kind is None else f"[{code(name)}](https://huggingface.co/{name})"
+def _linked(name: str, kind: str = "") -> str:
+    return f"[{code(name)}](https://huggingface.co/{kind}{name})" if hub_id(name) else code(name)
 
 
 def _teacher_text(card: StudentCard) -> str:
     if not (card.teacher or card.datasets or card.counts):
         return ""
     lines = ["## Whose text, and how much", ""]
-    names = [
-        f"[{code(name)}](https://huggingface.co/datasets/{name})" if hub_id(name) else code(name)
-        for name in card.datasets
-    ]
+    names = [_linked(name, "datasets/") for name in card.datasets]
     source = f" in {', '.join(names)}" if names else ""
-    lines += [f"The answers of **{card.teacher_or_none}**{source}."]
+    lines += [f"The answers of **{card.teacher_name}**{source}."]
     if card.counts:
         lines += ["", *counts_table(card.counts)]
     return "\n".join(lines)
@@ -231,7 +231,7 @@ def _making(card: StudentCard) -> str:
         blocks += ["The command:", fenced(card.command, "bash")]
     if card.settings:
         blocks += [
-            f"The recipe, here as [`{RECIPE_NAME}`]({RECIPE_NAME}):",
+            f"The recipe, here as [`{RECIPE_NAME}`]({RECIPE_NAME}); what the command states wins:",
             fenced(recipe_text(card.settings), "yaml"),
         ]
     versions = card.report.versions if card.report else library_versions()
@@ -240,6 +240,7 @@ def _making(card: StudentCard) -> str:
 
 
 def _value(value) -> str:
+    value = getattr(value, "value", value)  # of an enumeration
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
@@ -258,7 +259,7 @@ def _limits(card: StudentCard) -> str:
         if card.report.judged_metrics:
             judge += ", and a table that is worth as much as its judge"
         lines.append(judge + ".")
-    if card.method == "GAD":
-        lines.append("The discriminator's score is not quality: it moves with the student.")
-    lines.append("No licence is stated here: the base model's and the terms of the teacher apply.")
+    if card.note:
+        lines.append(card.note)
+    lines.append("No licence is stated here: that of the base model and the terms of the teacher apply.")
     return "## Limits\n\n" + " ".join(lines)

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from ._compat import get_config_model_id, uploads_through
 from .hub import HubError, creation_error, upload_student
-from .model_card import StudentCard, write_card
+from .model_card import RECIPE_NAME, StudentCard, write_card
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class StudentHubMixin:
     [`~hub.stage_student`] for what is sent.
     """
 
+    _card_note: str | None = None  # what a reader has to know of this method's students
+
     @functools.cached_property
     def card(self) -> StudentCard:
         """What is known about the student. A run fills in what the trainer does not know, such as `teacher`."""
@@ -38,6 +40,7 @@ class StudentHubMixin:
             repo_id=self.args.output_dir,
             is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             conversational=_is_conversational(self.train_dataset),
+            note=self._card_note,
             max_new_tokens=self.args.max_completion_length,
             folders=self._hub_folders(),
         )
@@ -72,11 +75,11 @@ class StudentHubMixin:
         if not self.is_world_process_zero():
             return
         card = self.card
-        card.name = model_name or card.name
         card.teacher = teacher_name or card.teacher
         card.datasets = _listed(dataset_name) or card.datasets
         card.tags = list(dict.fromkeys([*card.tags, *_listed(tags)]))
         card.repo_id = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
+        card.name = model_name or Path(card.repo_id).name
         card.hyperparameters = hyperparameters(self.args, self.state.global_step)
         write_card(card, self.args.output_dir)
 
@@ -104,6 +107,10 @@ class StudentHubMixin:
         Raises:
             [`~hub.HubError`]: the Hub refuses it or cannot be reached. The student is on disk.
         """
+        if self.hub_model_id is None:
+            # transformers creates the repository first, and saves the student only if that succeeds
+            self.save_model(_internal_call=True)
+            self.create_model_card()
         with self._our_uploads():
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
@@ -120,9 +127,14 @@ class StudentHubMixin:
 
     def _upload(self, api, *, folder_path, path_in_repo=None, run_as_future=False, ignore_patterns=None, **kwargs):
         if path_in_repo is None:
-            reported = self.card.report is not None
+            # While it trains, what lies there may report on an earlier run
             upload = functools.partial(
-                upload_student, api, folder_path, folders=self._hub_folders(), reported=reported, **kwargs
+                upload_student,
+                api,
+                folder_path,
+                folders=self._hub_folders(),
+                report_files=[RECIPE_NAME] if self.card.settings else [],
+                **kwargs,
             )
         else:
             # A checkpoint, which `hub_strategy` asked for. Its arguments are a pickle that holds the token

@@ -92,6 +92,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
     _name = "GAD"
+    _card_note = "The discriminator's score is not quality: it moves with the discriminator."
     _paper = {
         "title": "Black-Box On-Policy Distillation of Large Language Models",
         "id": "2511.10643",
