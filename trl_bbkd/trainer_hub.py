@@ -189,6 +189,9 @@ def hyperparameters(args, steps: int) -> dict:
         "seed": args.seed,
     }
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name in names}
+    # What is off or unset says nothing
     return {
-        name: value for name, value in {**first, **own}.items() if value is not None and not name.startswith("push_")
+        name: value
+        for name, value in {**first, **own}.items()
+        if value not in (None, "") and value is not False and not name.startswith("push_")
     }
