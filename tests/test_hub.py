@@ -1,6 +1,7 @@
 """Pushing, with the real client in real subprocesses against a server of the Hub's protocol; and the card."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.gad.helpers import make_trainer
@@ -253,6 +255,28 @@ class TestTrainingWithoutAHub:
         assert "It is complete on disk, in out. Push it again with `trl-bbkd push out me/student`." in done.stderr
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert "teacher NLL" in done.stdout and (tmp_path / "out" / "metrics.json").is_file()
+
+    def test_adapter_and_whole_checkpoints(self, recipe, tmp_path, tiny_model_dir):
+        options = "--use_peft true --lora_target_modules all-linear --hub_strategy checkpoint --hub_always_push true"
+        with HubServer() as server:
+            done = start(server, "train", recipe, *options.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        received = server.checkout(tmp_path / "received")
+        assert not list(received.rglob("training_args.bin")) and TOKEN not in done.stdout + done.stderr
+        assert all(TOKEN.encode() not in file.read_bytes() for file in received.rglob("*") if file.is_file())
+        assert {"optimizer.pt", "discriminator"} <= {file.name for file in (received / "last-checkpoint").iterdir()}
+        assert set(server.commits[-1].files) == STUDENT - {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        } | (REPORT | {"adapter_config.json", "adapter_model.safetensors"})
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model, saved = (
+            PeftModel.from_pretrained(copy.deepcopy(base), folder) for folder in (received, tmp_path / "out")
+        )
+        for name, value in saved.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        assert ModelCard.load(received / "README.md").data.library_name == "peft"
 
 
 class TestTrainer:
