@@ -387,6 +387,10 @@ class TestCard:
         data = ModelCard(render_card(make_card(datasets=["someone/questions", "teacher/train.jsonl/x"]))).data
         assert data.base_model == "Qwen/Qwen2.5-0.5B" and data.datasets == ["someone/questions"]
 
+    def test_warnings_are_not_hidden(self):
+        report = make_report(warnings=[{"step": 7, "text": "The discriminator is inverted."}])
+        assert "Warnings during training: 1, the first at step 7" in render_card(make_card(report=report))
+
     def test_without_anything_known(self):
         text = render_card(make_card(base_model=None))
         assert "None" not in text and "Whose text" not in text and "an unnamed teacher" in text

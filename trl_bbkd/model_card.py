@@ -184,6 +184,12 @@ def _results(card: StudentCard) -> str:
     lines = ["## How good it is", "", summary(report), ""]
     lines += table(["", *table_models(report)], table_rows(report))
     lines += ["", explanation(report), "", "![Curves of the run](curves.png)"]
+    if report.warnings:
+        first = report.warnings[0]["step"]
+        lines += [
+            "",
+            f"Warnings during training: {len(report.warnings)}, the first at step {first}, in [`report.md`](report.md).",
+        ]
     return "\n".join(lines)
 
 
