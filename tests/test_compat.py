@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import transformers
 from transformers import Trainer
 from trl import GRPOTrainer
 
@@ -16,6 +17,7 @@ OVERRIDDEN = {
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_save_rng_state"): ["self", "output_dir"],
     (Trainer, "evaluation_loop"): [
@@ -28,7 +30,10 @@ OVERRIDDEN = {
     ],
     (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
+    (Trainer, "init_hf_repo"): ["self", "token", "private"],
+    (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
+    (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
 }
 
 
@@ -73,3 +78,14 @@ def test_fused_head_scores_at_the_temperature_asked_for(tiny_model_dir):
         log_probs = forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
         expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         torch.testing.assert_close(log_probs, expected)
+
+
+def test_trainers_upload_through_the_client_of_their_module():
+    for method in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
+        uploads = inspect.getsource(method).count("hf_api().upload_folder(")
+        assert uploads, f"{method.__name__} uploads in another way. Adapt `uploads_through`, or pickles reach the Hub."
+    calls = []
+    with _compat.uploads_through(lambda client, **kwargs: calls.append(kwargs)):
+        transformers.trainer.hf_api().upload_folder(folder_path="x")
+    assert calls == [{"folder_path": "x"}]
+    assert "upload_folder" not in vars(transformers.trainer.hf_api())

@@ -4,13 +4,17 @@ Every private name of TRL and transformers that this package touches.
 Tested with TRL 1.16. When TRL moves, `tests/test_compat.py` names what changed; this is the file to mend.
 """
 
+import contextlib
+import copy
 import types
+from collections.abc import Callable
 
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad
+from transformers import trainer as transformers_trainer
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, pad
 
 
-__all__ = ["add_fused_lm_head", "disable_dropout", "fused_forward", "pad"]
+__all__ = ["add_fused_lm_head", "disable_dropout", "fused_forward", "get_config_model_id", "pad", "uploads_through"]
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -39,3 +43,25 @@ def fused_forward(model: PreTrainedModel, temperature: float) -> types.MethodTyp
     add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
     forward, model.forward = model.forward, installed
     return forward
+
+
+@contextlib.contextmanager
+def uploads_through(upload: Callable):
+    """
+    Within the block, have transformers' trainers upload folders through `upload`.
+
+    What they send is chosen by a pattern inside methods that also decide when to push, and how.
+
+    Args:
+        upload (`Callable`):
+            Called with the Hub client and the keyword arguments of [`~huggingface_hub.HfApi.upload_folder`].
+    """
+    original = transformers_trainer.hf_api
+    client = original()
+    redirected = copy.copy(client)
+    redirected.upload_folder = lambda **kwargs: upload(client, **kwargs)
+    transformers_trainer.hf_api = lambda: redirected
+    try:
+        yield
+    finally:
+        transformers_trainer.hf_api = original

@@ -35,8 +35,23 @@ def main(arguments: list[str] | None = None) -> None:
         help="--accelerate_config with one of ddp, zero2, zero3, fsdp2 or a path; flags of `accelerate launch`, such "
         f"as --num_processes 2; {OVERRIDES_HELP}",
     )
+    push = commands.add_parser(
+        "push",
+        help="send a finished student to the Hub",
+        description="Send the student of a run, its card and its report to the Hub. Log in first: `hf auth login`.",
+    )
+    push.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
+    push.add_argument("repo_id", metavar="REPO", help="repository, such as me/student")
+    push.add_argument(
+        "--with", dest="folders", metavar="FOLDER", action="append", default=[], help="send a subfolder: discriminator"
+    )
+    push.add_argument("--private", action="store_true", default=None, help="create the repository private")
+    push.add_argument("--revision", help="branch to commit to")
     options = parser.parse_args(arguments)
-    train_with_accelerate(options.recipe, options.arguments)
+    if options.command == "push":
+        push_to_hub(options)
+    else:
+        train_with_accelerate(options.recipe, options.arguments)
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +70,13 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
     # Only now: the recipe's `env` block has to be set before the libraries that read it are imported.
     import torch.distributed
 
+    from .hub import HubError
     from .run import run
     from .teacher_data import TeacherDataError
 
     try:
         run(recipe)
-    except (RecipeError, TeacherDataError) as error:
+    except (RecipeError, TeacherDataError, HubError) as error:
         exit_with_error(error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -85,6 +101,23 @@ def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
     except subprocess.CalledProcessError as error:
         # The training process has said what went wrong; accelerate's own traceback would bury it.
         sys.exit(error.returncode)
+
+
+def push_to_hub(options: argparse.Namespace) -> None:
+    """Send a finished student to the Hub."""
+    from .hub import HubError, push_student
+
+    try:
+        url = push_student(
+            options.output_dir,
+            options.repo_id,
+            folders=options.folders,
+            private=options.private,
+            revision=options.revision,
+        )
+    except HubError as error:
+        exit_with_error(error)
+    print(f"On the Hub: {url}")
 
 
 def find_accelerate_config(name_or_path: str) -> str:

@@ -3,19 +3,19 @@
 import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from .evaluation import TEMPERATURES, temperature_name
+from .markdown import code, escape, fenced, table
+from .redaction import SECRET
 from .teacher_data import TeacherDataCounts
 
 
 TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
 OWN_METRICS = ("length", "length_ratio", "truncated", "distinct_valid", "distinct_share")
-SECRET = re.compile(r"(token|password|secret|credential|api_?key)$", re.IGNORECASE)
 
 
 @dataclass
@@ -156,10 +156,10 @@ def summary(report: RunReport) -> str:
 
 def render_markdown(report: RunReport) -> str:
     """The text of `report.md`."""
-    teacher = report.teacher or "a black-box teacher"
-    lines = [f"# {report.method}: `{report.student}` from {teacher}", "", summary(report), ""]
-    lines += _markdown_table(["", *table_models(report)], table_rows(report))
-    lines += ["", _explanation(report), "", "![Curves of the run](curves.png)", ""]
+    teacher = escape(report.teacher or "a black-box teacher")
+    lines = [f"# {report.method}: {code(report.student)} from {teacher}", "", summary(report), ""]
+    lines += table(["", *table_models(report)], table_rows(report))
+    lines += ["", explanation(report), "", "![Curves of the run](curves.png)", ""]
     if report.warnings:
         lines += [
             "## Warnings",
@@ -167,34 +167,32 @@ def render_markdown(report: RunReport) -> str:
             *(f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings),
             "",
         ]
-    lines += ["## Teacher data", ""]
-    splits = list(report.counts)
-    labels = [label for label, _ in report.counts[splits[0]].table_rows()]
-    cells = {split: dict(counts.table_rows()) for split, counts in report.counts.items()}
-    lines += _markdown_table(["", *splits], [[label, *(cells[split][label] for split in splits)] for label in labels])
-    lines += ["", "## Reproduce", ""]
+    lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
     if report.command:
-        lines += ["```bash", report.command, "```", ""]
+        lines += [fenced(report.command, "bash"), ""]
     if report.settings:
-        settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True).strip()
-        lines += ["The recipe:", "", "```yaml", settings, "```", ""]
+        settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True)
+        lines += ["The recipe:", "", fenced(settings, "yaml"), ""]
     lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
     times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in report.seconds.items())
     return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
 
 
-def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+def counts_table(counts: dict[str, TeacherDataCounts]) -> list[str]:
+    """Lines of a Markdown table of data counts, one column a split."""
+    cells = {split: dict(split_counts.table_rows()) for split, split_counts in counts.items()}
+    labels = next(iter(cells.values()))
+    return table(["", *cells], [[label, *(cells[split][label] for split in cells)] for label in labels])
 
 
-def _explanation(report: RunReport) -> str:
+def explanation(report: RunReport) -> str:
+    """What the table's numbers are, and how they were measured."""
     evaluation, seqkd = report.evaluation, report.seqkd
     text = []
     if evaluation:
         text.append(
             f"Measured on {evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each (one when "
-            f"greedy) of at most {evaluation['max_new_tokens']} tokens, with one seed."
+            f"greedy) of at most {evaluation['max_new_tokens']} tokens, with seed {evaluation['seed']}."
         )
     if report.judged_metrics:
         text.append(
@@ -241,11 +239,13 @@ def _finite(value):
 
 def without_secrets(settings: dict) -> dict:
     """`settings` without entries whose name says that they hold a secret, at any depth."""
-    return {
-        key: without_secrets(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if not SECRET.search(str(key))
-    }
+    return {key: _without_secrets(value) for key, value in settings.items() if not SECRET.search(str(key))}
+
+
+def _without_secrets(value):
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return without_secrets(value) if isinstance(value, dict) else value
 
 
 def arguments_without_secrets(arguments: list[str]) -> list[str]:

@@ -5,12 +5,10 @@ import copy
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import itertools
 import json
 import logging
 import os
-import platform
 import shlex
 import sys
 import time
@@ -23,9 +21,10 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
-from . import __version__
 from .evaluation import evaluate_student, evaluate_teacher
 from .gad.gad_trainer import GADTrainer
+from .hub import push_student
+from .model_card import library_versions, write_card
 from .recipe import Recipe, RecipeError, RecipeFile, import_callable
 from .report import (
     SEQKD,
@@ -47,7 +46,6 @@ EVALUATION_PROMPTS = 256
 EVALUATION_SAMPLES = 8
 CURVE_SAMPLES = 4
 SEED = 0  # of held-out rows and of evaluation samples: the same for every student
-LIBRARIES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
 
 def run(recipe: Recipe) -> None:
@@ -55,7 +53,8 @@ def run(recipe: Recipe) -> None:
     Distil a student as `recipe` says and report what it gained over SeqKD.
 
     In `output_dir` it leaves the student, its tokenizer and card, `discriminator/`, `seqkd/`, `report.md`,
-    `curves.png` and `metrics.json`.
+    `curves.png`, `metrics.json` and `recipe.yaml`. With `push_to_hub` the student goes to the Hub at the end, once all
+    of it is written.
 
     Args:
         recipe ([`~recipe.Recipe`]):
@@ -64,6 +63,7 @@ def run(recipe: Recipe) -> None:
     Raises:
         [`~recipe.RecipeError`]: no student is named, or `output_dir` holds a run of another recipe.
         [`~teacher_data.TeacherDataError`]: the teacher text cannot be used.
+        [`~hub.HubError`]: the student cannot be pushed; before training, or when it is finished and on disk.
     """
     job = _Run(recipe)
     report = job.distil()
@@ -74,6 +74,7 @@ def run(recipe: Recipe) -> None:
     if job.is_main_process:
         print_table(report)
         print(f"Student, report.md, curves.png and metrics.json: {recipe.training_args.output_dir}")
+        job.push()
 
 
 class _Run:
@@ -159,16 +160,22 @@ class _Run:
             quantization_config=self.quantization_config,
             sample_metrics=self.sample_metrics,
         )
+        self.card = trainer.card
+        self.card.teacher = self.script_args.teacher_name
+        self.card.datasets = dataset_names(self.recipe)
+        self.card.counts = self.counts
+        self.card.settings = settings(self.recipe)
+        self.card.command = command(self.recipe.path, sys.argv)
         undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
         with timed(seconds, trainer._name):
             trainer.train(resume_from_checkpoint=checkpoint_to_resume(args.resume_from_checkpoint))
+        # `push` sends the student once, when its card has the table
+        trainer.args.push_to_hub = False
         # Before anything else can fail
         trainer.save_model(args.output_dir)
         trainer.save_state()
-        trainer.create_model_card(
-            model_name=Path(args.output_dir).name, dataset_name=display_path(self.script_args.dataset_name)
-        )
+        trainer.create_model_card()
 
         distilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
         self.max_steps = trainer.state.max_steps
@@ -193,16 +200,15 @@ class _Run:
             log_history=log_history,
             counts=self.counts,
             inputs=self.inputs,
-            command=command(self.recipe.path, sys.argv),
-            settings=settings(self.recipe),
+            command=self.card.command,
+            settings=self.card.settings,
             evaluation={
                 "prompts": len(self.test),
                 "samples": EVALUATION_SAMPLES,
                 "max_new_tokens": args.max_completion_length,
                 "seed": SEED,
             },
-            versions={"trl-bbkd": __version__, "python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            versions=library_versions(),
             seconds=seconds,
             warnings=[vars(warning) for warning in trainer.monitor.warnings],
         )
@@ -245,6 +251,22 @@ class _Run:
     def write(self, report: RunReport) -> None:
         if self.is_main_process:
             write_report(report, self.args.output_dir)
+            self.card.report = report
+            write_card(self.card, self.args.output_dir)
+
+    def push(self) -> None:
+        """Send the student to the Hub, if the recipe says so."""
+        if self.args.push_to_hub:
+            url = push_student(
+                self.args.output_dir,
+                self.card.repo_id,
+                folders=self.card.folders,
+                token=self.args.hub_token,
+                private=self.args.hub_private_repo,
+                revision=self.args.hub_revision,
+                commit_message="End of training",
+            )
+            print(f"On the Hub: {url}")
 
     def _on_main_process(self, measure: Callable[[], dict]) -> dict:
         """What the main process measures; an empty dictionary on the others, which wait."""
@@ -298,6 +320,17 @@ def refuse_another_run(output_dir: str, inputs: dict) -> None:
         raise RecipeError(
             f"`output_dir: {output_dir}` holds another run ({there}). Choose another `output_dir` or delete that folder."
         )
+
+
+def dataset_names(recipe: Recipe) -> list[str]:
+    """Where the teacher's text comes from: paths, or ids of the Hub."""
+    names = []
+    for entry in recipe.dataset_args.datasets or []:
+        files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files]
+        # `path` is the name of a file format where the files are named beside it
+        names += [entry.path] if entry.data_files is None else files
+    names = names or [recipe.script_args.dataset_name]
+    return [name for item in names for name in (item if isinstance(item, list) else [item])]
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | None) -> str | bool | None:

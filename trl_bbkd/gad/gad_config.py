@@ -113,6 +113,11 @@ class GADConfig(GRPOConfig):
             Least standard deviation that advantages of `"group"` are divided by, in units of the reward.
         length_control (`bool`, *optional*, defaults to `False`):
             Remove from the discriminator's score what length explains within the groups.
+
+        > Parameters that control the Hub
+
+        push_discriminator (`bool`, *optional*, defaults to `False`):
+            Whether the pushes of `push_to_hub` send the discriminator as well, as the folder `discriminator/`.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["discriminator_lora_kwargs", "critic_lora_kwargs"]
@@ -271,6 +276,12 @@ class GADConfig(GRPOConfig):
     length_control: bool = field(
         default=False,
         metadata={"help": "Remove from the discriminator's score what length explains within the groups."},
+    )
+
+    # Hub
+    push_discriminator: bool = field(
+        default=False,
+        metadata={"help": "Whether the pushes of `push_to_hub` send the discriminator as well."},
     )
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -18,6 +19,7 @@ from trl import GRPOTrainer
 from .._compat import fused_forward
 from ..evaluation import SampleMetrics, judge
 from ..teacher_data import tokenize_teacher_data
+from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator, build_discriminator
@@ -25,7 +27,7 @@ from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .gad_config import GADConfig
 from .held_out import HeldOutMetrics
 from .reference import add_reference_adapter
-from .resumable import ResumableGAD
+from .resumable import DISCRIMINATOR_FOLDER, ResumableGAD
 from .sharding import refuse_sharding
 from .stabilizers import without_length_effect
 from .stages import TwoStageGAD
@@ -35,7 +37,7 @@ from .warnings import TrainingMonitor
 logger = logging.getLogger(__name__)
 
 
-class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
+class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     r"""
     Trainer for Generative Adversarial Distillation ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
 
@@ -90,6 +92,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
     _name = "GAD"
+    _card_note = "The discriminator's score is not quality: it moves with the discriminator."
     _paper = {
         "title": "Black-Box On-Policy Distillation of Large Language Models",
         "id": "2511.10643",
@@ -148,18 +151,20 @@ class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
             "chat_template_kwargs": args.chat_template_kwargs,
         }
 
-        def tokenize(dataset):
+        data_counts = {}
+
+        def tokenize(dataset, split):
             if dataset is None or "teacher_ids" in (dataset.column_names or []):
                 return dataset
-            dataset, counts = tokenize_teacher_data(dataset, processing_class, **tokenize_kwargs)
-            logger.info(counts)
+            dataset, data_counts[split] = tokenize_teacher_data(dataset, processing_class, **tokenize_kwargs)
+            logger.info(data_counts[split])
             return dataset
 
-        train_dataset = tokenize(train_dataset)
+        train_dataset = tokenize(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: tokenize(dataset, name) for name, dataset in eval_dataset.items()}
         else:
-            eval_dataset = tokenize(eval_dataset)
+            eval_dataset = tokenize(eval_dataset, "test")
 
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if args.reward_weights is not None:
@@ -223,6 +228,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
         self._sft_forward = fused_forward(self._unwrapped_policy(), temperature=1.0)
         if args.warmup_epochs > 0 and args.beta != 0 and isinstance(self.model, PeftModel):
             add_reference_adapter(self.accelerator.unwrap_model(self.model))
+        self.card.counts = data_counts
         self._student_path = student_path
         self._warmup_steps = None
         self._in_warmup = False
@@ -233,6 +239,13 @@ class GADTrainer(ResumableGAD, TwoStageGAD, GRPOTrainer):
     def discriminator(self) -> Discriminator:
         """The discriminator, unwrapped."""
         return self.discriminator_trainer.discriminator
+
+    def _hub_folders(self):
+        return [DISCRIMINATOR_FOLDER] if self.args.push_discriminator else []
+
+    def _save_hub_folders(self):
+        if self.args.push_discriminator:
+            self.discriminator.save_pretrained(Path(self.args.output_dir) / DISCRIMINATOR_FOLDER)
 
     def _unwrapped_policy(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,47 @@
+"""What must not leave this machine: secrets, and paths of its disk."""
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+
+SECRET = re.compile(r"(token|password|secret|credential|api_?key)$", re.IGNORECASE)
+HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+# Two components at least: `/` and `/think` are no paths. What comes before tells a path from a URL or a fraction.
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])/(?:[\w.@+~-]+/)+[\w.@+~-]*")
+SHORTEST_SECRET = 8
+
+
+def without_tokens(text: str, token: str | None = None) -> str:
+    """
+    `text` with every secret this process knows replaced by `***`.
+
+    Those are Hub tokens, whoever's, and the values of environment variables whose name says that they hold a secret.
+
+    Args:
+        text (`str`):
+            Any text.
+        token (`str`, *optional*):
+            One more secret.
+    """
+    known = [value for name, value in os.environ.items() if SECRET.search(name)]
+    for secret in sorted({(value or "").strip() for value in (*known, get_token(), token)}, key=len, reverse=True):
+        if len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    return HUB_TOKEN.sub("***", text)
+
+
+def public_text(text: str, token: str | None = None) -> str:
+    """
+    `text` as strangers may read it: without secrets and without absolute paths.
+
+    A path below the current directory becomes relative to it; of any other one the last component stays.
+    """
+    return ABSOLUTE_PATH.sub(lambda match: _public_path(match[0]), without_tokens(text, token))
+
+
+def _public_path(path: str) -> str:
+    relative = os.path.relpath(path)
+    return Path(path).name if relative.startswith("..") else relative
