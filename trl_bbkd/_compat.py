@@ -7,14 +7,24 @@ Tested with TRL 1.16. When TRL moves, `tests/test_compat.py` names what changed;
 import contextlib
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers import trainer as transformers_trainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, pad
 
 
-__all__ = ["add_fused_lm_head", "disable_dropout", "fused_forward", "get_config_model_id", "pad", "uploads_through"]
+__all__ = [
+    "add_fused_lm_head",
+    "disable_dropout",
+    "fused_forward",
+    "get_config_model_id",
+    "keep_4bit_weights_differentiable",
+    "keep_precision",
+    "pad",
+    "uploads_through",
+]
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -65,3 +75,31 @@ def uploads_through(upload: Callable):
         yield
     finally:
         transformers_trainer.hf_api = original
+
+
+def keep_4bit_weights_differentiable(*models: nn.Module) -> None:
+    """
+    Stop bitsandbytes from repacking 4-bit weights for CPU inference.
+
+    On CPUs with AVX512-BF16 it repacks them at the first evaluation pass, for good, into a layout whose product has no
+    gradient: training then fails in layers with a bias, and silently skips the gradient through the others.
+    """
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def keep_precision(model: nn.Module) -> Iterator[None]:
+    """
+    Give every parameter, at the end, the dtype it had at the start.
+
+    TRL trains an adapter on a quantised model in bfloat16, but PEFT loads it from a checkpoint in float32: a resumed run
+    would go on in another precision.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])

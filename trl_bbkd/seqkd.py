@@ -8,6 +8,7 @@ from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ._compat import keep_4bit_weights_differentiable
 from .teacher_data import prompt_token_ids
 
 
@@ -227,6 +228,8 @@ def train_seqkd(
         peft_config=peft_config,
         quantization_config=quantization_config,
     )
+    if trainer.accelerator.device.type == "cpu":
+        keep_4bit_weights_differentiable(trainer.model)
     trainer.train()
     result.curve = curve(trainer.state.log_history)
     return result

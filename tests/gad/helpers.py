@@ -50,6 +50,15 @@ def are_different(first, second):
     return any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
+def fill_adapters(trainer, seed=0):
+    """Values at which an adapter acts: LoRA's B matrices start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in (trainer.model, trainer.discriminator):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.1, generator=generator)
+
+
 def discriminator_steps(trainer):
     optimizer = trainer.discriminator_trainer.optimizer
     steps = {int(state["step"]) for state in optimizer.state.values()}

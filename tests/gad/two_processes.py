@@ -5,6 +5,7 @@ import sys
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from tests.conftest import SENTENCES
 from tests.gad.helpers import GradientRecorder, discriminator_steps, make_config, weights
@@ -24,7 +25,8 @@ class FixedSamplesTrainer(GADTrainer):
         return completions, None
 
 
-model, output, per_device, accumulation, warmup_epochs = sys.argv[1:]
+model, output, per_device, accumulation, warmup_epochs, *backbone = sys.argv[1:]
+lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 recorder = GradientRecorder()
 rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 trainer = FixedSamplesTrainer(
@@ -36,9 +38,12 @@ trainer = FixedSamplesTrainer(
         warmup_epochs=float(warmup_epochs),
         max_steps=4,
         beta=0.1,
+        discriminator="shared" if backbone else None,
     ),
     train_dataset=Dataset.from_list(rows),
     callbacks=[recorder],
+    peft_config=lora if backbone else None,
+    discriminator_peft_config=lora if backbone else None,
 )
 trainer.train()
 torch.save(

@@ -167,7 +167,7 @@ class Discriminator(nn.Module):
         backbone_path = str(directory / BACKBONE_NAME)
         model_class = AutoModelForCausalLM if config["head"] == "likelihood" else AutoModel
         if config["is_adapter"]:
-            base_path = PeftConfig.from_pretrained(backbone_path).base_model_name_or_path
+            base_path, _ = find_backbone(directory)
             base = model_class.from_pretrained(base_path, **model_init_kwargs)
             backbone = PeftModel.from_pretrained(base, backbone_path, is_trainable=True)
         else:
@@ -190,6 +190,25 @@ class Discriminator(nn.Module):
     def _load_heads(self, directory: str | Path) -> None:
         for name, value in load_file(Path(directory) / HEADS_NAME).items():
             self.get_parameter(name).copy_(value)
+
+
+def find_backbone(path: str | Path) -> tuple[str, bool]:
+    """
+    Tell where the pretrained weights of a discriminator are.
+
+    Args:
+        path (`str` or `Path`):
+            A saved discriminator's folder, or a checkpoint to start from: a local path or Hub id.
+
+    Returns:
+        `tuple[str, bool]`: Path or Hub id of the model, and whether a saved adapter goes on top of it.
+    """
+    if not (Path(path) / CONFIG_NAME).is_file():
+        return str(path), False
+    backbone_path = str(Path(path) / BACKBONE_NAME)
+    if json.loads((Path(path) / CONFIG_NAME).read_text())["is_adapter"]:
+        return PeftConfig.from_pretrained(backbone_path).base_model_name_or_path, True
+    return backbone_path, False
 
 
 def build_discriminator(

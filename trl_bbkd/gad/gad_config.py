@@ -44,7 +44,8 @@ class GADConfig(GRPOConfig):
         > Parameters that control the discriminator
 
         discriminator (`str`, *optional*):
-            Checkpoint the discriminator starts from: a local path or a Hub id. `None` takes the student's.
+            Checkpoint the discriminator starts from: a local path or a Hub id. `None` takes the student's. `"shared"`
+            makes it a second LoRA adapter on the frozen base model of a LoRA student, which is then in memory once.
         discriminator_head (`str`, *optional*, defaults to `"scalar"`):
             How a response is scored. `"scalar"`: a linear head at the last response token, as in the paper.
             `"likelihood"` (ours): a learned scale times the discriminator's own log-likelihood of the response, plus
@@ -54,7 +55,10 @@ class GADConfig(GRPOConfig):
         discriminator_loss (`str`, *optional*, defaults to `"bradley_terry"`):
             `"bradley_terry"` (Eq. 3) or `"cross_entropy"`, per sample (Eq. 4).
         discriminator_lora_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of [`~peft.LoraConfig`]. When set, the discriminator is trained as a LoRA adapter.
+            Keyword arguments of [`~peft.LoraConfig`]. When set, the discriminator is trained as a LoRA adapter. With
+            `discriminator="shared"`, `None` takes the student's, without dropout.
+        discriminator_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the frozen model under a LoRA discriminator in 4 bits (NF4, bitsandbytes).
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-6`):
             Learning rate of the discriminator's own AdamW optimizer, constant.
         discriminator_warmup_learning_rate (`float`, *optional*):
@@ -168,7 +172,10 @@ class GADConfig(GRPOConfig):
     # Discriminator
     discriminator: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint the discriminator starts from. If `None`, the student's checkpoint."},
+        metadata={
+            "help": "Checkpoint the discriminator starts from. If `None`, the student's checkpoint. `shared`: a second "
+            "LoRA adapter on the frozen base model of a LoRA student."
+        },
     )
     discriminator_head: Literal["scalar", "likelihood"] = field(
         default="scalar",
@@ -186,6 +193,10 @@ class GADConfig(GRPOConfig):
     discriminator_lora_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the discriminator as a LoRA adapter."},
+    )
+    discriminator_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the frozen model under a LoRA discriminator in 4 bits (NF4)."},
     )
     discriminator_learning_rate: float = field(
         default=1e-6, metadata={"help": "Learning rate of the discriminator, constant."}

@@ -16,13 +16,14 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from .._compat import fused_forward
+from .._compat import fused_forward, keep_4bit_weights_differentiable
 from ..evaluation import SampleMetrics, judge
 from ..teacher_data import tokenize_teacher_data
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .critic import CriticTrainer, build_critic
-from .discriminator import Discriminator, build_discriminator
+from .discriminator import Discriminator
+from .discriminator_setup import resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .gad_config import GADConfig
 from .held_out import HeldOutMetrics
@@ -75,7 +76,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], or a dict of them, *optional*):
             Held-out teacher text in the same format.
         discriminator (`str`, [`~transformers.PreTrainedModel`] or [`Discriminator`], *optional*):
-            Where the discriminator starts; instead of `args.discriminator`.
+            Where the discriminator starts, or `"shared"`; instead of `args.discriminator`.
         discriminator_peft_config ([`~peft.PeftConfig`], *optional*):
             Train the discriminator as an adapter; instead of `args.discriminator_lora_kwargs`.
         sample_metrics (`Callable[[list, list[str]], dict[str, list[float]]]`, *optional*):
@@ -87,7 +88,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     Raises:
         TeacherDataError: If the teacher text breaks the contract, before any model is loaded.
-        ValueError: Under DeepSpeed or FSDP, which are not supported yet.
+        ValueError: Under DeepSpeed or FSDP, which are not supported yet; if the discriminator cannot be trained beside
+            this student (see [`~discriminator_setup.resolve_discriminator`]).
     """
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
@@ -129,10 +131,6 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
         refuse_sharding(args)
-        if discriminator is not None and args.discriminator is not None:
-            raise ValueError("Pass `discriminator` to the trainer or set it in `args`, not both.")
-        if discriminator_peft_config is not None and args.discriminator_lora_kwargs is not None:
-            raise ValueError("Pass `discriminator_peft_config` or set `args.discriminator_lora_kwargs`, not both.")
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -143,6 +141,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(f"GAD distils text: a tokenizer is needed, got {type(processing_class).__name__}.")
+        discriminator, discriminator_peft_config = resolve_discriminator(
+            args, discriminator, discriminator_peft_config, model, peft_config, processing_class
+        )
         config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
         tokenize_kwargs = {
             "max_completion_length": args.max_completion_length,
@@ -188,23 +189,14 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             peft_config=peft_config,
         )
 
-        if discriminator_peft_config is None and args.discriminator_lora_kwargs is not None:
-            discriminator_peft_config = LoraConfig(**args.discriminator_lora_kwargs)
-        discriminator_kwargs = {
+        student_kwargs = {
             key: init_kwargs[key]
-            for key in ("dtype", "attn_implementation", "trust_remote_code")
+            for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")
             if key in init_kwargs
         }
-        if discriminator is None and args.discriminator is None:
-            discriminator_kwargs["revision"] = init_kwargs.get("revision", "main")
         self.discriminator_trainer = DiscriminatorTrainer(
-            build_discriminator(
-                discriminator or args.discriminator or student_path,
-                args.discriminator_head,
-                args.discriminator_likelihood_reduction,
-                discriminator_peft_config,
-                args.seed,
-                **discriminator_kwargs,
+            start_discriminator(
+                args, discriminator, discriminator_peft_config, self.model, student_path, student_kwargs
             ),
             args,
             self.accelerator,
@@ -214,7 +206,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if args.critic is not None:
             critic_peft_config = LoraConfig(**args.critic_lora_kwargs) if args.critic_lora_kwargs else None
             critic = build_critic(
-                args.critic, self._unwrapped_policy(), student_path, critic_peft_config, **discriminator_kwargs
+                args.critic, self._unwrapped_policy(), student_path, critic_peft_config, **student_kwargs
             )
             critic_trainer = CriticTrainer(critic, args, self.accelerator)
         self.critic_trainer = critic_trainer
@@ -223,6 +215,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         self.sample_metrics = sample_metrics
         self._held_out = HeldOutMetrics(self.accelerator)
         if self.accelerator.device.type == "cpu":
+            keep_4bit_weights_differentiable(self.model, self.discriminator)
             # A saturated discriminator's gradients are denormal numbers, on which CPUs are many times slower
             torch.set_flush_denormal(True)
         self._sft_forward = fused_forward(self._unwrapped_policy(), temperature=1.0)

@@ -19,5 +19,6 @@ def copy_adapter_to_reference(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if ".default." in name:
             reference = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
-            reference.data.copy_(parameter.data)
+            # A copy in its precision too, which TRL lowers for the student's adapter on a quantised model
+            reference.data = parameter.data.clone()
             reference.requires_grad_(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import IterableDataset
 
+from .._compat import keep_precision
 from .checkpoint import (
     STATE_NAME,
     checkpoints,
@@ -95,6 +96,10 @@ class ResumableGAD:
         super()._save_rng_state(output_dir)
         # The file that marks a checkpoint as finished comes next: every process must have written its own by then
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keep_precision(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

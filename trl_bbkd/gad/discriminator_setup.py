@@ -1,0 +1,188 @@
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from .discriminator import Discriminator, build_discriminator, find_backbone
+from .gad_config import GADConfig
+from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
+
+
+def resolve_discriminator(
+    args: GADConfig,
+    discriminator: str | PreTrainedModel | Discriminator | None,
+    adapter: PeftConfig | None,
+    student: str | PreTrainedModel | PeftModel,
+    student_adapter: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[str | PreTrainedModel | Discriminator | None, PeftConfig | None]:
+    """
+    Decide what discriminator is asked for, and refuse, before any model is loaded, one that cannot be trained beside
+    this student.
+
+    Args:
+        args ([`GADConfig`]):
+            Its `discriminator`, `discriminator_lora_kwargs`, `discriminator_load_in_4bit` and `trust_remote_code`.
+        discriminator (`str`, [`~transformers.PreTrainedModel`] or [`Discriminator`], *optional*):
+            Where the discriminator starts, instead of `args.discriminator`.
+        adapter ([`~peft.PeftConfig`], *optional*):
+            Adapter it is to be trained as, instead of `args.discriminator_lora_kwargs`.
+        student (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]), student_adapter (`PeftConfig`):
+            The student, as given to the trainer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+
+    Returns:
+        `tuple[str | PreTrainedModel | Discriminator | None, PeftConfig | None]`: Where it starts (`None` is the student's
+        checkpoint), and its adapter.
+
+    Raises:
+        ValueError: If a setting is given twice; if the discriminator has another tokenizer, or an embedding without
+            room for every token; if `"shared"` is asked for without a LoRA student; if 4 bits are asked for without a
+            LoRA adapter.
+    """
+    if discriminator is not None and args.discriminator is not None:
+        raise ValueError("Pass `discriminator` to the trainer or set it in `args`, not both.")
+    if adapter is not None and args.discriminator_lora_kwargs is not None:
+        raise ValueError("Pass `discriminator_peft_config` or set `args.discriminator_lora_kwargs`, not both.")
+    discriminator = discriminator or args.discriminator
+    if args.discriminator_lora_kwargs is not None:
+        adapter = LoraConfig(**args.discriminator_lora_kwargs)
+    if args.discriminator_load_in_4bit:
+        _check_4bit(discriminator, adapter)
+    if discriminator == SHARED:
+        if isinstance(student, PeftModel):
+            student_adapter = student.peft_config["default"]
+        check_shared_backbone(student_adapter, adapter)
+    elif discriminator is not None:
+        student_name = student if isinstance(student, str) else student.config._name_or_path or "in memory"
+        check_vocabulary(discriminator, tokenizer, student_name, args.trust_remote_code)
+    # PEFT writes into a configuration, and one object may have been given for both models
+    return discriminator, copy.deepcopy(adapter)
+
+
+def start_discriminator(
+    args: GADConfig,
+    discriminator: str | PreTrainedModel | Discriminator | None,
+    adapter: PeftConfig | None,
+    student: PreTrainedModel | PeftModel,
+    student_path: str,
+    student_kwargs: dict[str, Any],
+) -> Discriminator:
+    """
+    Build the discriminator that [`resolve_discriminator`] decided on.
+
+    Args:
+        args ([`GADConfig`]), discriminator, adapter:
+            As in, and from, [`resolve_discriminator`].
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The loaded student, on its device.
+        student_path (`str`):
+            Its checkpoint.
+        student_kwargs (`dict[str, Any]`):
+            Arguments of `from_pretrained` that fit the student's checkpoint. The discriminator gets them as well, except
+            `revision` if it starts from another checkpoint.
+
+    Returns:
+        [`Discriminator`]
+    """
+    init_kwargs = dict(student_kwargs)
+    if discriminator is not None:
+        init_kwargs.pop("revision", None)
+    if args.discriminator_load_in_4bit:
+        init_kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        )
+    if discriminator is None:
+        discriminator = student_path
+    elif discriminator == SHARED:
+        discriminator = share_backbone(student, args.discriminator_head)
+        adapter = adapter or shared_adapter_config(student, discriminator)
+    return build_discriminator(
+        discriminator,
+        args.discriminator_head,
+        args.discriminator_likelihood_reduction,
+        adapter,
+        args.seed,
+        **init_kwargs,
+    )
+
+
+def _check_4bit(discriminator: str | PreTrainedModel | Discriminator | None, adapter: PeftConfig | None) -> None:
+    if discriminator == SHARED:
+        raise ValueError(
+            "discriminator_load_in_4bit has no effect with discriminator='shared': the base model is the student's. "
+            "Load the student in 4 bits (`quantization_config`, or `load_in_4bit: true` in a recipe)."
+        )
+    if discriminator is not None and not isinstance(discriminator, str):
+        raise ValueError(
+            "discriminator_load_in_4bit acts when a discriminator is loaded, but a loaded one was given. Pass its path."
+        )
+    if adapter is None and (discriminator is None or not find_backbone(discriminator)[1]):
+        raise ValueError(
+            "discriminator_load_in_4bit needs a LoRA discriminator, since 4-bit weights cannot be trained: set "
+            "discriminator_lora_kwargs, e.g. {'r': 16, 'target_modules': 'all-linear'}."
+        )
+
+
+def check_vocabulary(
+    discriminator: str | PreTrainedModel | Discriminator,
+    tokenizer: PreTrainedTokenizerBase,
+    student_name: str,
+    trust_remote_code: bool = False,
+) -> None:
+    """
+    Check that the discriminator reads the student's token ids as the student does.
+
+    The discriminator is given token ids, never text. An embedding padded beyond the tokenizer is fine; a checkpoint
+    without tokenizer files is judged by its embedding alone.
+
+    Args:
+        discriminator (`str`, [`~transformers.PreTrainedModel`] or [`Discriminator`]):
+            Checkpoint or loaded model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        student_name (`str`):
+            For the message.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Passed to `from_pretrained`.
+
+    Raises:
+        ValueError: If a token has another id, or if an id lies beyond the embedding.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if isinstance(discriminator, str):
+        name = discriminator
+        path, _ = find_backbone(discriminator)
+        # Without its files, AutoTokenizer makes up an empty tokenizer of the model's kind
+        if get_tokenizer_config(path, trust_remote_code=trust_remote_code):
+            other = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).get_vocab()
+            if other != vocabulary:
+                token = min(
+                    (token for token, _ in vocabulary.items() ^ other.items()),
+                    key=lambda token: (vocabulary.get(token, len(vocabulary)), token),
+                )
+                raise ValueError(
+                    f"The discriminator ({name}) and the student ({student_name}) have different tokenizers: "
+                    f"{len(other)} and {len(vocabulary)} tokens; {token!r} has id {other.get(token)} and "
+                    f"{vocabulary.get(token)}. The discriminator reads the student's token ids: choose a model of the "
+                    "same family, or leave `discriminator` out to start from the student's checkpoint."
+                )
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        num_embeddings = config.get_text_config().vocab_size
+    else:
+        model = discriminator.backbone if isinstance(discriminator, Discriminator) else discriminator
+        name = model.config._name_or_path or "in memory"
+        num_embeddings = model.get_input_embeddings().weight.size(0)
+    largest_id = max(vocabulary.values())
+    if largest_id >= num_embeddings:
+        raise ValueError(
+            f"The discriminator ({name}) has embeddings for {num_embeddings} tokens, but the tokenizer of the student "
+            f"({student_name}) has ids up to {largest_id}. The discriminator reads the student's token ids: choose a "
+            "model of the same family, or leave `discriminator` out to start from the student's checkpoint."
+        )
