@@ -43,7 +43,7 @@ def test_scores_equal_those_of_two_models(tiny_model_dir, tmp_path, standard_row
         # Dropout would show if D's mode or modules were the student's
         trainer.model.train()
         trainer.discriminator.train()
-        scores[backbone], log_likelihoods[backbone] = trainer.discriminator(**BATCH)
+        scores[backbone], log_likelihoods[backbone], *_ = trainer.discriminator(**BATCH)
         outputs[backbone] = trainer.discriminator.backbone(input_ids=BATCH["input_ids"])[0]
     torch.testing.assert_close(scores["shared"], scores["separate"], atol=0, rtol=0)
     torch.testing.assert_close(log_likelihoods["shared"], log_likelihoods["separate"], atol=0, rtol=0)
