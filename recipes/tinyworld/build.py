@@ -60,7 +60,9 @@ def web_text(rng: random.Random) -> str:
     """A story such as the teacher's, told carelessly: the words are right, the numbers often are not."""
     prompt = world.make_prompt(rng)
     words = world.sample_answer(prompt, rng).split()
-    careless = [str(rng.randint(0, 9)) if word.isdigit() and rng.random() < CARELESS else word for word in words]
+    careless = [
+        str(rng.randint(0, world.MAX_COUNT)) if word.isdigit() and rng.random() < CARELESS else word for word in words
+    ]
     return " ".join([prompt, *careless])
 
 
