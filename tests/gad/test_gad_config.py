@@ -56,13 +56,13 @@ TOKEN = {"discriminator_credit": "token", "discriminator_head": "likelihood"}
         ({"group_std_floor": 0.1, "scale_rewards": "none"}, "group_std_floor=0.1 bounds.*scale_rewards='none'"),
         (
             {"group_std_floor": 0.1, "multi_objective_aggregation": "normalize_then_sum"},
-            "group_std_floor.*multi_objective_aggregation='normalize_then_sum'",
+            "multi_objective_aggregation='normalize_then_sum' divides.*group_std_floor",
         ),
         ({"policy_min_accuracy": 1.5}, "policy_min_accuracy is an accuracy.*between 0 and 1, got 1.5"),
         ({"discriminator_max_accuracy": -0.5}, "discriminator_max_accuracy is an accuracy.*got -0.5"),
         (
             {"policy_min_accuracy": 0.9, "discriminator_max_accuracy": 0.6},
-            "policy_min_accuracy=0.9 must be under discriminator_max_accuracy=0.6",
+            "policy_min_accuracy=0.9 must not be over discriminator_max_accuracy=0.6",
         ),
         ({"discriminator_replay_size": -1}, "discriminator_replay_size must be at least 0, got -1"),
         ({"discriminator_replay_size": 7}, "discriminator_replay_size=7 has no room: each batch of 8 .*draws 8 past"),
