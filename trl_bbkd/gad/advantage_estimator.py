@@ -108,6 +108,7 @@ class AdvantageEstimator:
         """Mean and variance over the tokens of all processes."""
         sums = torch.stack([mask.sum(), (values * mask).sum()]).double()
         count, total = self.accelerator.reduce(sums).unbind()
+        count = count.clamp(min=1)  # with mask_truncated_completions there may be no token at all
         mean = total / count
         variance = self.accelerator.reduce((((values - mean) ** 2) * mask).sum()) / count
         return mean.to(values.dtype), variance.to(values.dtype)

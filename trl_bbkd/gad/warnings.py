@@ -107,6 +107,7 @@ class TrainingMonitor:
         self.num_batches = 0
         self.adversarial: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self.at_start: dict[str, float] = {}
+        self.entropy: float | None = None  # of the student's latest loss
 
     def state(self) -> dict:
         """What a resumed run needs, ready for JSON."""
@@ -115,6 +116,7 @@ class TrainingMonitor:
             "num_batches": self.num_batches,
             "adversarial": list(self.adversarial),
             "at_start": self.at_start,
+            "entropy": self.entropy,
         }
 
     def load_state(self, state: dict) -> None:
@@ -123,6 +125,7 @@ class TrainingMonitor:
         self.num_batches = state["num_batches"]
         self.adversarial = deque(state["adversarial"], maxlen=WINDOW)
         self.at_start = state["at_start"]
+        self.entropy = state["entropy"]
 
     def observe(
         self,
