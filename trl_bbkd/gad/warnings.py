@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 WINDOW = 5  # generation batches that are averaged before judging
 FIRST_BATCHES = 20  # a tell shows itself early; later, high accuracy is saturation
 MAX_ACCURACY = 0.98
-MAX_LOSS_WHEN_SATURATED = 0.06  # its gradient then weighs a pair with 6 % of what it weighs at the start
+MAX_LOSS_WHEN_SATURATED = 0.06  # a pair's gradient is then 1 - exp(-0.06), 12 % of what it is at log 2
 MIN_ACCURACY = 0.5
 TELL_ACCURACY = 0.99
 TELL_SHARE = 0.5
