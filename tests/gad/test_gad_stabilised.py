@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_bbkd.evaluation import teacher_nll
-from trl_bbkd.gad import advantage_estimator
+from trl_bbkd.gad import advantage_estimator, critic, gad_trainer
 from trl_bbkd.gad.discriminator_trainer import PairBatch
 from trl_bbkd.gad.gad_trainer import GADTrainer
 
@@ -82,10 +82,10 @@ class Snapshots(GradientRecorder):
 
 
 @pytest.mark.parametrize(
-    "critic", [{"critic": "copy"}, {"critic": "trunk"}, {"critic": "copy", "critic_lora_kwargs": LORA}]
+    "kind", [{"critic": "copy"}, {"critic": "trunk"}, {"critic": "copy", "critic_lora_kwargs": LORA}]
 )
-def test_each_kind_of_critic_trains(tiny_model_dir, tmp_path, standard_rows, critic):
-    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **{**GAE, **critic}, max_steps=4)
+def test_each_kind_of_critic_trains(tiny_model_dir, tmp_path, standard_rows, kind):
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **{**GAE, **kind}, max_steps=4)
     model = trainer.critic_trainer.critic
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     student = weights(trainer.model)
@@ -93,9 +93,9 @@ def test_each_kind_of_critic_trains(tiny_model_dir, tmp_path, standard_rows, cri
     trainer.train()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     head = {"value_head.weight", "value_head.bias"}
-    if critic["critic"] == "trunk":
+    if kind["critic"] == "trunk":
         assert changed == set(before) == head
-    elif "critic_lora_kwargs" in critic:
+    elif "critic_lora_kwargs" in kind:
         assert changed > head and all("lora_" in name for name in changed - head)
     else:
         assert changed == set(before) and len(changed) > 2
@@ -168,11 +168,11 @@ def test_steps_with_a_critic_do_not_depend_on_micro_batches(tiny_model_dir, tmp_
         assert tokens.mean().item() == pytest.approx(0, abs=1e-5)
         assert tokens.std(correction=0).item() == pytest.approx(1, abs=1e-4)
         recorded.append((len(seen), list(recorder.gradients[0].values()), critic_gradients[0]))
-    (one, student, critic), (two, student_of_two, critic_of_two) = recorded
+    (one, student, value_model), (two, student_of_two, value_model_of_two) = recorded
     assert (one, two) == (1, 2)
     torch.testing.assert_close(student_of_two, student, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(critic_of_two, critic, atol=1e-4, rtol=1e-4)
-    assert max(gradient.abs().max() for gradient in critic) > 1e-2
+    torch.testing.assert_close(value_model_of_two, value_model, atol=1e-4, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in value_model) > 1e-2
 
 
 def test_several_iterations_on_one_batch(tiny_model_dir, tmp_path, standard_rows):
@@ -199,9 +199,30 @@ def test_a_batch_whose_every_answer_was_cut_harms_nothing(tiny_model_dir, tmp_pa
         max_steps=2,
     )
     trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: ([[7, 8] for _ in prompt_ids], None)
+    seen = keep_inputs_of_the_loss(trainer)
     trainer.train()
+    assert len(seen) == 2 and not any(inputs["completion_mask"].any() for inputs in seen)
+    assert all(inputs[name].isfinite().all() for inputs in seen for name in ("advantages", "returns"))
     for module in (trainer.model, trainer.critic_trainer.critic, trainer.discriminator):
         assert all(value.isfinite().all() for value in weights(module).values())
+
+
+def test_the_critic_is_a_copy_of_the_students_revision(
+    tiny_model_dir, other_model_dir, tmp_path, standard_rows, monkeypatch
+):
+    """Whatever the discriminator is."""
+    seen = []
+
+    def build_critic(*args, **kwargs):
+        seen.append(kwargs)
+        return critic.build_critic(*args, **kwargs)
+
+    monkeypatch.setattr(gad_trainer, "build_critic", build_critic)
+    config = {**GAE, "discriminator": other_model_dir, "model_init_kwargs": {"revision": "v2"}}
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config)
+    assert [kwargs["revision"] for kwargs in seen] == ["v2"]
+    assert trainer.discriminator.score_head.in_features == 48
+    assert trainer.critic_trainer.critic.value_head.in_features == 32
 
 
 # Token credit
@@ -257,6 +278,16 @@ def test_token_rewards_add_up_to_the_reward(tiny_model_dir, tmp_path, standard_r
     if estimator == "group":
         grpo = torch.tensor(list(trainer._logs["advantages"]))
         torch.testing.assert_close(output["advantages"][:, 0], grpo, atol=1e-4, rtol=1e-3)
+
+
+def test_token_credit_takes_padded_completions(tiny_model_dir, tmp_path, standard_rows):
+    advantages = []
+    for multiple in (None, 8):
+        trainer = make_fixed(tmp_path, tiny_model_dir, standard_rows, **TOKEN, pad_to_multiple_of=multiple)
+        advantages.append(first_batch(trainer)["advantages"])
+    width = advantages[0].size(1)
+    assert advantages[1].size(1) > width
+    torch.testing.assert_close(advantages[1][:, :width], advantages[0], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale_rewards", ["batch", "none"])
@@ -463,7 +494,9 @@ def test_held_out_metrics(tiny_model_dir, tmp_path, request, rows, batch_size, g
     assert metrics["eval_characters"] == pytest.approx(sum(map(len, judged)) / len(judged))
     assert metrics["eval_none"] == 0.0
     # The next evaluation starts afresh
-    assert trainer.evaluate()["eval_teacher_nll"] == pytest.approx(expected, rel=1e-5)
+    others = trainer.train_dataset.select(range(4))
+    expected = teacher_nll(trainer.model, trainer.processing_class, list(others))
+    assert trainer.evaluate(others)["eval_teacher_nll"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_checkpoint_with_the_lowest_teacher_nll_is_loaded_at_the_end(tiny_model_dir, tmp_path, standard_rows):
