@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import random
 import re
 
 import pytest
@@ -78,8 +79,8 @@ def test_warmup_is_only_searched_for_tells(tokenizer, kind):
 
 def test_a_tell_is_told_once_and_early_only(tokenizer):
     eos = tokenizer.eos_token_id
-    student = [ids[:-1] + [17] for ids in STUDENT]
-    teacher = [ids[:-1] + [eos] for ids in TEACHER]
+    student = [ids[:-1] + [17] for ids in STUDENT] * 8
+    teacher = [ids[:-1] + [eos] for ids in TEACHER] * 8
     certain = HEALTHY | {"discriminator/accuracy": 1.0}
     monitor = TrainingMonitor(tokenizer)
     (warning,) = watch(monitor, certain, 10, in_warmup=True, teacher=teacher, student=student)
@@ -92,7 +93,26 @@ def test_a_tell_is_told_once_and_early_only(tokenizer):
     watch(monitor, HEALTHY, 20, in_warmup=True)
     assert watch(monitor, certain, 5, in_warmup=True, teacher=teacher, student=student) == []
     # Nor is certainty that no single token explains
-    assert watch(TrainingMonitor(tokenizer), certain, 5, True, teacher=TEACHER, student=TEACHER * 2) == []
+    assert watch(TrainingMonitor(tokenizer), certain, 5, True, teacher=TEACHER * 8, student=TEACHER * 8) == []
+
+
+def test_small_batches_are_searched_for_tells_together(tokenizer):
+    """Of two teacher's answers, each token is in at least half: alone, any batch would have a tell."""
+    rng = random.Random(0)
+
+    def answers(number, end):
+        return [[rng.randrange(3, 300) for _ in range(30)] + [end] for _ in range(number)]
+
+    certain = HEALTHY | {"discriminator/accuracy": 1.0}
+    monitor = TrainingMonitor(tokenizer)
+    for step in range(20):
+        assert monitor.observe(step, certain, True, answers(2, end=2), answers(8, end=2)) == []
+    monitor, found = TrainingMonitor(tokenizer), []
+    for step in range(20):
+        found += monitor.observe(step, certain, True, answers(2, end=2), answers(8, end=7))
+    (warning,) = found
+    assert warning.step == 7 and "is the last of 100% of the teacher's" in warning.text
+    assert len(json.dumps(monitor.state())) < 3000
 
 
 @pytest.mark.parametrize("kind", [*TROUBLE, "tell"])
@@ -103,7 +123,7 @@ def test_a_resumed_run_neither_repeats_nor_forgets(tokenizer, kind):
         return other
 
     trouble = HEALTHY | TROUBLE.get(kind, {"discriminator/accuracy": 1.0})
-    sides = {"teacher": [[5, 2]], "student": [[6, 7]]}
+    sides = {"teacher": [[5, 2]] * 4, "student": [[6, 7]] * 8}
     straight, interrupted = TrainingMonitor(tokenizer), TrainingMonitor(tokenizer)
     if kind != "tell":
         for monitor in (straight, interrupted):
