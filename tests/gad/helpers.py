@@ -1,3 +1,5 @@
+import random
+
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -64,6 +66,19 @@ def discriminator_steps(trainer):
     steps = {int(state["step"]) for state in optimizer.state.values()}
     assert len(steps) <= 1
     return steps.pop() if steps else 0
+
+
+class FixedSamplesTrainer(GADTrainer):
+    """Draws a sample from its prompt and its place in the global batch: the same on one process and on two."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        first = self.accelerator.process_index * len(prompt_ids)
+        completions = []
+        for row, prompt in enumerate(prompt_ids):
+            rng = random.Random(f"{prompt} {first + row}")
+            answer = [rng.randrange(3, 300) for _ in range(rng.randint(3, 12))]
+            completions.append(answer if len(answer) == 12 else [*answer, self.processing_class.eos_token_id])
+        return completions, None
 
 
 class GradientRecorder(TrainerCallback):

@@ -7,6 +7,10 @@ from trl_bbkd.teacher_data import TeacherDataError
 from .helpers import make_config, make_trainer
 
 
+GAE = {"advantage_estimator": "gae", "critic": "copy"}
+TOKEN = {"discriminator_credit": "token", "discriminator_head": "likelihood"}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -20,14 +24,80 @@ from .helpers import make_config, make_trainer
             {"discriminator_sft_weight": 1.0, "discriminator_head": "likelihood", "warmup_epochs": 0.0},
             "acts during warm-up, but warmup_epochs is 0",
         ),
-        ({"num_generations": 1}, "at least 2 generations"),
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
         ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
         ({"warmup_learning_rate": 1e-3, "learning_rate": 0.0}, "warmup_learning_rate needs a positive learning_rate"),
+        (
+            {"advantage_estimator": "gae"},
+            "advantage_estimator='gae' needs a critic: set critic='copy'.*critic='trunk'",
+        ),
+        ({"critic": "copy"}, "critic='copy' is only used by advantage_estimator='gae'"),
+        (
+            {**GAE, "critic": "trunk", "critic_lora_kwargs": {"r": 4}},
+            "critic_lora_kwargs needs critic='copy', got.*trunk",
+        ),
+        ({"critic_lora_kwargs": {"r": 4}}, "critic_lora_kwargs needs critic='copy', got critic=None"),
+        ({**GAE, "gamma": 1.1}, "gamma must be at most 1, got 1.1"),
+        ({**GAE, "gamma": -0.1}, "gamma must be at least 0, got -0.1"),
+        ({**GAE, "lam": 1.1}, "lam must be at most 1, got 1.1"),
+        ({**GAE, "lam": -0.1}, "lam must be at least 0, got -0.1"),
+        ({**GAE, "cliprange_value": 0.0}, "cliprange_value must be positive, got 0.0"),
+        ({**GAE, "critic_learning_rate": -1.0}, "critic_learning_rate must be at least 0, got -1.0"),
+        ({**GAE, "critic_max_grad_norm": 0.0}, "critic_max_grad_norm must be positive, got 0.0"),
+        ({**GAE, "importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' has one ratio"),
+        ({"discriminator_credit": "token"}, "discriminator_credit='token' needs discriminator_head='likelihood'"),
+        ({**TOKEN, "importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' has one ratio"),
+        (
+            {**TOKEN, "multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation='normalize_then",
+        ),
+        ({"group_std_floor": -1.0}, "group_std_floor must be at least 0, got -1.0"),
+        ({**GAE, "group_std_floor": 0.1}, "group_std_floor=0.1 bounds.*advantage_estimator='gae'.*Set it to 0"),
+        ({"group_std_floor": 0.1, "scale_rewards": "none"}, "group_std_floor=0.1 bounds.*scale_rewards='none'"),
+        (
+            {"group_std_floor": 0.1, "multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation='normalize_then_sum' divides.*group_std_floor",
+        ),
+        ({"policy_min_accuracy": 1.5}, "policy_min_accuracy is an accuracy.*between 0 and 1, got 1.5"),
+        ({"discriminator_max_accuracy": -0.5}, "discriminator_max_accuracy is an accuracy.*got -0.5"),
+        (
+            {"policy_min_accuracy": 0.9, "discriminator_max_accuracy": 0.6},
+            "policy_min_accuracy=0.9 must not be over discriminator_max_accuracy=0.6",
+        ),
+        ({"discriminator_replay_size": -1}, "discriminator_replay_size must be at least 0, got -1"),
+        ({"discriminator_replay_size": 7}, "discriminator_replay_size=7 has no room: each batch of 8 .*draws 8 past"),
+        (
+            {"discriminator_replay_size": 31, "steps_per_generation": 4},
+            "discriminator_replay_size=31 has no room: each batch of 32 .*draws 32 past",
+        ),
+        ({"discriminator_replay_size": 90, "discriminator_replay_ratio": 1.0}, "discriminator_replay_ratio.*got 1.0"),
+        ({"discriminator_replay_size": 90, "discriminator_replay_ratio": 0.0}, "discriminator_replay_ratio.*got 0.0"),
+        (
+            {"discriminator_replay_size": 90, "discriminator_updates_per_batch": 0},
+            "discriminator_replay_size needs a discriminator that learns.*discriminator_updates_per_batch is 0",
+        ),
     ],
 )
 def test_bad_values_are_named(tmp_path, config, message):
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **config)
+
+
+def test_values_at_the_edge_are_taken(tmp_path):
+    config = make_config(
+        tmp_path, **GAE, gamma=1.0, lam=0.0, discriminator_replay_size=8, critic_lora_kwargs='{"r": 4}'
+    )
+    assert config.critic_lora_kwargs == {"r": 4}
+    make_config(tmp_path, policy_min_accuracy=0.0, discriminator_max_accuracy=1.0, group_std_floor=0.1)
+    make_config(tmp_path, discriminator_replay_size=3, discriminator_replay_ratio=0.25)
+
+
+def test_the_held_out_likelihood_is_the_default_metric_of_the_best_checkpoint(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    config = make_config(tmp_path, **best)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("teacher_nll", False)
+    config = make_config(tmp_path, **best, metric_for_best_model="eval_valid")
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_valid", True)
 
 
 def no_model_is_loaded(monkeypatch):

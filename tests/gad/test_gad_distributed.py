@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -52,3 +53,30 @@ def test_two_processes_take_the_steps_of_one(tiny_model_dir, tmp_path, warmup_ep
         assert two["log"][0][key] == pytest.approx(one["log"][0][key], abs=1e-5)
     for name, value in one["discriminator"].items():
         torch.testing.assert_close(two["discriminator"][name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_share_critic_credit_and_length_control(tiny_model_dir, tmp_path):
+    """Whitening and the slope of length go over the samples of all processes; replayed pairs are each process's own."""
+    config = json.dumps(
+        {
+            "advantage_estimator": "gae",
+            "critic": "copy",
+            "critic_learning_rate": 1e-3,
+            "discriminator_head": "likelihood",
+            "discriminator_credit": "token",
+            "discriminator_replay_size": 16,
+            "length_control": True,
+        }
+    )
+    first, second = run(2, tiny_model_dir, tmp_path / "two", 2, 2, 0.0, config)
+    for name in ("student", "discriminator", "critic"):
+        assert_same_weights(first[name], second[name])
+    (one,) = run(1, tiny_model_dir, tmp_path / "one", 8, 1, 0.0, config)
+    for name, gradient in one["gradients"][0].items():
+        torch.testing.assert_close(first["gradients"][0][name], gradient, atol=1e-6, rtol=1e-4)
+    # The critic's gradient is of scores, which are in the tens
+    for found, gradient in zip(first["critic_gradients"][0], one["critic_gradients"][0], strict=True):
+        torch.testing.assert_close(found, gradient, atol=1e-4, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in one["critic_gradients"][0]) > 1
+    for key in ("discriminator/loss", "critic/explained_variance", "reward", "reward_std"):
+        assert first["log"][0][key] == pytest.approx(one["log"][0][key], rel=1e-4)

@@ -220,7 +220,7 @@ def test_one_configuration_for_both_adapters(tiny_model_dir, tmp_path, standard_
 
 
 def test_two_processes(tiny_model_dir, tmp_path):
-    first, second = run(2, tiny_model_dir, tmp_path / "shared", 4, 1, 1.0, "shared")
+    first, second = run(2, tiny_model_dir, tmp_path / "shared", 4, 1, 1.0, '{"discriminator": "shared"}')
     assert_same_weights(first["discriminator"], second["discriminator"])
     assert_same_weights(first["student"], second["student"])
     assert set(first["gradients"][-1]) == {name for name in first["student"] if ".default." in name}

@@ -1,6 +1,6 @@
 """Run by torchrun on two processes: trains, and writes what each of them ends with."""
 
-import random
+import json
 import sys
 
 import torch
@@ -8,25 +8,13 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests.conftest import SENTENCES
-from tests.gad.helpers import GradientRecorder, discriminator_steps, make_config, weights
-from trl_bbkd.gad.gad_trainer import GADTrainer
+from tests.gad.helpers import FixedSamplesTrainer, GradientRecorder, discriminator_steps, make_config, weights
 
 
-class FixedSamplesTrainer(GADTrainer):
-    """Draws a sample from its prompt and its place in the global batch: the same on one process and on two."""
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        first = self.accelerator.process_index * len(prompt_ids)
-        completions = []
-        for row, prompt in enumerate(prompt_ids):
-            rng = random.Random(f"{prompt} {first + row}")
-            answer = [rng.randrange(3, 300) for _ in range(rng.randint(3, 12))]
-            completions.append(answer if len(answer) == 12 else [*answer, self.processing_class.eos_token_id])
-        return completions, None
-
-
-model, output, per_device, accumulation, warmup_epochs, *backbone = sys.argv[1:]
+model, output, per_device, accumulation, warmup_epochs, *config = sys.argv[1:]
+config = json.loads(config[0]) if config else {}
 lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+is_shared = config.get("discriminator") == "shared"
 recorder = GradientRecorder()
 rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 trainer = FixedSamplesTrainer(
@@ -38,13 +26,20 @@ trainer = FixedSamplesTrainer(
         warmup_epochs=float(warmup_epochs),
         max_steps=4,
         beta=0.1,
-        discriminator="shared" if backbone else None,
+        **config,
     ),
     train_dataset=Dataset.from_list(rows),
     callbacks=[recorder],
-    peft_config=lora if backbone else None,
-    discriminator_peft_config=lora if backbone else None,
+    peft_config=lora if is_shared else None,
+    discriminator_peft_config=lora if is_shared else None,
 )
+critic_gradients = []
+if trainer.critic_trainer is not None:
+    step_critic = trainer.critic_trainer.step
+    trainer.critic_trainer.step = lambda: (
+        critic_gradients.append([parameter.grad.clone() for parameter in trainer.critic_trainer.parameters]),
+        step_critic(),
+    )[1]
 trainer.train()
 torch.save(
     {
@@ -52,6 +47,8 @@ torch.save(
         "student": weights(trainer.accelerator.unwrap_model(trainer.model)),
         "discriminator_steps": discriminator_steps(trainer),
         "gradients": recorder.gradients,
+        "critic": weights(trainer.critic_trainer.critic) if trainer.critic_trainer is not None else {},
+        "critic_gradients": critic_gradients,
         "log": [entry for entry in trainer.state.log_history if "discriminator/loss" in entry],
     },
     f"{output}/rank{trainer.accelerator.process_index}.pt",

@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from .advantages import (
@@ -57,7 +58,8 @@ class AdvantageEstimator:
         local_rewards = rewards[first : first + len(mask)]
         token_rewards = torch.zeros_like(mask, dtype=rewards.dtype)
         if self.args.discriminator_credit == "token":
-            token_rewards = token_scores[:, : mask.size(1)] * mask
+            # TRL may pad completions further (pad_to_multiple_of)
+            token_rewards = F.pad(token_scores, (0, mask.size(1) - token_scores.size(1))) * mask
         token_rewards = token_rewards + rewards_at_last_token(local_rewards - token_rewards.sum(dim=1), mask)
         if self.args.advantage_estimator == "gae":
             # The level of the scores drifts with the discriminator. The teacher's goes along
@@ -108,6 +110,7 @@ class AdvantageEstimator:
         """Mean and variance over the tokens of all processes."""
         sums = torch.stack([mask.sum(), (values * mask).sum()]).double()
         count, total = self.accelerator.reduce(sums).unbind()
+        count = count.clamp(min=1)  # with mask_truncated_completions there may be no token at all
         mean = total / count
         variance = self.accelerator.reduce((((values - mean) ** 2) * mask).sum()) / count
         return mean.to(values.dtype), variance.to(values.dtype)

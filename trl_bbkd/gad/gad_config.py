@@ -302,6 +302,11 @@ class GADConfig(GRPOConfig):
             self.metric_for_best_model = "teacher_nll"
         if str(self.metric_for_best_model).endswith("teacher_nll") and self.greater_is_better is None:
             self.greater_is_better = False
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, got {self.num_generations}: a sample is judged against the others "
+                "of its prompt."
+            )
         super().__post_init__()
         if self.fp16:
             raise ValueError("GAD does not support fp16: the discriminator's loss is not scaled. Use `bf16=True`.")
@@ -351,6 +356,12 @@ class GADConfig(GRPOConfig):
                 "advantage_estimator='gae' and discriminator_credit='token' give each token its advantage. Set "
                 "importance_sampling_level='token'."
             )
+        if (per_token or self.group_std_floor > 0) and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "multi_objective_aggregation='normalize_then_sum' divides each reward by its own standard deviation, "
+                "but advantage_estimator='gae', discriminator_credit='token' and group_std_floor act on their sum. Set "
+                "multi_objective_aggregation='sum_then_normalize'."
+            )
         if self.group_std_floor > 0 and (self.advantage_estimator == "gae" or self.scale_rewards == "none"):
             raise ValueError(
                 f"group_std_floor={self.group_std_floor} bounds the standard deviation that group advantages are divided "
@@ -362,6 +373,12 @@ class GADConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is an accuracy and must lie between 0 and 1, got {value}.")
+        low, high = self.policy_min_accuracy, self.discriminator_max_accuracy
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"policy_min_accuracy={low} must not be over discriminator_max_accuracy={high}: between the two, neither "
+                "the student nor the discriminator would move, for good."
+            )
         if self.discriminator_replay_size == 0:
             return
         if not 0 < self.discriminator_replay_ratio < 1:

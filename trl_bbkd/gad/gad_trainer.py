@@ -334,7 +334,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         self, pairs: PairBatch, scores: PairScores, measured: dict[str, float]
     ) -> dict[str, float]:
         """Warn of trouble, apply the gate, update the discriminator. Returns the metrics of this."""
-        entropy = {"entropy": self._metrics["train"]["entropy"][-1]} if self._metrics["train"].get("entropy") else {}
+        entropy = {"entropy": self.monitor.entropy} if self.monitor.entropy is not None else {}
         warnings = self.monitor.observe(
             self.state.global_step, measured | entropy, self._in_warmup, pairs.teacher_ids, pairs.student_ids
         )
@@ -387,7 +387,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if "policy_is_held" in inputs:
             return self._no_loss()
         if "teacher_ids" not in inputs:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            if self.model.training:
+                # Kept, because TRL forgets its metrics whenever it logs
+                self.monitor.entropy = self._metrics["train"]["entropy"][-1]
+            return loss
         if self.state.global_step < self._discriminator_only_steps:
             return self._no_loss()
         return self._sft_loss(model, inputs)
@@ -397,8 +401,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
     def _train_critic(self, inputs: dict[str, torch.Tensor]) -> None:
-        loss = self.critic_trainer.backward(inputs, self._tokens_per_window(inputs["num_items_in_batch"]))
+        # With mask_truncated_completions there may be no token at all
+        loss = self.critic_trainer.backward(inputs, self._tokens_per_window(inputs["num_items_in_batch"].clamp(min=1)))
         totals = self.accelerator.reduce(torch.stack([loss, inputs["completion_mask"].sum()]))
-        self._log_metrics("train", {"critic/loss": (totals[0] / totals[1]).item()})
+        self._log_metrics("train", {"critic/loss": (totals[0] / totals[1].clamp(min=1)).item()})
         if self.accelerator.sync_gradients:
             self._log_metrics("train", {"critic/grad_norm": self.critic_trainer.step()})

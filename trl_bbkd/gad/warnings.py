@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 WINDOW = 5  # generation batches that are averaged before judging
 FIRST_BATCHES = 20  # a tell shows itself early; later, high accuracy is saturation
 MAX_ACCURACY = 0.98
-MAX_LOSS_WHEN_SATURATED = 0.06  # its gradient then weighs a pair with 6 % of what it weighs at the start
+MAX_LOSS_WHEN_SATURATED = 0.06  # a pair's gradient is then 1 - exp(-0.06), 12 % of what it is at log 2
 MIN_ACCURACY = 0.5
 TELL_ACCURACY = 0.99
 TELL_SHARE = 0.5
+MIN_TEACHER_ANSWERS = 16  # of fewer, some token is always more frequent on one side by chance
 MAX_LENGTH_RATIO = 1.5
 MIN_REMAINING_GROUP_STD = 0.1
 MIN_REMAINING_ENTROPY = 0.25
@@ -92,6 +93,11 @@ def find_tell(teacher_ids: list[list[int]], student_ids: list[list[int]]) -> Tel
     return max(tells, key=lambda tell: tell.difference)
 
 
+def _edges(ids: list[int]) -> list[int]:
+    """What [`find_tell`] looks at of an answer."""
+    return list(ids) if len(ids) <= 2 * TOLD_POSITIONS else [*ids[:TOLD_POSITIONS], *ids[-TOLD_POSITIONS:]]
+
+
 class TrainingMonitor:
     """
     Watches a run's metrics and words a warning the first time each kind of trouble shows.
@@ -107,6 +113,8 @@ class TrainingMonitor:
         self.num_batches = 0
         self.adversarial: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self.at_start: dict[str, float] = {}
+        self.answers: list[list[list[list[int]]]] = []  # of batches too small to be searched alone, [teacher, student]
+        self.entropy: float | None = None  # of the student's latest loss
 
     def state(self) -> dict:
         """What a resumed run needs, ready for JSON."""
@@ -115,6 +123,8 @@ class TrainingMonitor:
             "num_batches": self.num_batches,
             "adversarial": list(self.adversarial),
             "at_start": self.at_start,
+            "answers": self.answers,
+            "entropy": self.entropy,
         }
 
     def load_state(self, state: dict) -> None:
@@ -123,6 +133,8 @@ class TrainingMonitor:
         self.num_batches = state["num_batches"]
         self.adversarial = deque(state["adversarial"], maxlen=WINDOW)
         self.at_start = state["at_start"]
+        self.answers = state["answers"]
+        self.entropy = state["entropy"]
 
     def observe(
         self,
@@ -150,9 +162,9 @@ class TrainingMonitor:
         """
         self.num_batches += 1
         found = {}
-        if self.num_batches <= FIRST_BATCHES and metrics["discriminator/accuracy"] >= TELL_ACCURACY:
-            tell = find_tell(teacher_ids, student_ids)
-            if tell.difference >= TELL_SHARE:
+        if self.num_batches <= FIRST_BATCHES:
+            tell = self._look_for_tell(teacher_ids, student_ids)
+            if tell is not None and metrics["discriminator/accuracy"] >= TELL_ACCURACY:
                 found["tell"] = (
                     f"the discriminator separates the two sides almost perfectly (accuracy "
                     f"{metrics['discriminator/accuracy']:.2f} in generation batch {self.num_batches}), and "
@@ -168,6 +180,19 @@ class TrainingMonitor:
         new = [TrainingWarning(kind, step, text) for kind, text in found.items() if kind not in told]
         self.warnings += new
         return new
+
+    def _look_for_tell(self, teacher_ids: list[list[int]], student_ids: list[list[int]]) -> Tell | None:
+        """A tell in this batch, together with those before it if it alone has too few answers."""
+        self.answers.append([[_edges(ids) for ids in side] for side in (teacher_ids, student_ids)])
+        teacher, student = ([ids for batch in self.answers for ids in batch[side]] for side in (0, 1))
+        while sum(len(batch[0]) for batch in self.answers) >= MIN_TEACHER_ANSWERS:
+            self.answers.pop(0)
+        if self.num_batches == FIRST_BATCHES:
+            self.answers = []
+        if len(teacher) < MIN_TEACHER_ANSWERS:
+            return None
+        tell = find_tell(teacher, student)
+        return tell if tell.difference >= TELL_SHARE else None
 
     def _mean(self, name: str) -> float | None:
         values = [metrics[name] for metrics in self.adversarial if name in metrics]
