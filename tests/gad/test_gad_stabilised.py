@@ -137,7 +137,7 @@ def test_a_critic_learns_what_rewards_to_expect(tiny_model_dir, tmp_path, standa
     )
     trainer.train()
     losses = [entry["critic/loss"] for entry in trainer.state.log_history if "critic/loss" in entry]
-    assert len(losses) == 24 and sum(losses[-6:]) < 0.5 * sum(losses[:6])
+    assert len(losses) == 24 and sum(losses[-6:]) < 0.85 * sum(losses[:6])
 
 
 @pytest.mark.parametrize("credit", ["sequence", "token"])

@@ -13,6 +13,9 @@ from .gad_config import GADConfig
 from .stabilizers import std_floor_factor
 
 
+SCALE_EPSILON = 1e-4
+
+
 class AdvantageEstimator:
     """
     Turns the rewards of a generation batch into what `advantage_estimator`, `discriminator_credit` and
@@ -62,9 +65,10 @@ class AdvantageEstimator:
             token_rewards = F.pad(token_scores, (0, mask.size(1) - token_scores.size(1))) * mask
         token_rewards = token_rewards + rewards_at_last_token(local_rewards - token_rewards.sum(dim=1), mask)
         if self.args.advantage_estimator == "gae":
-            # The level of the scores drifts with the discriminator. The teacher's goes along
+            # Level and scale of the scores drift with the discriminator. The critic should not have to follow
             centring = torch.full_like(local_rewards, teacher_score)
-            return self._gae(batch, token_rewards - rewards_at_last_token(centring, mask))
+            centred = token_rewards - rewards_at_last_token(centring, mask)
+            return self._gae(batch, centred / (rewards.std() + SCALE_EPSILON))
 
         std = self._std(rewards)
         if self.args.discriminator_credit == "token":

@@ -99,8 +99,8 @@ class GADConfig(GRPOConfig):
         critic_max_grad_norm (`float`, *optional*, defaults to `1.0`):
             Gradient norm the critic's gradient is clipped to.
         cliprange_value (`float`, *optional*, defaults to `0.5`):
-            How far the value loss lets a value move from what it was when the answer was sampled, in units of the
-            reward.
+            How far the value loss lets a value move from what it was when the answer was sampled, in standard
+            deviations of the batch's rewards.
 
         > Parameters that stabilise the game, all off by default
 

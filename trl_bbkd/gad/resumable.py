@@ -31,7 +31,10 @@ SAME_WHEN_RESUMED = (
     "num_iterations",
     "advantage_estimator",
     "critic",
+    "critic_lora_kwargs",
+    "discriminator_credit",
     "discriminator_head",
+    "discriminator_lora_kwargs",
     "discriminator_replay_size",
 )
 
@@ -44,13 +47,15 @@ class ResumableGAD:
 
     def _describe_run(self) -> dict:
         """What decides which samples a step sees and what is trained: the same in a run and its resumption."""
-        return {
+        run = {
             # Its name alone: folders may be moved, and paths given from elsewhere
             "student": Path(self._student_path).name,
             "rows": None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
             "num_processes": self.accelerator.num_processes,
             **{name: getattr(self.args, name) for name in SAME_WHEN_RESUMED},
         }
+        # As it is read back from a checkpoint
+        return json.loads(json.dumps(run, default=str))
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
