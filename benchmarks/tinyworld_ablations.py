@@ -5,7 +5,7 @@ What each part of GAD is worth in tinyworld: `docs/results.md` is written from t
 
 The world counts to 49 here, by up to 9 at once: in the recipe's, which counts to 9, SeqKD alone becomes nearly perfect
 if it may train for long. A student of 7,552 parameters is trained by SeqKD until it gains little more, and its best
-checkpoint is kept. Every arm starts there, with a discriminator fine-tuned on the same teacher text, and runs the
+checkpoint is kept. Every arm starts there, with a larger discriminator (91,648 parameters) fine-tuned on the same teacher text, and runs the
 adversarial stage only. Finished parts are kept in `output_dir` and not run again; `--arms` selects some; `--table` only
 prints what is there.
 """
@@ -41,11 +41,11 @@ BASES = {"student": (STUDENT, 1000, 8e-3), "discriminator": (build.DISCRIMINATOR
 ANSWER_TOKENS = 32
 SEQKD_STEPS, SEQKD_LEARNING_RATE = 8000, 1.2e-2
 CURVE_POINTS = 8
-DISCRIMINATOR_STEPS, DISCRIMINATOR_LEARNING_RATE = 1200, 3e-3
+DISCRIMINATOR_STEPS, DISCRIMINATOR_LEARNING_RATE = 3000, 3e-3
 UNDISTILLED, SEQKD = "undistilled", "SeqKD at convergence"
 
 COMMON = {
-    "max_steps": 160,
+    "max_steps": 120,
     "warmup_epochs": 0,
     "discriminator_only_steps": 0,
     "learning_rate": 2e-3,
@@ -62,10 +62,10 @@ COMMON = {
     "discriminator_batch_size": 288,
     "max_completion_length": ANSWER_TOKENS,
 }
-# A scalar head has to learn from pairs: 80 steps in which only the discriminator moves
+# A scalar head has to learn from pairs: 60 steps in which only the discriminator moves
 SCALAR = {"discriminator_head": "scalar", "discriminator_learning_rate": 1e-4}
 SCALAR_WARMUP = {
-    "max_steps": 240,
+    "max_steps": 180,
     "num_train_epochs": 3,
     "warmup_epochs": 1,
     "warmup_learning_rate": 0.0,
@@ -74,15 +74,14 @@ SCALAR_WARMUP = {
 ARMS = {
     "GAD (group)": {},
     "GAD (gae)": {"advantage_estimator": "gae", "critic": "copy", "critic_learning_rate": 2e-3},
+    "D as small as the student": {"discriminator": "seqkd"},
     "without D warm-up": {"discriminator": "base"},
     "frozen D": {"discriminator_learning_rate": 0.0},
     "scalar head": SCALAR | SCALAR_WARMUP,
-    "scalar head, without D warm-up": SCALAR,
-    "scalar head, frozen D": SCALAR | SCALAR_WARMUP | {"discriminator_learning_rate": 0.0},
+    "scalar head, without D warm-up": SCALAR | {"discriminator": "base"},
     "token credit": {"discriminator_credit": "token"},
     "replay": {"discriminator_replay_size": 4096},
     "gate": {"policy_min_accuracy": 0.6, "discriminator_max_accuracy": 0.8},
-    "group std, no floor": {"scale_rewards": "group"},
     "group std, floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "length control": {"length_control": True},
 }
@@ -156,7 +155,7 @@ class Experiment:
     def undistilled(self) -> dict:
         return self.measure(AutoModelForCausalLM.from_pretrained(self.bases["student"]))
 
-    def fine_tune(self, model: Path, name: str, steps: int, learning_rate: float, key: str, sign: int) -> dict:
+    def fine_tune(self, model: Path, name: str, steps: int, learning_rate: float, key: str) -> dict:
         """SFT on the teacher's text, in a plain loop because thousands of steps are needed; the best `key` stays."""
         torch.manual_seed(self.seed)
         student = AutoModelForCausalLM.from_pretrained(model)
@@ -177,7 +176,7 @@ class Experiment:
             ramp.step()
             if step % (steps // CURVE_POINTS) == 0:
                 curve.append({"step": step} | self.measure(student, temperatures=(1.0,), num_samples=4))
-                if best is None or sign * curve[-1][key] > sign * best[key]:
+                if best is None or curve[-1][key] > best[key]:
                     best = curve[-1]
                     build.save_model(student, self.tokenizer, self.folder / name)
         kept = AutoModelForCausalLM.from_pretrained(self.folder / name)
@@ -199,7 +198,7 @@ class Experiment:
                 yield torch.tensor(ids), torch.tensor(labels)
 
     def seqkd(self) -> dict:
-        return self.fine_tune(self.bases["student"], "seqkd", SEQKD_STEPS, SEQKD_LEARNING_RATE, "valid@t1.0", 1)
+        return self.fine_tune(self.bases["student"], "seqkd", SEQKD_STEPS, SEQKD_LEARNING_RATE, "valid@t1.0")
 
     def discriminator(self) -> dict:
         return self.fine_tune(
@@ -207,13 +206,16 @@ class Experiment:
             "discriminator",
             DISCRIMINATOR_STEPS,
             DISCRIMINATOR_LEARNING_RATE,
-            "teacher_nll",
-            -1,
+            "step",
         )
 
     def arm(self, name: str) -> dict:
         settings = COMMON | {"discriminator": "fine-tuned"} | ARMS[name]
-        models = {"base": self.bases["discriminator"], "fine-tuned": self.folder / "discriminator"}
+        models = {
+            "base": self.bases["discriminator"],
+            "fine-tuned": self.folder / "discriminator",
+            "seqkd": self.folder / "seqkd",
+        }
         settings["discriminator"] = str(models[settings["discriminator"]])
         trainer = GADTrainer(
             model=str(self.folder / "seqkd"),
