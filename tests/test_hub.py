@@ -431,6 +431,7 @@ class TestRedaction:
         monkeypatch.chdir(tmp_path)
         text = f'`{tmp_path}/data/t.jsonl` --out=/home/me/out judge: \'/srv/x/judge.py:has\' {{"a": "/home/me/"}}'
         assert public_text(text) == '`data/t.jsonl` --out=out judge: \'judge.py:has\' {"a": "me"}'
+        assert public_text("file:///home/me/x a:/home/me/y /a/b:/home/me/z") == "x a:y b:z"
         for kept in (
             "https://huggingface.co/papers/2511.10643",
             "1/2/3",

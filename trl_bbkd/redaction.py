@@ -7,10 +7,12 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 
-SECRET = re.compile(r"(token|password|secret|credential|api_?key)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(token|password|passwd|secret|credentials?|api_?key)$|(^|_)(key|pat|auth|secret_access_key)$", re.IGNORECASE
+)
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 # Two components at least: `/` and `/think` are no paths. What comes before tells a path from a URL or a fraction.
-ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])/(?:[\w.@+~-]+/)+[\w.@+~-]*")
+ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w./~]))/(?!/)(?:[\w.@+~-]+/)+[\w.@+~-]*")
 SHORTEST_SECRET = 8
 
 
@@ -43,5 +45,6 @@ def public_text(text: str, token: str | None = None) -> str:
 
 
 def _public_path(path: str) -> str:
+    path = path.removeprefix("file://")
     relative = os.path.relpath(path)
     return Path(path).name if relative.startswith("..") else relative

@@ -148,18 +148,12 @@ class _Run:
     def distil(self) -> RunReport:
         """Train the student, save it, measure it."""
         args, seconds = self.args, {}
-        trainer = GADTrainer(
-            model=self.model,
-            reward_funcs=self.reward_funcs,
-            args=args,
-            train_dataset=self.train,
-            eval_dataset=None if args.eval_strategy == "no" else Dataset.from_list(self.test),
-            processing_class=self.tokenizer,
-            callbacks=[CurveCallback(self.measure_briefly, at_end=False)],
-            peft_config=self.peft_config,
-            quantization_config=self.quantization_config,
-            sample_metrics=self.sample_metrics,
-        )
+        resume = checkpoint_to_resume(args.resume_from_checkpoint)
+        try:
+            trainer = self._trainer()
+            trainer.check_output_dir(resume)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         self.card = trainer.card
         self.card.teacher = self.script_args.teacher_name
         self.card.datasets = dataset_names(self.recipe)
@@ -169,7 +163,7 @@ class _Run:
         undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
         with timed(seconds, trainer._name):
-            trainer.train(resume_from_checkpoint=checkpoint_to_resume(args.resume_from_checkpoint))
+            trainer.train(resume_from_checkpoint=resume)
         # `push` sends the student once, when its card has the table
         trainer.args.push_to_hub = False
         # Before anything else can fail
@@ -211,6 +205,20 @@ class _Run:
             versions=library_versions(),
             seconds=seconds,
             warnings=[vars(warning) for warning in trainer.monitor.warnings],
+        )
+
+    def _trainer(self) -> GADTrainer:
+        return GADTrainer(
+            model=self.model,
+            reward_funcs=self.reward_funcs,
+            args=self.args,
+            train_dataset=self.train,
+            eval_dataset=None if self.args.eval_strategy == "no" else Dataset.from_list(self.test),
+            processing_class=self.tokenizer,
+            callbacks=[CurveCallback(self.measure_briefly, at_end=False)],
+            peft_config=self.peft_config,
+            quantization_config=self.quantization_config,
+            sample_metrics=self.sample_metrics,
         )
 
     def add_seqkd(self, report: RunReport) -> None:

@@ -8,10 +8,12 @@ import logging
 from pathlib import Path
 
 from peft import PeftModel
+from transformers.trainer_utils import HubStrategy
 
 from ._compat import get_config_model_id, uploads_through
 from .hub import HubError, creation_error, upload_student
 from .model_card import RECIPE_NAME, StudentCard, write_card
+from .redaction import without_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,8 @@ class StudentHubMixin:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy == HubStrategy.END:
+            return
         with self._our_uploads():
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -152,8 +156,9 @@ def _in_background(upload):
     """Upload, and say when it failed: nobody waits for the result."""
     try:
         return upload()
-    except HubError as error:
-        logger.warning(f"Training goes on. {error}")
+    except Exception as error:
+        reason = error if isinstance(error, HubError) else without_tokens(f"{type(error).__name__}: {error}")
+        logger.warning(f"A push failed; training goes on. {reason}")
         raise
 
 

@@ -72,6 +72,20 @@ TOKEN = {"discriminator_credit": "token", "discriminator_head": "likelihood"}
         ),
         ({"discriminator_replay_size": 90, "discriminator_replay_ratio": 1.0}, "discriminator_replay_ratio.*got 1.0"),
         ({"discriminator_replay_size": 90, "discriminator_replay_ratio": 0.0}, "discriminator_replay_ratio.*got 0.0"),
+        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model=True would replace it"),
+        (
+            {
+                "discriminator_credit": "token",
+                "discriminator_head": "likelihood",
+                "mask_truncated_completions": True,
+            },
+            "discriminator_credit='token'.*mask_truncated_completions=True",
+        ),
+        ({**GAE, "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold and loss_type='vespo'"),
+        (
+            {"policy_min_accuracy": 0.5, "discriminator_updates_per_batch": 0},
+            "wait for a discriminator that learns.*discriminator_updates_per_batch is 0",
+        ),
         (
             {"discriminator_replay_size": 90, "discriminator_updates_per_batch": 0},
             "discriminator_replay_size needs a discriminator that learns.*discriminator_updates_per_batch is 0",
@@ -92,9 +106,11 @@ def test_values_at_the_edge_are_taken(tmp_path):
     make_config(tmp_path, discriminator_replay_size=3, discriminator_replay_ratio=0.25)
 
 
-def test_the_held_out_likelihood_is_the_default_metric_of_the_best_checkpoint(tmp_path):
+def test_the_best_checkpoint_needs_a_metric_and_knows_its_direction(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-    config = make_config(tmp_path, **best)
+    with pytest.raises(ValueError, match="load_best_model_at_end needs metric_for_best_model.*teacher_nll"):
+        make_config(tmp_path, **best)
+    config = make_config(tmp_path, **best, metric_for_best_model="teacher_nll")
     assert (config.metric_for_best_model, config.greater_is_better) == ("teacher_nll", False)
     config = make_config(tmp_path, **best, metric_for_best_model="eval_valid")
     assert (config.metric_for_best_model, config.greater_is_better) == ("eval_valid", True)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from trl_bbkd.gad.checkpoint import is_finished
+from trl_bbkd.gad.checkpoint import is_finished, last_finished_checkpoint
+from trl_bbkd.gad.gad_trainer import GADTrainer
+from trl_bbkd.gad.reference import copy_adapter_to_reference
 
-from .helpers import are_different, assert_same_weights, make_trainer, weights
+from .helpers import are_different, assert_same_weights, fill_adapters, make_trainer, weights
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -204,16 +206,52 @@ def test_a_checkpoint_cut_inside_its_last_file_is_not_finished(tmp_path):
     assert not is_finished(tmp_path)
 
 
-def test_another_runs_checkpoints_are_refused_before_training(tiny_model_dir, tmp_path, standard_rows):
+def test_two_runs_are_not_mixed_up_in_one_folder(tiny_model_dir, tmp_path, standard_rows):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train()
+    with pytest.raises(ValueError, match="holds checkpoints of another run.*checkpoint-2.*Choose another output_dir"):
+        make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train()
     other = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config, num_generations=2)
-    with pytest.raises(
-        ValueError, match="belongs to another run.*num_generations: 4 there, 2 here.*another output_dir"
-    ):
-        other.train()
-    with pytest.raises(ValueError, match="num_generations: 4 there, 2 here.*settings it was written with"):
+    with pytest.raises(ValueError, match="belongs to another run.*num_generations: 4 there, 2 here.*Resume with its"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert other.state.global_step == 0
     with pytest.raises(ValueError, match="no finished checkpoint"):
         make_trainer(tmp_path / "empty", tiny_model_dir, standard_rows, **config).train(resume_from_checkpoint=True)
+
+
+class StoppedWhileSaving(GADTrainer):
+    def _save_rng_state(self, output_dir):
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_that_is_written_over_is_not_finished_meanwhile(tiny_model_dir, tmp_path, standard_rows):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train()
+    stopped = make_trainer(tmp_path, tiny_model_dir, standard_rows, StoppedWhileSaving, **config)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert last_finished_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_a_run_made_longer_keeps_its_warmup(tiny_model_dir, tmp_path, standard_rows):
+    """Warm-up is a share of the steps: of more steps it would be longer."""
+    config = {"save_strategy": "steps", "save_steps": 4, "warmup_learning_rate": 1e-2, "learning_rate": 1e-3}
+    make_trainer(tmp_path, tiny_model_dir, standard_rows, max_steps=4, **config).train()
+    longer = make_trainer(tmp_path, tiny_model_dir, standard_rows, max_steps=12, **config)
+    longer.train(resume_from_checkpoint=True)
+    rates = [entry["learning_rate"] for entry in longer.state.log_history if "learning_rate" in entry]
+    assert len(rates) == 12 and rates[:2] == [1e-2, 1e-2] and set(rates[4:]) == {1e-3}
+
+
+def test_the_reference_of_an_embedding_adapter_is_the_warmed_up_student(tiny_model_dir, tmp_path, standard_rows):
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        tmp_path, tiny_model_dir, standard_rows, trainer_kwargs={"peft_config": adapter}, max_steps=4, beta=0.1
+    )
+    fill_adapters(trainer)
+    copy_adapter_to_reference(trainer.model)
+    copied = dict(trainer.model.named_parameters())
+    embeddings = [name for name in copied if "lora_embedding" in name and name.endswith("default")]
+    assert embeddings
+    for name in embeddings:
+        assert torch.equal(copied[name], copied[name.removesuffix("default") + "ref"])

@@ -371,3 +371,30 @@ def test_warmup_learning_rate(tiny_model_dir, tmp_path, standard_rows):
     # The scheduler has moved on to the next step when a log is written
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([2e-3, 2e-3, 1e-4, 1e-4])
+
+
+def test_warmup_runs_in_mixed_precision(tiny_model_dir, tmp_path, standard_rows):
+    """accelerate's autocast is a wrapper around the model's forward, which warm-up replaces."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, bf16=True, max_steps=2)
+    seen = []
+    projection = trainer.model.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    sft_loss = trainer._sft_loss
+
+    def recorded(model, inputs):
+        seen.clear()
+        loss = sft_loss(model, inputs)
+        trainer.dtypes_in_warmup = list(seen)
+        return loss
+
+    trainer._sft_loss = recorded
+    trainer.train()
+    assert set(trainer.dtypes_in_warmup) == {torch.bfloat16}
+
+
+def test_scores_that_are_not_finite_stop_the_run(tiny_model_dir, tmp_path, standard_rows):
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, max_steps=2)
+    with torch.no_grad():
+        trainer.discriminator.score_head.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite at step 0.*discriminator_learning_rate"):
+        trainer.train()

@@ -40,7 +40,6 @@ class AdvantageEstimator:
         batch: dict[str, torch.Tensor],
         rewards: torch.Tensor,
         token_scores: torch.Tensor | None,
-        teacher_score: float,
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """
         Args:
@@ -49,9 +48,8 @@ class AdvantageEstimator:
             rewards (`torch.Tensor` of shape `(N,)`):
                 Weighted rewards of the samples of all processes, `N = num_processes * B`.
             token_scores (`torch.Tensor` of shape `(B, T)`):
-                What each token of this process's samples adds to the discriminator's score; `None` for the scalar head.
-            teacher_score (`float`):
-                Mean score of the teacher's answers.
+                What each token of this process's samples adds to the discriminator's score, for
+                `discriminator_credit="token"`.
 
         Returns:
             `tuple[dict, dict]`: entries to put into `batch`, and metrics.
@@ -66,18 +64,16 @@ class AdvantageEstimator:
         token_rewards = token_rewards + rewards_at_last_token(local_rewards - token_rewards.sum(dim=1), mask)
         if self.args.advantage_estimator == "gae":
             # Level and scale of the scores drift with the discriminator. The critic should not have to follow
-            centring = torch.full_like(local_rewards, teacher_score)
-            centred = token_rewards - rewards_at_last_token(centring, mask)
-            return self._gae(batch, centred / (rewards.std() + SCALE_EPSILON))
+            level = rewards_at_last_token(rewards.mean().expand_as(local_rewards), mask)
+            return self._gae(batch, (token_rewards - level) / (rewards.std() + SCALE_EPSILON))
 
         std = self._std(rewards)
         if self.args.discriminator_credit == "token":
             return {"advantages": self._group_relative(token_rewards, std, first)}, {}
         if self.args.group_std_floor > 0:
-            factor = std_floor_factor(std, self.args.group_std_floor)[first : first + len(mask)]
-            return {"advantages": batch["advantages"] * factor}, {
-                "group_std_floored": (factor < 1).float().mean().item()
-            }
+            factor = std_floor_factor(std, self.args.group_std_floor)
+            metrics = {"group_std_floored": (factor < 1).float().mean().item()}
+            return {"advantages": batch["advantages"] * factor[first : first + len(mask)]}, metrics
         return {}, {}
 
     def _std(self, rewards: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def refuse_another_run(checkpoint: Path, run: dict, remedy: str) -> None:
+def refuse_another_run(checkpoint: Path, run: dict) -> None:
     """
     Compare a run with the one that wrote a checkpoint.
 
@@ -93,15 +93,13 @@ def refuse_another_run(checkpoint: Path, run: dict, remedy: str) -> None:
             Checkpoint folder.
         run (`dict`):
             What decides which samples a step sees and what is trained, by name.
-        remedy (`str`):
-            What to do about a difference.
 
     Raises:
         ValueError: They differ. The message names the settings.
     """
-    found = read_state(checkpoint)["run"]
+    found = read_state(checkpoint).get("run", {})
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} here" for key, value in run.items() if found.get(key) != value
     ]
     if differing:
-        raise ValueError(f"{checkpoint} belongs to another run ({'; '.join(differing)}). {remedy}")
+        raise ValueError(f"{checkpoint} belongs to another run ({'; '.join(differing)}). Resume with its settings.")

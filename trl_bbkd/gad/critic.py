@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import torch
@@ -56,8 +57,12 @@ class Critic(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, T)`, float32.
         """
+        # The student's own dropout must not reach the values read from its trunk
+        was_training = self.backbone.training
+        self.backbone.train(was_training and self.trains_backbone)
         with torch.set_grad_enabled(self.trains_backbone and torch.is_grad_enabled()):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        self.backbone.train(was_training)
         hidden = output.last_hidden_state[:, -num_response_tokens - 1 : -1]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
@@ -85,6 +90,9 @@ def build_critic(
         return Critic(student.base_model, trains_backbone=False)
     backbone = AutoModel.from_pretrained(student_path, **{"dtype": torch.float32, **model_init_kwargs})
     if peft_config is not None:
+        # PEFT's task classes expect heads that a critic does not have
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = None
         backbone = get_peft_model(backbone, peft_config)
     return Critic(backbone, trains_backbone=True)
 

@@ -88,7 +88,8 @@ class PairScores(NamedTuple):
         teacher (`torch.Tensor` of shape `(P,)`), student (`torch.Tensor` of shape `(B,)`):
             Raw scores.
         student_tokens (`torch.Tensor` of shape `(B, T)`, *optional*):
-            What each token of the samples, right-padded with zeros, adds to its score (likelihood head only).
+            What each token of the samples, right-padded with zeros, adds to its score; only for
+            `discriminator_credit="token"`.
     """
 
     teacher: torch.Tensor
@@ -155,18 +156,18 @@ class DiscriminatorTrainer:
         self.discriminator.eval()
         num_teacher, device = len(pairs.teacher_ids), self.accelerator.device
         scores = torch.empty(len(pairs.responses), device=device)
-        tokens = torch.zeros(len(pairs.student_ids), max(map(len, pairs.student_ids)), device=device)
+        tokens = None
+        if self.args.discriminator_credit == "token":
+            tokens = torch.zeros(len(pairs.student_ids), max(map(len, pairs.student_ids)), device=device)
+        prompts, responses = pairs.prompts, pairs.responses
         for rows, batch in self._chunks(pairs):
             output = self.discriminator(**batch)
             scores[rows] = output.scores
-            if output.token_scores is None:
-                continue
-            for row, token_scores, is_response in zip(rows, output.token_scores, batch["response_mask"], strict=True):
+            for row, token_scores in zip(rows, output.token_scores if tokens is not None else (), strict=False):
                 if row >= num_teacher:
-                    response = token_scores[is_response.bool()]
-                    tokens[row - num_teacher, : len(response)] = response
-        teacher, student = scores.split([num_teacher, len(pairs.student_ids)])
-        return PairScores(teacher, student, tokens if self.discriminator.head == "likelihood" else None)
+                    start, length = len(prompts[row]), len(responses[row])
+                    tokens[row - num_teacher, :length] = token_scores[start : start + length]
+        return PairScores(*scores.split([num_teacher, len(pairs.student_ids)]), tokens)
 
     def measure(self, pairs: PairBatch, scores: PairScores) -> dict[str, float]:
         """Metrics of already scored pairs, averaged over processes."""

@@ -296,10 +296,12 @@ class GADConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        # The Trainer would take larger to be better for every metric whose name does not end in `loss`, and `loss`, the
-        # policy's, for the default metric
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "teacher_nll"
+            raise ValueError(
+                "load_best_model_at_end needs metric_for_best_model, because the default, the policy's loss, says nothing: "
+                "name a metric of your sample_metrics, or 'teacher_nll' (which tends to be best when warm-up ends)."
+            )
+        # The Trainer takes larger to be better for every metric whose name does not end in `loss`
         if str(self.metric_for_best_model).endswith("teacher_nll") and self.greater_is_better is None:
             self.greater_is_better = False
         if self.num_generations < 2:
@@ -349,7 +351,21 @@ class GADConfig(GRPOConfig):
                 "discriminator_credit='token' needs discriminator_head='likelihood': the "
                 f"{self.discriminator_head!r} head gives no score to single tokens."
             )
+        if self.sync_ref_model:
+            raise ValueError(
+                "GAD's KL reference is the warmed-up student; sync_ref_model=True would replace it. Set it to False."
+            )
+        if self.discriminator_credit == "token" and self.mask_truncated_completions:
+            raise ValueError(
+                "discriminator_credit='token' compares tokens of a group, from which mask_truncated_completions=True takes "
+                "the answers that were cut. Set one of the two."
+            )
         per_token = self.advantage_estimator == "gae" or self.discriminator_credit == "token"
+        if per_token and (self.off_policy_mask_threshold is not None or self.loss_type == "vespo"):
+            raise ValueError(
+                "off_policy_mask_threshold and loss_type='vespo' judge whole answers, but advantage_estimator='gae' and "
+                "discriminator_credit='token' give each token its advantage. Set one of the two."
+            )
         if per_token and self.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.importance_sampling_level!r} has one ratio for an answer, but "
@@ -378,6 +394,13 @@ class GADConfig(GRPOConfig):
             raise ValueError(
                 f"policy_min_accuracy={low} must not be over discriminator_max_accuracy={high}: between the two, neither "
                 "the student nor the discriminator would move, for good."
+            )
+        if self.discriminator_updates_per_batch == 0 and (
+            self.policy_min_accuracy is not None or self.discriminator_max_accuracy is not None
+        ):
+            raise ValueError(
+                "policy_min_accuracy and discriminator_max_accuracy wait for a discriminator that learns, but "
+                "discriminator_updates_per_batch is 0. Set one of the two."
             )
         if self.discriminator_replay_size == 0:
             return

@@ -144,6 +144,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         discriminator, discriminator_peft_config = resolve_discriminator(
             args, discriminator, discriminator_peft_config, model, peft_config, processing_class
         )
+        critic_adapter = LoraConfig(**args.critic_lora_kwargs) if args.critic_lora_kwargs else None
         config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
         tokenize_kwargs = {
             "max_completion_length": args.max_completion_length,
@@ -202,15 +203,13 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             self.accelerator,
             self._tokenizer.pad_token_id,
         )
-        critic_trainer = None
+        self.critic_trainer = None
         if args.critic is not None:
-            critic_peft_config = LoraConfig(**args.critic_lora_kwargs) if args.critic_lora_kwargs else None
             critic = build_critic(
-                args.critic, self._unwrapped_policy(), student_path, critic_peft_config, **student_kwargs
+                args.critic, self._unwrapped_policy(), student_path, critic_adapter, **student_kwargs
             )
-            critic_trainer = CriticTrainer(critic, args, self.accelerator)
-        self.critic_trainer = critic_trainer
-        self._estimate_advantages = AdvantageEstimator(args, self.accelerator, critic_trainer)
+            self.critic_trainer = CriticTrainer(critic, args, self.accelerator)
+        self._estimate_advantages = AdvantageEstimator(args, self.accelerator, self.critic_trainer)
         self.monitor = TrainingMonitor(self._tokenizer)
         self.sample_metrics = sample_metrics
         self._held_out = HeldOutMetrics(self.accelerator)
@@ -264,9 +263,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if not self.model.training:
             self._measure_teacher_nll(output | self._teacher_tensors(inputs))
             return output
-        updates, metrics = self._estimate_advantages(
-            output, self._rewards, self._scores.student_tokens, self._teacher_score
-        )
+        updates, metrics = self._estimate_advantages(output, self._rewards, self._scores.student_tokens)
         self._log_metrics("train", metrics)
         output.update(updates)
         if self._policy_is_held:
@@ -310,6 +307,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         pairs = self._collect_pairs(inputs, completion_ids_list)
         self._scores = self.discriminator_trainer.score(pairs)
+        if not torch.isfinite(self._scores.student).all() or not torch.isfinite(self._scores.teacher).all():
+            raise FloatingPointError(
+                f"The discriminator's scores are not finite at step {self.state.global_step}. Lower "
+                "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
+            )
         # TRL drops a column named `completion`: pass the teacher's answer under another name
         inputs = [{**row, "teacher_completion": row["completion"]} for row in inputs]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -322,7 +324,6 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
         metrics = self.discriminator_trainer.measure(pairs, self._scores)
         metrics["completions/length_ratio"] = self._length_ratio(pairs)
-        self._teacher_score = metrics["discriminator/teacher_score"]
         if self.model.training:
             metrics |= self._step_discriminator(pairs, self._scores, metrics)
         else:

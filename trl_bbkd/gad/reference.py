@@ -17,8 +17,11 @@ def add_reference_adapter(model: PeftModel) -> None:
 def copy_adapter_to_reference(model: PeftModel) -> None:
     """Make the trained adapter, as it is now, the reference."""
     for name, parameter in model.named_parameters():
-        if ".default." in name:
-            reference = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
+        # Embedding adapters bear the adapter's name last, linear ones have `.weight` behind it
+        components = name.split(".")
+        if "default" in components:
+            of_reference = [REFERENCE_ADAPTER if part == "default" else part for part in components]
+            reference = model.get_parameter(".".join(of_reference))
             # A copy in its precision too, which TRL lowers for the student's adapter on a quantised model
             reference.data = parameter.data.clone()
             reference.requires_grad_(False)

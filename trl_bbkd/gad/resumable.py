@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 from datasets import IterableDataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._compat import keep_precision
 from .checkpoint import (
     STATE_NAME,
-    checkpoints,
+    TRAINER_STATE_NAME,
     last_finished_checkpoint,
     load_generation_batch,
     read_state,
@@ -32,9 +33,12 @@ SAME_WHEN_RESUMED = (
     "advantage_estimator",
     "critic",
     "critic_lora_kwargs",
+    "discriminator",
     "discriminator_credit",
     "discriminator_head",
+    "discriminator_likelihood_reduction",
     "discriminator_lora_kwargs",
+    "discriminator_loss",
     "discriminator_replay_size",
 )
 
@@ -57,7 +61,20 @@ class ResumableGAD:
         # As it is read back from a checkpoint
         return json.loads(json.dumps(run, default=str))
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        Find the checkpoint to resume from, and refuse to mix two runs in `output_dir`. `train` does this first.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As in `train`; `True` takes the last checkpoint that was written to its end.
+
+        Returns:
+            `str`: The checkpoint; `None` for a new run.
+
+        Raises:
+            ValueError: A new run in a folder with checkpoints, a checkpoint of another run, or none to resume from.
+        """
         if resume_from_checkpoint is True:
             # Trainer would take the latest one, which a killed run may have left half-written
             checkpoint = last_finished_checkpoint(self.args.output_dir)
@@ -65,14 +82,25 @@ class ResumableGAD:
                 raise ValueError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
-            remedy = "Resume with the settings it was written with."
-            refuse_another_run(Path(resume_from_checkpoint), self._describe_run(), remedy)
-        else:
-            remedy = "Choose another output_dir, or delete its checkpoints."
-            for checkpoint in checkpoints(self.args.output_dir):
-                if (checkpoint / STATE_NAME).is_file():
-                    refuse_another_run(checkpoint, self._describe_run(), remedy)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            refuse_another_run(Path(resume_from_checkpoint), self._describe_run())
+            return resume_from_checkpoint
+        found = last_finished_checkpoint(self.args.output_dir)
+        if found is not None:
+            raise ValueError(
+                f"output_dir holds checkpoints of another run, such as {found}; they would be mixed up with this one's. "
+                "Choose another output_dir, delete them, or go on with that run: resume_from_checkpoint=True."
+            )
+        return None
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        return super().train(self.check_output_dir(resume_from_checkpoint), *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            # A run that is resumed writes over later checkpoints: not finished, from now until the end
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _own_file(self, checkpoint: str | Path, name: str) -> Path:
         """The file that this process alone writes to a checkpoint."""

@@ -30,12 +30,17 @@ class TwoStageGAD:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.warmup_learning_rate is None:
             return scheduler
-        warmup_steps = self._count_warmup_steps(num_training_steps)
         factor = self.args.warmup_learning_rate / self.args.learning_rate
+
+        def in_warmup(step: int) -> bool:
+            # A resumed run keeps its warm-up, even when it is made longer
+            counted = self._count_warmup_steps(num_training_steps)
+            return step < (counted if self._warmup_steps is None else self._warmup_steps)
+
         self.lr_scheduler = LambdaLR(
             scheduler.optimizer,
             [
-                lambda step, schedule=schedule: schedule(step) * (factor if step < warmup_steps else 1.0)
+                lambda step, schedule=schedule: schedule(step) * (factor if in_warmup(step) else 1.0)
                 for schedule in scheduler.lr_lambdas
             ],
         )
@@ -110,6 +115,8 @@ class TwoStageGAD:
         installed = policy.forward
         policy.forward = self._sft_forward
         try:
-            yield
+            # The installed forward brings its own mixed precision; this one was built before that was added
+            with self.accelerator.autocast():
+                yield
         finally:
             policy.forward = installed
