@@ -1,9 +1,8 @@
 """
 GAD against SeqKD on real text: a small story model distils a larger one of which only the text is known.
 
-For each seed the student is fine-tuned on a part of the teacher's answers; from this shared checkpoint GAD and SeqKD go on
-for the same number of optimizer steps: GAD on the other answers (its discriminator starts as a copy of the student, which
-knows the first ones by heart), SeqKD on all of them. The table gives, on held-out prompts, the student's NLL of the teacher's answers
+For each seed the student is fine-tuned on the teacher's answers; from this shared checkpoint GAD and SeqKD go on for the
+same number of optimizer steps. The table gives, on held-out prompts, the student's NLL of the teacher's answers
 (coverage), the NLL that the teacher's own model gives to the student's samples (quality; it trains nothing), their length
 and their diversity.
 
@@ -40,31 +39,35 @@ def parse_args(argv=None):
     parser.add_argument("--data", required=True, help="JSON lines with `prompt` and `completion`, the teacher's text")
     parser.add_argument("--output_dir", default="output/real_text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", default=["gad", "seqkd", "seqkd_x2"])
+    parser.add_argument(
+        "--arms", nargs="*", default=["gad", "seqkd"], help="`gad`, `seqkd`, `seqkd_x2` (twice the steps)"
+    )
     parser.add_argument("--report_on", choices=["test", "validation"], default="test")
     parser.add_argument("--test_prompts", type=int, default=160)
-    parser.add_argument("--validation_prompts", type=int, default=128)
+    parser.add_argument("--validation_prompts", type=int, default=96)
     parser.add_argument("--samples", type=int, default=2, help="samples per held-out prompt and temperature")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.7])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8])
     parser.add_argument("--selection_temperature", type=float, default=0.8, help="of SeqKD's best checkpoint")
     parser.add_argument("--max_completion_length", type=int, default=128)
     parser.add_argument(
-        "--curve_points", type=int, default=4, help="measurements on validation prompts during a stage"
+        "--curve_points", type=int, default=0, help="measurements on validation prompts during a stage"
     )
     # Shared start and SeqKD
-    parser.add_argument("--sft_rows", type=int, default=480, help="rows of the shared start; GAD gets the others")
-    parser.add_argument("--sft_steps", type=int, default=200)
+    parser.add_argument(
+        "--sft_rows", type=int, help="rows of the shared start, and GAD gets the others; by default both get all"
+    )
+    parser.add_argument("--sft_steps", type=int, default=300)
     parser.add_argument("--sft_batch_size", type=int, default=16)
     parser.add_argument("--sft_learning_rate", type=float, default=1e-3)
     parser.add_argument("--seqkd_learning_rate", type=float, default=3e-4)
     # GAD
-    parser.add_argument("--discriminator_warmup_steps", type=int, default=20, help="steps in which only D learns")
-    parser.add_argument("--adversarial_steps", type=int, default=80)
+    parser.add_argument("--discriminator_warmup_steps", type=int, default=8, help="steps in which only D learns")
+    parser.add_argument("--adversarial_steps", type=int, default=56)
     parser.add_argument("--prompts_per_step", type=int, default=8)
     parser.add_argument("--num_generations", type=int, default=6)
     parser.add_argument("--rollout_temperature", type=float, default=1.0)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--lr_scheduler_type", default="linear")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-4)
+    parser.add_argument("--lr_scheduler_type", default="constant")
     parser.add_argument("--beta", type=float, default=0.02)
     parser.add_argument("--scale_rewards", default="group")
     parser.add_argument("--discriminator_head", default="likelihood")
@@ -170,9 +173,11 @@ class Measure:
             "student_nll": self.coverage(student)
         }
 
-    def all(self, student, num_samples: int, seed: int) -> dict[str, float]:
-        metrics = {"student_nll": self.coverage(student)}
+    def all(self, student, num_samples: int, seed: int, known: dict | None = None) -> dict[str, float]:
+        metrics = known or {"student_nll": self.coverage(student)}
         for temperature in self.args.temperatures:
+            if f"judge_nll@t{temperature}" in metrics:
+                continue
             samples = self.samples(student, temperature, num_samples, seed)
             metrics |= {f"{name}@t{temperature}": value for name, value in samples.items()}
         return metrics
@@ -248,57 +253,51 @@ def train_gad(student: Path, args, seed, rows, tokenizer, measure, output_dir) -
 
 
 def run_seed(args, seed: int, train_rows, dataset, tokenizer, validation: Measure, report: Measure) -> dict:
+    """Train the arms, and measure the temperatures, that the seed's `results.json` does not have yet."""
     root = Path(args.output_dir) / f"seed_{seed}"
-    timed = {"seconds": {}, "curves": {}, "metrics": {}}
-
-    def measured(name: str, folder: Path, start: float, points: list[dict]):
-        timed["seconds"][name] = time.perf_counter() - start
-        timed["curves"][name] = points
-        student = AutoModelForCausalLM.from_pretrained(folder)
-        timed["metrics"][name] = report.all(student, args.samples, 1000 + seed)
-        print(name, json.dumps(timed["metrics"][name]), f"trained in {timed['seconds'][name]:.0f} s", flush=True)
-
+    path = root / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
     warmed = root / "warmed"
-    start = time.perf_counter()
-    start_rows = dataset.select(range(args.sft_rows))
-    train_sft(args.student, args, seed, start_rows, tokenizer, warmed, args.sft_steps, args.sft_learning_rate)
-    measured("warmed", warmed, start, [])
-    if "gad" in args.arms:
-        start = time.perf_counter()
-        points = train_gad(warmed, args, seed, train_rows[args.sft_rows :], tokenizer, validation, root / "gad")
-        measured("gad", root / "gad", start, points)
     steps = args.discriminator_warmup_steps + args.adversarial_steps
-    for name, factor in (("seqkd", 1), ("seqkd_x2", 2)):
-        if name in args.arms:
+
+    def train_arm(arm: str) -> list[dict]:
+        if arm == "warmed":
+            rows = dataset.select(range(args.sft_rows or len(dataset)))
+            train_sft(args.student, args, seed, rows, tokenizer, warmed, args.sft_steps, args.sft_learning_rate)
+            return []
+        if arm == "gad":
+            rows = train_rows[args.sft_rows or 0 :]
+            return train_gad(warmed, args, seed, rows, tokenizer, validation, root / arm)
+        # Its own seed, or SeqKD would meet the rows in the order of the shared start
+        sft_steps = 2 * steps if arm == "seqkd_x2" else steps
+        rate = args.seqkd_learning_rate
+        output_dir = root / arm
+        sft = train_sft(str(warmed), args, 1000 + seed, dataset, tokenizer, output_dir, sft_steps, rate, validation)
+        return [{"best_step": sft.best_step}, *sft.curve]
+
+    for arm in ["warmed", *args.arms]:
+        if arm not in results:
             start = time.perf_counter()
-            # Its own seed, or SeqKD would see the shared start's batches again in the same order
-            sft = train_sft(
-                str(warmed),
-                args,
-                1000 + seed,
-                dataset,
-                tokenizer,
-                root / name,
-                factor * steps,
-                args.seqkd_learning_rate,
-                validation,
-            )
-            print(sft, flush=True)
-            measured(name, root / name, start, sft.curve)
-    (root / "results.json").write_text(json.dumps(timed, indent=1) + "\n")
-    return timed
+            points = train_arm(arm)
+            results[arm] = {"metrics": {}, "seconds": time.perf_counter() - start, "curve": points}
+        student = AutoModelForCausalLM.from_pretrained(root / arm)
+        result = results[arm]
+        result["metrics"] = report.all(student, args.samples, 1000 + seed, result["metrics"])
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"seed {seed}, {arm}, {result['seconds']:.0f} s:", json.dumps(result["metrics"]), flush=True)
+    return results
 
 
 def table(args, reference: dict, results: list[dict]) -> str:
     """Mean over seeds, with each seed's value; for the judge's NLL also the mean standard error of one seed."""
 
     def cell(name: str, arm: str) -> str:
-        values = [result["metrics"][arm][name] for result in results]
+        values = [result[arm]["metrics"][name] for result in results]
         text = f"{statistics.mean(values):.3f}"
         if len(values) > 1:
             text += f" ({' '.join(f'{value:.3f}' for value in values)})"
         if name.startswith("judge_nll"):
-            errors = [result["metrics"][arm][name.replace("judge_nll", "judge_nll_se")] for result in results]
+            errors = [result[arm]["metrics"][name.replace("judge_nll", "judge_nll_se")] for result in results]
             text += f" ± {statistics.mean(errors):.3f}"
         return text
 
@@ -309,7 +308,7 @@ def table(args, reference: dict, results: list[dict]) -> str:
         lines += [f"| T={temperature} | student NLL | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
         teacher = [f"{reference[name]:.3f}" for name in names]
         lines.append(f"| teacher's text | | {' | '.join(teacher)} |")
-        for arm in results[0]["metrics"]:
+        for arm in results[0]:
             cells = [cell("student_nll", arm)] + [cell(name + at, arm) for name in names]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
