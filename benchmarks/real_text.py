@@ -308,7 +308,7 @@ def table(args, reference: dict, results: list[dict]) -> str:
         lines += [f"| T={temperature} | student NLL | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
         teacher = [f"{reference[name]:.3f}" for name in names]
         lines.append(f"| teacher's text | | {' | '.join(teacher)} |")
-        for arm in results[0]:
+        for arm in ["warmed", *args.arms]:
             cells = [cell("student_nll", arm)] + [cell(name + at, arm) for name in names]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
