@@ -37,11 +37,12 @@ from trl_bbkd.teacher_data import tokenize_teacher_data  # noqa: E402
 
 world.MAX_COUNT, world.MAX_AMOUNT = 49, 9
 STUDENT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-BASES = {"student": (STUDENT, 1000, 8e-3), "discriminator": (build.DISCRIMINATOR, 600, 3e-3)}  # sizes, steps, rate
+STUDENT_BASE_STEPS = 1000
+BASES = {"student": (STUDENT, 8e-3), "discriminator": (build.DISCRIMINATOR, 3e-3)}  # sizes, learning rate
 ANSWER_TOKENS = 32
 SEQKD_STEPS, SEQKD_LEARNING_RATE = 8000, 1.2e-2
 CURVE_POINTS = 8
-DISCRIMINATOR_STEPS, DISCRIMINATOR_LEARNING_RATE = 3000, 3e-3
+DISCRIMINATOR_LEARNING_RATE = 3e-3
 UNDISTILLED, SEQKD = "undistilled", "SeqKD at convergence"
 
 COMMON = {
@@ -113,8 +114,10 @@ def config(output_dir: Path, seed: int, **settings) -> GADConfig:
 
 
 class Experiment:
-    def __init__(self, output_dir: Path, seed: int):
+    def __init__(self, output_dir: Path, seed: int, base_steps: int, discriminator_steps: int):
         self.folder, self.seed = output_dir / f"seed{seed}", seed
+        self.base_steps = {"student": STUDENT_BASE_STEPS, "discriminator": base_steps}
+        self.discriminator_steps = discriminator_steps
         self.bases = {name: output_dir / name for name in BASES}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build.build_tokenizer()
@@ -147,7 +150,8 @@ class Experiment:
 
     def build_base(self, name: str) -> None:
         if not (self.bases[name] / "config.json").is_file():
-            sizes, steps, learning_rate = BASES[name]
+            sizes, learning_rate = BASES[name]
+            steps = self.base_steps[name]
             build.save_model(
                 build.train_on_web_text(self.tokenizer, sizes, steps, learning_rate), self.tokenizer, self.bases[name]
             )
@@ -204,7 +208,7 @@ class Experiment:
         return self.fine_tune(
             self.bases["discriminator"],
             "discriminator",
-            DISCRIMINATOR_STEPS,
+            self.discriminator_steps,
             DISCRIMINATOR_LEARNING_RATE,
             "step",
         )
@@ -268,12 +272,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--output_dir", type=Path, default=Path("output/ablations"))
+    parser.add_argument("--discriminator_base_steps", type=int, default=600, help="on text of the world, before SFT")
+    parser.add_argument("--discriminator_steps", type=int, default=3000, help="of SFT on the teacher's text")
     parser.add_argument("--table", action="store_true", help="print the table of what has been run")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if not arguments.table:
         for seed in arguments.seeds:
-            Experiment(arguments.output_dir, seed).run(arguments.arms)
+            steps = arguments.discriminator_base_steps, arguments.discriminator_steps
+            Experiment(arguments.output_dir, seed, *steps).run(arguments.arms)
     print_table(arguments.output_dir, arguments.seeds)
 
 

@@ -308,3 +308,18 @@ class TestPaperRecipe:
 
     def test_it_says_that_we_did_not_run_it(self):
         assert "NOT RUN BY US" in self.recipe_file.read_text()
+
+
+def test_the_recipe_with_one_backbone():
+    from datasets import Dataset
+
+    from trl_bbkd.teacher_data import check_teacher_data
+
+    recipe_file = RECIPES / "smollm2-codegen" / "gad.yaml"
+    recipe = load_recipe(recipe_file, ["--bf16", "false", "--use_cpu", "true"])
+    assert (recipe.training_args.discriminator, recipe.model_args.use_peft) == ("shared", True)
+    assert "RUN BY US FOR 3 STEPS ONLY" in recipe_file.read_text()
+    convert = import_callable(f"{recipe_file.parent}/prepare_data.py:row")
+    rows = [convert({"instruction": "Add them.", "input": "1, 2", "output": "3"})]
+    assert check_teacher_data(Dataset.from_list(rows)).rows == 1
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Add them.\n\n1, 2"}]
