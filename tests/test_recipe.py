@@ -153,7 +153,7 @@ class TestErrors:
             ("datasets:\n  - split: train", "line 5: an entry of `datasets` needs `path`"),
             ("env: [A]", "line 4: `env` is a mapping"),
             ("a: [1", "line 5: not valid YAML"),
-            ("num_generations: 1", "at least 2 generations"),
+            ("num_generations: 1", "num_generations must be at least 2, got 1"),
             ("warmup_epochs: 9", "warmup_epochs"),
         ],
     )
@@ -188,7 +188,7 @@ class TestErrors:
             (["--learning_rate", "fast"], "--learning_rate.*'fast'"),
             (["--discriminator_head", "scaler"], "'scaler'.*scalar.*likelihood"),
             (["stray"], "unexpected argument 'stray'"),
-            (["--num_generations", "1"], "at least 2 generations"),
+            (["--num_generations", "1"], "num_generations must be at least 2, got 1"),
             (["--num_processes", "2"], "unknown option --num_processes"),
         ],
     )
