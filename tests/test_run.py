@@ -69,6 +69,20 @@ def finished(tmp_path_factory, recipe_folder, tiny_model_dir):
     return output_dir
 
 
+def test_a_killed_run_goes_on_from_the_recipe(tmp_path, recipe_folder, tiny_model_dir):
+    config = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seqkd_baseline": False}
+    recipe = write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **config)
+    run(load_recipe(recipe))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    with pytest.raises(RecipeError, match="holds checkpoints of another run.*resume_from_checkpoint"):
+        run(load_recipe(recipe))
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
+    run(load_recipe(recipe, ["--resume_from_checkpoint", "true"]))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["results"] == results
+
+
 class TestRun:
     def test_leaves_everything(self, finished):
         for name in ("report.md", "curves.png", "metrics.json", "README.md", "tokenizer.json", "model.safetensors"):
