@@ -308,6 +308,18 @@ class TestTrainer:
         trainer._upload(client, folder_path="x", path_in_repo="last-checkpoint", ignore_patterns=None, repo_id="a/b")
         assert sent["ignore_patterns"] == ["training_args.bin"] and sent["path_in_repo"] == "last-checkpoint"
 
+    def test_a_checkpoint_whose_push_fails_is_told(self, tmp_path, tiny_model_dir, standard_rows, caplog):
+        trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows)
+        client = HfApi()
+
+        def fail(**kwargs):
+            raise ConnectionError("no route for hf_abcdefgh123")
+
+        client.upload_folder = fail
+        job = trainer._upload(client, folder_path="x", path_in_repo="last", run_as_future=True, repo_id="a/b")
+        assert isinstance(job.exception(), ConnectionError)
+        assert "Training goes on. ConnectionError: no route for ***" in caplog.text and "hf_abc" not in caplog.text
+
 
 class TestStage:
     @pytest.fixture

@@ -158,7 +158,7 @@ def _in_background(upload):
         return upload()
     except Exception as error:
         reason = error if isinstance(error, HubError) else without_tokens(f"{type(error).__name__}: {error}")
-        logger.warning(f"A push failed; training goes on. {reason}")
+        logger.warning(f"Training goes on. {reason}")
         raise
 
 
