@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
-TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
+TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint, but for TRL's adaptive entropy
 STATE_NAME = "gad_state.json"
 STEP_KEY = "step"
 

@@ -205,7 +205,9 @@ class TrainingMonitor:
             found["saturated"] = (
                 f"the discriminator is saturated (accuracy {accuracy:.2f}, loss {loss:.3f}): it hardly learns, and what "
                 "is left of its score within a group may be arbitrary. Lower discriminator_learning_rate, set "
-                "discriminator_max_accuracy to hold it back, or use discriminator_head='likelihood'."
+                "discriminator_max_accuracy to hold it back, or give up a scalar head for discriminator_head='likelihood'. If "
+                "its accuracy on held-out rows (eval_strategy) is much lower, it knows the teacher's training answers by "
+                "heart: start from one that was trained less on them."
             )
         if accuracy < MIN_ACCURACY:
             found["inverted"] = (
