@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import trainer as transformers_trainer
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, pad
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_config_model_id,
+    pad,
+    print_prompt_completions_sample,
+)
 
 
 __all__ = [
+    "DataCollatorForLanguageModeling",
     "add_fused_lm_head",
     "disable_dropout",
     "fused_forward",
@@ -23,6 +31,7 @@ __all__ = [
     "keep_4bit_weights_differentiable",
     "keep_precision",
     "pad",
+    "print_prompt_completions_sample",
     "uploads_through",
 ]
 

@@ -148,7 +148,7 @@ def sft_rows(dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: 
         }
 
     columns = dataset.column_names or list(next(iter(dataset)))
-    description = {} if isinstance(dataset, IterableDataset) else {"desc": "Preparing SeqKD's rows"}
+    description = {} if isinstance(dataset, IterableDataset) else {"desc": "Preparing rows"}
     return dataset.map(build, batched=True, remove_columns=columns, **description)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from trl_bbkd.gad.checkpoint import is_finished, last_finished_checkpoint
 from trl_bbkd.gad.gad_trainer import GADTrainer
-from trl_bbkd.gad.reference import copy_adapter_to_reference
+from trl_bbkd.reference import copy_adapter_to_reference
+from trl_bbkd.resume import is_finished, last_finished_checkpoint
 
 from .helpers import are_different, assert_same_weights, fill_adapters, make_trainer, weights
 

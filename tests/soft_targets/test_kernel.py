@@ -38,7 +38,9 @@ def make_inputs(targets=("dense",), dtype=torch.float64, seed=0, bias=False, pro
     for name in targets:
         if name == "dense":
             proxy_hidden = torch.randn(N, H_PROXY, generator=generator, dtype=torch.float64).to(dtype) * 0.5
-            made.append(DenseTarget(proxy_hidden, make_head(generator, proxy_vocab, H_PROXY, bias, dtype, **transform)))
+            made.append(
+                DenseTarget(proxy_hidden, make_head(generator, proxy_vocab, H_PROXY, bias, dtype, **transform))
+            )
         else:
             made.append(make_sparse(generator, tail=name == "tail", dtype=dtype))
     hard = torch.rand(N, generator=generator, dtype=torch.float64).to(dtype)
@@ -48,7 +50,9 @@ def make_inputs(targets=("dense",), dtype=torch.float64, seed=0, bias=False, pro
 
 def gradients(loss_function, hidden, head, labels, targets, hard, soft, **kwargs):
     """Loss and gradients of hidden states, weight and, if there is one, bias."""
-    leaves = [value.detach().clone().requires_grad_() for value in (hidden, head.weight, head.bias) if value is not None]
+    leaves = [
+        value.detach().clone().requires_grad_() for value in (hidden, head.weight, head.bias) if value is not None
+    ]
     bias = leaves[2] if head.bias is not None else None
     head = LMHead(leaves[1], bias, head.logit_scale, head.softcap)
     loss = loss_function(leaves[0], head, labels, targets, hard, soft, **kwargs)
@@ -117,7 +121,9 @@ def test_per_token_losses_entropy_and_accuracy():
 def test_chunks_change_nothing(chunk_elements, seed):
     inputs = make_inputs(("dense", "tail"), seed=seed)
     whole = gradients(soft_target_loss, *inputs)
-    for ours, reference in zip(gradients(soft_target_loss, *inputs, chunk_elements=chunk_elements), whole, strict=True):
+    for ours, reference in zip(
+        gradients(soft_target_loss, *inputs, chunk_elements=chunk_elements), whole, strict=True
+    ):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
 
 
@@ -158,7 +164,9 @@ def test_a_shift_of_all_logits_changes_nothing(targets):
     hidden, head, labels, made, hard, soft = make_inputs(targets, bias=True)
     shifted = LMHead(head.weight, head.bias + 300.0)
     found = gradients(soft_target_loss, hidden, shifted, labels, made, hard, soft)
-    for ours, reference in zip(found, gradients(soft_target_loss, hidden, head, labels, made, hard, soft), strict=True):
+    for ours, reference in zip(
+        found, gradients(soft_target_loss, hidden, head, labels, made, hard, soft), strict=True
+    ):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
 
@@ -226,7 +234,10 @@ def test_a_second_backward_pass_is_refused():
 def test_no_tokens():
     hidden, head, labels, targets, hard, soft = make_inputs(("sparse", "dense"))
     hidden = hidden[:0].requires_grad_()
-    empty = [SparseTarget(targets[0].ids[:0], targets[0].probs[:0]), DenseTarget(targets[1].hidden[:0], targets[1].head)]
+    empty = [
+        SparseTarget(targets[0].ids[:0], targets[0].probs[:0]),
+        DenseTarget(targets[1].hidden[:0], targets[1].head),
+    ]
     found = soft_target_loss(hidden, head, labels[:0], empty, hard[:0], soft[:, :0])
     found.loss.backward()
     assert found.loss == 0 and hidden.grad.shape == (0, H) and found.kl.shape == (2, 0)

@@ -18,6 +18,8 @@ from trl import GRPOTrainer
 
 from .._compat import fused_forward, keep_4bit_weights_differentiable
 from ..evaluation import SampleMetrics, judge
+from ..reference import add_reference_adapter
+from ..sharding import refuse_sharding
 from ..teacher_data import tokenize_teacher_data
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
@@ -27,9 +29,7 @@ from .discriminator_setup import resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .gad_config import GADConfig
 from .held_out import HeldOutMetrics
-from .reference import add_reference_adapter
 from .resumable import DISCRIMINATOR_FOLDER, ResumableGAD
-from .sharding import refuse_sharding
 from .stabilizers import without_length_effect
 from .stages import TwoStageGAD
 from .warnings import TrainingMonitor
@@ -130,7 +130,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     ):
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
-        refuse_sharding(args)
+        refuse_sharding(args, "GADTrainer", "the discriminator, a second trained model, would not be synchronised")
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)

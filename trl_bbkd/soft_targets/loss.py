@@ -265,7 +265,9 @@ def _rows(value: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if value is None else value[rows]
 
 
-def top_log_probs(logits: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def top_log_probs(
+    logits: torch.Tensor, labels: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The most likely tokens of each row of logits.
 

@@ -3,9 +3,17 @@ import os
 from transformers import TrainingArguments
 
 
-def refuse_sharding(args: TrainingArguments) -> None:
+def refuse_sharding(args: TrainingArguments, trainer: str, reason: str) -> None:
     """
     Raise if the run is configured or launched with DeepSpeed or FSDP.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration of the run.
+        trainer (`str`):
+            Name of the trainer.
+        reason (`str`):
+            Why it cannot.
 
     Raises:
         ValueError: Says what to do instead.
@@ -17,7 +25,6 @@ def refuse_sharding(args: TrainingArguments) -> None:
     for name, configured in {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp}.items():
         if configured or launched_with[name]:
             raise ValueError(
-                f"GADTrainer does not support {name} yet: the discriminator, a second trained model, would not be "
-                "synchronised. Launch with plain data parallelism (recipes/accelerate_configs/ddp.yaml), and train "
-                "adapters (`use_peft`, `discriminator_lora_kwargs`) if memory is short."
+                f"{trainer} does not support {name} yet: {reason}. Launch with plain data parallelism "
+                "(recipes/accelerate_configs/ddp.yaml), and train adapters (`use_peft`) if memory is short."
             )

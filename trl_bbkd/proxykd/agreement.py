@@ -1,0 +1,55 @@
+"""How much of the teacher a proxy has learned (appendix A.2 of arXiv 2401.07013v2)."""
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..evaluation import pad_rows
+from ..soft_targets.head import last_hidden_states, lm_head, scored_positions
+from ..soft_targets.kernel import soft_target_loss
+
+
+@torch.no_grad()
+def teacher_agreement(
+    model: PreTrainedModel, rows: list[dict], accelerator: Accelerator, batch_size: int = 8, pad_id: int = 0
+) -> dict[str, float]:
+    """
+    Measure a model on the teacher's answers, each process on its share of them. The model's mode is as before afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The proxy, unwrapped.
+        rows (`list[dict]`):
+            Held-out rows with `input_ids` and `labels`.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows in one forward pass.
+        pad_id (`int`, *optional*, defaults to `0`):
+            Padding token.
+
+    Returns:
+        `dict[str, float]`: `top1_agreement`, the share of answer tokens that are the model's likeliest ones, and `nll`, in
+        nats per token.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(own), batch_size):
+        batch = own[start : start + batch_size]
+        input_ids, attention_mask = pad_rows(
+            [list(row["input_ids"]) for row in batch], pad_id, model.device, side="right"
+        )
+        labels, _ = pad_rows([list(row["labels"]) for row in batch], -100, model.device, side="right")
+        scored = scored_positions(labels)
+        with accelerator.autocast():
+            hidden = last_hidden_states(model, input_ids, attention_mask)[:, :-1][scored]
+            one = torch.ones(len(hidden), device=model.device)
+            found = soft_target_loss(
+                hidden, lm_head(model), labels[:, 1:][scored], [], one, one.new_zeros(0, len(one))
+            )
+        totals += torch.stack([found.is_top1.sum().double(), found.nll.sum().double(), one.sum().double()])
+    model.train(was_training)
+    correct, nll, tokens = accelerator.reduce(totals).tolist()
+    return {"top1_agreement": correct / tokens, "nll": nll / tokens}

@@ -1,0 +1,145 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+
+@dataclass
+class ProxyAlignmentConfig(DPOConfig):
+    r"""
+    Configuration class for [`ProxyAlignmentTrainer`], the alignment of Proxy-KD
+    ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), equations 3 to 6).
+
+    This class includes only the parameters that are specific to it. For the rest, see [`~trl.DPOConfig`]. Epochs, steps,
+    schedule and checkpoints are those of one round.
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.DPOConfig`]:
+    > - `learning_rate`: `1e-5` instead of `1e-6`
+    > - `lr_scheduler_type`: `"constant"` instead of `"linear"`
+    > - `max_length`: `None` instead of `1024` (`max_completion_length` bounds the answers)
+    > - `num_train_epochs`: `1.0` instead of `3.0`
+    >
+    > `loss_type` and `loss_weights` are set: `["sigmoid", "sft"]`, weighted by `preference_weight` and `sft_weight`.
+
+    Parameters:
+        > Parameters that control the data
+
+        max_prompt_length (`int`, *optional*):
+            Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest answer, in tokens, the teacher's and the proxy's.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to `apply_chat_template`.
+
+        > Parameters that control the rounds
+
+        num_rounds (`int`, *optional*, defaults to `16`):
+            Rounds. Each trains on its own shard of the rows, with the proxy as it is when the round begins as reference.
+        alignment_patience (`int`, *optional*):
+            Stop after so many rounds without a higher share of held-out positions at which the proxy's likeliest token is
+            the teacher's, and go back to the best proxy. `None` never stops, and keeps the last proxy.
+
+        > Parameters that control the loss
+
+        preference_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the preference loss (equation 5), a mean over pairs.
+        sft_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the NLL of the teacher's answers (equation 3), a mean over tokens.
+
+        > Parameters that control the proxy's samples
+
+        sample_temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        sample_top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus sampling.
+        sample_batch_size (`int`, *optional*, defaults to `32`):
+            Samples generated at once. Samples depend on it.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to sample with vLLM, in this process. It needs the extra `vllm` and one process.
+        vllm_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `vllm.LLM`, such as `{"gpu_memory_utilization": 0.4}`.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print some of a round's pairs, the teacher's answer beside the proxy's sample.
+        num_completions_to_print (`int`, *optional*, defaults to `5`):
+            How many.
+    """
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["chat_template_kwargs", "vllm_kwargs"]
+
+    # Changed defaults
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type, within a round."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest sequence in tokens. If `None`, sequences are not cut."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of a round over its shard."})
+
+    # Data
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
+    )
+    max_completion_length: int = field(
+        default=512, metadata={"help": "Longest answer in tokens, the teacher's and the proxy's."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
+    )
+
+    # Rounds
+    num_rounds: int = field(
+        default=16, metadata={"help": "Rounds, each on its own shard and against the proxy as the round begins."}
+    )
+    alignment_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many rounds without better agreement on held-out rows. If `None`, never."},
+    )
+
+    # Loss
+    preference_weight: float = field(default=1.0, metadata={"help": "Weight of the preference loss (equation 5)."})
+    sft_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the NLL of the teacher's answers (equation 3)."}
+    )
+
+    # Samples
+    sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the proxy's samples."})
+    sample_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling of the proxy's samples."})
+    sample_batch_size: int = field(default=32, metadata={"help": "Samples generated at once."})
+    use_vllm: bool = field(default=False, metadata={"help": "Whether to sample with vLLM, in this process."})
+    vllm_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Whether to print some of a round's pairs of teacher's answer and sample."}
+    )
+    num_completions_to_print: int = field(default=5, metadata={"help": "How many pairs are printed."})
+
+    def __post_init__(self):
+        self.loss_type = ["sigmoid", "sft"]
+        self.loss_weights = [self.preference_weight, self.sft_weight]
+        super().__post_init__()
+        for name in ("preference_weight", "sft_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.preference_weight == 0 and self.sft_weight == 0:
+            raise ValueError("preference_weight and sft_weight are both 0: there is no loss. Set one of them.")
+        for name in ("num_rounds", "sample_batch_size", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.alignment_patience is not None and self.alignment_patience < 1:
+            raise ValueError(f"alignment_patience must be at least 1, got {self.alignment_patience}.")
+        if self.sample_temperature <= 0:
+            raise ValueError(f"sample_temperature must be positive, got {self.sample_temperature}.")
+        if not 0 < self.sample_top_p <= 1:
+            raise ValueError(f"sample_top_p must lie in (0, 1], got {self.sample_top_p}.")
+        for name, reason in REFUSED.items():
+            if getattr(self, name) not in (False, "no"):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not possible here: {reason}")
+
+
+REFUSED = {
+    "sync_ref_model": "the reference is the proxy as it was when the round began.",
+    "precompute_ref_log_probs": "each round has samples and a reference of its own.",
+    "eval_strategy": "the proxy is measured on the held-out rows before and after every round.",
+    "load_best_model_at_end": "set alignment_patience to keep the best proxy.",
+}

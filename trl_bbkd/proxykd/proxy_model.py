@@ -1,0 +1,100 @@
+"""The proxy on disk: a model, or an adapter on one."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
+
+
+class ProxyModelError(ValueError):
+    """A proxy's checkpoint cannot be used as it is; the message says why and what to do."""
+
+
+def base_of_adapter(path: str) -> str | None:
+    """
+    The model that an adapter on disk belongs to; `None` if `path` is no adapter.
+
+    Raises:
+        [`ProxyModelError`]: it does not say, or the model is not there.
+    """
+    config = Path(path) / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    looks_local = bool(base) and base.startswith((".", "/", "~"))
+    if not base or (looks_local and not Path(base).is_dir()):
+        where = f"its base model {base} is not there" if base else "it does not name its base model"
+        raise ProxyModelError(
+            f"The proxy {path} is a LoRA adapter, and {where}. Set `base_model_name_or_path` in its {ADAPTER_CONFIG} to "
+            "the model it was trained on, or hand in the merged model."
+        )
+    return base
+
+
+def load_proxy(path: str, trainable: bool = False, **kwargs) -> PreTrainedModel | PeftModel:
+    """
+    Load a proxy.
+
+    Args:
+        path (`str`):
+            A model or a LoRA adapter, on disk or on the Hub.
+        trainable (`bool`, *optional*, defaults to `False`):
+            Whether an adapter is to be trained further.
+        **kwargs:
+            Passed to `from_pretrained` of the model.
+
+    Raises:
+        [`ProxyModelError`]: an adapter without its base model.
+    """
+    base = base_of_adapter(path)
+    model = AutoModelForCausalLM.from_pretrained(base or path, **kwargs)
+    return model if base is None else PeftModel.from_pretrained(model, path, is_trainable=trainable)
+
+
+def save_proxy(proxy: PreTrainedModel | PeftModel, tokenizer, folder: str | Path) -> None:
+    """Write a proxy and its tokenizer; of an adapted model the trained adapter alone."""
+    selected = {"selected_adapters": ["default"]} if isinstance(proxy, PeftModel) else {}
+    proxy.save_pretrained(folder, **selected)
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(proxy: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+    """Give a proxy in memory the weights of one on disk: of an adapted model those of the trained adapter."""
+    if isinstance(proxy, PeftModel):
+        saved = load_file(Path(folder) / "adapter_model.safetensors")
+        with torch.no_grad():
+            for name, parameter in proxy.named_parameters():
+                if ".default" in name:
+                    parameter.copy_(saved[name.replace(".default", "")])
+    else:
+        saved = type(proxy).from_pretrained(folder, dtype=proxy.dtype)
+        proxy.load_state_dict(saved.state_dict())
+
+
+def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
+    """
+    What tells one checkpoint from another without loading it: for a folder a hash of its weight files, of which evenly
+    spaced pieces are read, and of an adapter's base model; else the name and revision.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{revision or 'main'}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = os.path.getsize(file)
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
+                weights.seek(offset)
+                digest.update(weights.read(SAMPLE_BYTES))
+    base = base_of_adapter(path)
+    return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")

@@ -1,0 +1,326 @@
+import copy
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from .._compat import keep_4bit_weights_differentiable
+from ..sharding import refuse_sharding
+from ..soft_targets.rows import soft_target_rows
+from ..soft_targets.trainer import SoftTargetTrainer
+from ..soft_targets.vocabulary import check_vocabularies
+from ..teacher_data import TeacherDataError, tokenize_teacher_data
+from .proxy_model import ProxyModelError, base_of_adapter
+from .proxy_stages import ProxyStages
+from .proxykd_config import ProxyKDConfig
+from .splits import StageRows, split_rows
+from .weights import row_weights
+
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_TEXTS = 256
+
+
+class ProxyKDTrainer(SoftTargetTrainer):
+    r"""
+    Trainer for Proxy-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), version 2).
+
+    An open proxy is aligned to a teacher of which only the text is known, and the student learns from the teacher's text
+    and from the proxy's distributions over it. One call to `train` goes through the stages: warm-up of the proxy, its
+    alignment (see [`ProxyAlignmentTrainer`]), its soft targets, and distillation. Each has its own rows and is kept on disk
+    below `output_dir/proxy`: a second run goes on at the first stage that is not finished.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
+
+    trainer = ProxyKDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        proxy_model="Qwen/Qwen2.5-7B-Instruct",
+        args=ProxyKDConfig(output_dir="student"),
+        train_dataset=load_dataset("json", data_files="teacher.jsonl", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student, as in [`~trl.SFTTrainer`].
+        proxy_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The proxy, with the student's tokenizer; instead of `args.proxy_model`.
+        args ([`ProxyKDConfig`], *optional*):
+            Configuration. If `None`, the defaults are used.
+        train_dataset ([`~datasets.Dataset`]):
+            Teacher text in TRL's prompt-completion format, standard or conversational: `completion` is the teacher's answer
+            to `prompt`. It is divided between the stages.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out teacher text in the same format, for the student's evaluation and the proxy's agreement with the teacher.
+        processing_class, callbacks, optimizers, quantization_config, peft_config:
+            As in [`~trl.SFTTrainer`], for the student.
+
+    Raises:
+        TeacherDataError: If the teacher text breaks the contract or a stage has no rows, before any model is loaded.
+        VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
+        ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
+        ValueError: Under DeepSpeed or FSDP, which are not supported yet.
+    """
+
+    _tag_names = ["trl", "trl-bbkd", "proxykd"]
+    _name = "Proxy-KD"
+    _card_note = "Part of what it learned is its proxy's: an open model's imitation of the teacher."
+    _paper = {
+        "title": "Knowledge Distillation of Black-Box Large Language Models",
+        "id": "2401.07013",
+        # docstyle-ignore
+        "citation": """@article{proxykd2024,
+    title        = {{Knowledge Distillation of Black-Box Large Language Models}},
+    year         = 2024,
+    eprint       = {arXiv:2401.07013},
+}""",
+    }
+    _same_when_resumed = (
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "hard_weight",
+        "kl_weight",
+        "distillation_temperature",
+        "target_source",
+        "target_top_k",
+        "target_tail",
+        "sample_weighting",
+        "stages",
+    )
+
+    args: ProxyKDConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        proxy_model: str | PreTrainedModel | PeftModel | None = None,
+        args: ProxyKDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        student_path = model if isinstance(model, str) else model.config._name_or_path
+        args = ProxyKDConfig(f"{student_path.split('/')[-1]}-ProxyKD") if args is None else copy.copy(args)
+        refuse_sharding(args, type(self).__name__, "the output layer, which the loss reads, would be in pieces")
+        if train_dataset is None or isinstance(train_dataset, IterableDataset):
+            raise TeacherDataError(
+                "Proxy-KD divides the teacher's rows between its stages and weighs each against all others: it needs a "
+                "`Dataset`, not a stream. Turn streaming off."
+            )
+        proxy = args.proxy_model if proxy_model is None else proxy_model
+        self._needs_proxy = args.needs_proxy and (args.target_store is None or args.stages != ["distil"])
+        if self._needs_proxy:
+            check_proxy(proxy, model, args)
+
+        hub_kwargs = {"trust_remote_code": args.trust_remote_code}
+        student_kwargs = hub_kwargs | {
+            key: value for key, value in (args.model_init_kwargs or {}).items() if key == "revision"
+        }
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(student_path, padding_side="left", **student_kwargs)
+        config = AutoConfig.from_pretrained(model, **student_kwargs) if isinstance(model, str) else model.config
+        configs = [config]
+        if self._needs_proxy:
+            configs.append(_proxy_config(proxy, hub_kwargs))
+            proxy_tokenizer = _proxy_tokenizer(proxy, hub_kwargs)
+            if proxy_tokenizer is not None:
+                texts = [
+                    _text(answer)
+                    for answer in train_dataset.select(range(min(len(train_dataset), VOCABULARY_TEXTS)))["completion"]
+                ]
+                check_vocabularies(processing_class, proxy_tokenizer, *configs, texts)
+        contexts = [getattr(each.get_text_config(), "max_position_embeddings", None) for each in configs]
+
+        data_counts = {}
+
+        def tokenize(dataset, split):
+            if dataset is None or "teacher_ids" in dataset.column_names:
+                return dataset
+            dataset, data_counts[split] = tokenize_teacher_data(
+                dataset,
+                processing_class,
+                max_completion_length=args.max_completion_length,
+                max_prompt_length=args.max_prompt_length,
+                max_length=min((context for context in contexts if context), default=None),
+                chat_template_kwargs=args.chat_template_kwargs,
+            )
+            return dataset
+
+        teacher_rows = tokenize(train_dataset, "train")
+        held_out = tokenize(eval_dataset, "test")
+        rows = split_rows(teacher_rows, args.warmup_share, args.alignment_share, args.seed)
+        check_stage_rows(rows, args)
+        student_teacher_rows = teacher_rows if args.distil_on_all_rows else rows.distil
+
+        def prepared(dataset):
+            return soft_target_rows(dataset, processing_class, args.chat_template_kwargs)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=prepared(student_teacher_rows),
+            eval_dataset=None if held_out is None else prepared(held_out).remove_columns("row_key"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if self.accelerator.device.type == "cpu":
+            keep_4bit_weights_differentiable(self.model)
+        vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
+        self.proxy_stages = ProxyStages(proxy, args, rows, held_out, processing_class, vocab_size, self.accelerator)
+        self.rows_of_stages = {"warmup": len(rows.warmup), "align": len(rows.align), "distil": len(self.train_dataset)}
+        self.card.counts = data_counts
+        self.card.conversational = isinstance(teacher_rows[0]["prompt"], list)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Go through the stages that are not finished, and distil.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint of the student to go on from, as in [`~transformers.Trainer.train`]. The proxy's stages go on by
+                themselves.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: of distillation; `None` where `stages` leaves it out.
+
+        Raises:
+            ValueError: `output_dir` holds stages or checkpoints made from something else.
+        """
+        resume_from_checkpoint = self.check_output_dir(resume_from_checkpoint)
+        if self.args.needs_proxy:
+            self._prepare_targets()
+        if "distil" not in self.args.stages:
+            return None
+        # The student's run is the same whichever stages were run before it
+        set_seed(self.args.seed)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_targets(self) -> None:
+        stages, args = self.proxy_stages, self.args
+        stages.train_proxy()
+        is_live = args.target_source == "live"
+        wants_store = "cache" in args.stages and (not is_live or args.sample_weighting != "none")
+        if wants_store or args.target_store is not None:
+            store = stages.store(self.train_dataset)
+            self._weigh_rows(store)
+            self.data_collator.stores = [] if is_live else [store]
+        if is_live and "distil" in args.stages:
+            self.live_proxy = stages.loaded_proxy()
+        self.target_weights = [args.kl_weight]
+
+    def _weigh_rows(self, store) -> None:
+        """Equation 9, over all rows of the student."""
+        keys, log_likelihoods, tokens = store.log_likelihoods()
+        position = np.searchsorted(keys, np.array(self.train_dataset["row_key"]))
+        found = row_weights(log_likelihoods[position], tokens[position], self.args.sample_weighting)
+        self.row_weights = found
+        if self.accelerator.is_main_process and self.args.sample_weighting != "none":
+            logger.warning(
+                f"Weights of {len(position):,} rows (equation 9): mean log-likelihood {found.mean:.3f}, standard deviation "
+                f"{found.std:.3f}; correlation of weight and length {found.length_correlation:.2f}."
+            )
+        if "sample_weight" in self.train_dataset.column_names:
+            self.train_dataset = self.train_dataset.remove_columns("sample_weight")
+        self.train_dataset = self.train_dataset.add_column("sample_weight", found.weights.tolist())
+
+
+def check_proxy(proxy: str | PreTrainedModel | None, student: str | PreTrainedModel, args: ProxyKDConfig) -> None:
+    """
+    Raises:
+        [`~proxy_model.ProxyModelError`]: there is no proxy, it is the student, or an adapter that cannot be used.
+    """
+    if proxy is None:
+        raise ProxyModelError(
+            "Proxy-KD needs a proxy: set `proxy_model` to an open model with the student's tokenizer, larger than the "
+            "student. (kl_weight=0.0 is plain SFT, which needs none.)"
+        )
+    same = proxy is student
+    if isinstance(proxy, str) and isinstance(student, str):
+        same = proxy == student or (Path(proxy).is_dir() and Path(proxy).resolve() == Path(student).resolve())
+    if same:
+        raise ProxyModelError(
+            f"The proxy is the student ({student if isinstance(student, str) else 'one model object'}): there is nothing to "
+            "learn from it that the student does not know. Set `proxy_model` to a larger model of the same family."
+        )
+    if isinstance(proxy, str) and base_of_adapter(proxy) is not None and args.proxy_lora_kwargs is not None:
+        raise ProxyModelError(
+            f"The proxy {proxy} is a LoRA adapter already, which is trained further. Leave proxy_lora_kwargs out."
+        )
+
+
+def check_stage_rows(rows: StageRows, args: ProxyKDConfig) -> None:
+    """
+    Raises:
+        [`~teacher_data.TeacherDataError`]: a stage that is to run has no rows, or fewer than rounds.
+    """
+    wanted = {"warmup": ("warmup", "warmup_share"), "align": ("align", "alignment_share"), "distil": ("distil", None)}
+    for stage, (name, share) in wanted.items():
+        if stage not in args.stages or not args.needs_proxy or len(getattr(rows, name)):
+            continue
+        advice = (
+            f"Raise {share}, or take '{stage}' out of stages." if share else "Lower warmup_share or alignment_share."
+        )
+        raise TeacherDataError(f"The stage '{stage}' has no rows (of {sum(map(len, rows))}). {advice}")
+    if "align" in args.stages and args.needs_proxy and args.preference_weight > 0:
+        if len(rows.align) < args.alignment_rounds:
+            raise TeacherDataError(
+                f"Round {len(rows.align) + 1} of {args.alignment_rounds} has an empty shard: alignment has {len(rows.align)} "
+                "rows. Lower alignment_rounds, or raise alignment_share."
+            )
+    unused = {
+        stage: len(getattr(rows, name))
+        for stage, (name, _) in wanted.items()
+        if stage not in args.stages and stage != "distil" and len(getattr(rows, name))
+    }
+    if unused and not args.distil_on_all_rows:
+        left = " and ".join(f"{count:,} rows of '{stage}'" for stage, count in unused.items())
+        logger.warning(f"{left} stay unused: distil_on_all_rows=True, or shares of 0, give them to the student.")
+
+
+def _proxy_path(proxy: str | PreTrainedModel) -> str:
+    return proxy if isinstance(proxy, str) else proxy.config._name_or_path
+
+
+def _proxy_config(proxy: str | PreTrainedModel, hub_kwargs: dict):
+    if not isinstance(proxy, str):
+        return proxy.config
+    return AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
+
+
+def _proxy_tokenizer(proxy: str | PreTrainedModel, hub_kwargs: dict) -> PreTrainedTokenizerBase | None:
+    """The proxy's tokenizer; `None` for a model made in memory, which has none."""
+    path = _proxy_path(proxy)
+    if not path:
+        return None
+    has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(path if has_own else base_of_adapter(path) or path, **hub_kwargs)
+
+
+def _text(completion: str | list[dict]) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]

@@ -1,0 +1,128 @@
+"""The proxy's own answers to the prompts of a round: made in bulk, kept on disk, never made twice."""
+
+import json
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..evaluation import end_token_ids, generate_completion_ids
+from ..teacher_data import prompt_token_ids
+
+
+BATCHES_PER_FILE = 4
+
+
+def sample_completions(folder: str | Path, rows: list[dict], generate, batch_size: int, seed: int) -> list[list[int]]:
+    """
+    Sample an answer to each row's prompt. What is in `folder` already is read, not made again.
+
+    Args:
+        folder (`str` or `Path`):
+            Where samples are kept, a JSON Lines file for every few batches, each written in one piece.
+        rows (`list[dict]`):
+            Rows with `prompt` and `completion`.
+        generate (`Callable[[list, int], tuple[list[list[int]], list[str]]]`):
+            Makes token ids and texts for some prompts, with a seed.
+        batch_size (`int`):
+            Samples made at once.
+        seed (`int`):
+            Seed; every file has one of its own, so that its samples do not depend on which were made before.
+
+    Returns:
+        `list[list[int]]`: token ids of each row's sample.
+    """
+    folder, state, size = Path(folder), PartialState(), BATCHES_PER_FILE * batch_size
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [(number, rows[start : start + size]) for number, start in enumerate(range(0, len(rows), size))]
+    missing = [(number, part) for number, part in parts if not _file(folder, number).is_file()]
+    state.wait_for_everyone()
+    own = missing[state.process_index :: state.num_processes]
+    for number, part in tqdm(own, desc="Sampling from the proxy", disable=not state.is_main_process or not own):
+        ids, texts = generate([row["prompt"] for row in part], seed + number)
+        lines = [
+            {"prompt": row["prompt"], "teacher": row["completion"], "proxy": text, "proxy_ids": sample}
+            for row, text, sample in zip(part, texts, ids, strict=True)
+        ]
+        _write(_file(folder, number), lines)
+    state.wait_for_everyone()
+    return [line["proxy_ids"] for number, _ in parts for line in read_samples(_file(folder, number))]
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The samples in a file: `prompt`, `teacher`, `proxy` and `proxy_ids`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.jsonl"
+
+
+def _write(path: Path, lines: list[dict]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class ModelSampler:
+    """Samples with transformers, from a model in memory. The arguments are those of [`~evaluation.generate_completions`]."""
+
+    def __init__(self, model, tokenizer, *, max_new_tokens, temperature, top_p, batch_size, chat_template_kwargs=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "batch_size": batch_size,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+
+    def __call__(self, prompts: list, seed: int) -> tuple[list[list[int]], list[str]]:
+        groups = generate_completion_ids(self.model, self.tokenizer, prompts, seed=seed, **self.settings)
+        ends = end_token_ids(self.model, self.tokenizer)
+        ids = [_with_one_end(group[0], ends, self.tokenizer.eos_token_id) for group in groups]
+        return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+class VLLMSampler:
+    """Samples with vLLM in this process, from a checkpoint on disk, with the same settings as [`ModelSampler`]."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        chat_template_kwargs: dict | None = None,
+        adapter: str | None = None,
+        vllm_kwargs: dict | None = None,
+    ):
+        from vllm import LLM, SamplingParams
+
+        self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
+        self.llm = LLM(model=path, enable_lora=adapter is not None, **(vllm_kwargs or {}))
+        self.parameters = lambda seed: SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed
+        )
+        self.request = {}
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.request = {"lora_request": LoRARequest("proxy", 1, adapter)}
+
+    def __call__(self, prompts: list, seed: int) -> tuple[list[list[int]], list[str]]:
+        prompt_ids = prompt_token_ids(self.tokenizer, prompts, self.chat_template_kwargs)
+        inputs = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        parameters = [self.parameters(seed + row) for row in range(len(inputs))]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False, **self.request)
+        eos = self.tokenizer.eos_token_id
+        ids = [_with_one_end(list(output.outputs[0].token_ids), [eos], eos) for output in outputs]
+        return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def _with_one_end(ids: list[int], ends: list[int], eos: int) -> list[int]:
+    """A model may end its answer with any of several tokens; the teacher's answers end with the tokenizer's."""
+    return [*ids[:-1], eos] if ids and ids[-1] in ends else ids

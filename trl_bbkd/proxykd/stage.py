@@ -1,0 +1,53 @@
+"""A stage on disk: its folder says what it was made from, and that it is finished."""
+
+import json
+import os
+from pathlib import Path
+
+from ..resume import differences
+
+
+STAGE_FILE = "stage.json"
+
+
+class StageError(ValueError):
+    """A stage cannot be gone on with; the message says why and what to do."""
+
+
+def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:
+    """
+    What a finished stage reported.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the stage.
+        fingerprint (`dict`):
+            What the stage is made from, by name.
+
+    Returns:
+        `dict`: Its report; `None` if it is not finished.
+
+    Raises:
+        [`StageError`]: it is finished, but was made from something else.
+    """
+    path = Path(folder) / STAGE_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    differing = differences(content["fingerprint"], json.loads(json.dumps(fingerprint, default=str)))
+    if differing:
+        raise StageError(
+            f"{folder} was made from something else ({differing}). Delete that folder to make it again, or choose another "
+            "output_dir."
+        )
+    return content["report"]
+
+
+def finish_stage(folder: str | Path, fingerprint: dict, report: dict) -> None:
+    """Mark a stage as finished, which is the last thing written to its folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{STAGE_FILE}.tmp"
+    content = {"fingerprint": fingerprint, "report": report}
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / STAGE_FILE)

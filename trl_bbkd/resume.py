@@ -1,0 +1,135 @@
+"""A run that can be killed at any moment and goes on: which checkpoint, whose, and whether it was finished."""
+
+import json
+import re
+from pathlib import Path
+
+from datasets import IterableDataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ._compat import keep_precision
+
+
+TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint, but for TRL's adaptive entropy
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders in `output_dir`, latest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether the checkpoint was written to its end. A run killed while saving leaves one that was not."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def last_finished_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest checkpoint in `output_dir` that was written to its end, if there is one."""
+    return next((path for path in checkpoints(output_dir) if is_finished(path)), None)
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """Where two descriptions of a run differ, for an error message; empty if they do not."""
+    return "; ".join(
+        f"{key}: {found.get(key)!r} there, {value!r} here" for key, value in wanted.items() if found.get(key) != value
+    )
+
+
+class ResumableRun:
+    """
+    Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their end.
+
+    It stands before a TRL trainer among the bases of a class that names `_state_name` and `_same_when_resumed`.
+    """
+
+    _state_name: str  # file of a checkpoint that says, among other things, whose it is
+    _same_when_resumed: tuple[str, ...]  # settings that decide which samples a step sees and what is trained
+
+    def _describe_run(self) -> dict:
+        """What decides which samples a step sees and what is trained: the same in a run and its resumption."""
+        run = {
+            # Its name alone: folders may be moved, and paths given from elsewhere
+            "student": Path(self._student_path).name,
+            "rows": None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
+            "num_processes": self.accelerator.num_processes,
+            **{name: getattr(self.args, name) for name in self._same_when_resumed},
+        }
+        # As it is read back from a checkpoint
+        return json.loads(json.dumps(run, default=str))
+
+    def _read_state(self, checkpoint: Path) -> dict:
+        path = checkpoint / self._state_name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} is no complete checkpoint ({self._state_name} is missing): it was not written by "
+                f"{type(self).__name__}, or with save_only_model=True. It can be a new run's model, but not be resumed."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _write_state(self, checkpoint: str | Path, **state) -> None:
+        text = json.dumps({"run": self._describe_run(), **state}, indent=2)
+        (Path(checkpoint) / self._state_name).write_text(text + "\n", encoding="utf-8")
+
+    def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        Find the checkpoint to resume from, and refuse to mix two runs in `output_dir`. `train` does this first.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As in `train`; `True` takes the last checkpoint that was written to its end.
+
+        Returns:
+            `str`: The checkpoint; `None` for a new run.
+
+        Raises:
+            ValueError: A new run in a folder with checkpoints, a checkpoint of another run, or none to resume from.
+        """
+        if resume_from_checkpoint is True:
+            # Trainer would take the latest one, which a killed run may have left half-written
+            checkpoint = last_finished_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
+            resume_from_checkpoint = str(checkpoint)
+        if resume_from_checkpoint:
+            found = self._read_state(Path(resume_from_checkpoint)).get("run", {})
+            differing = differences(found, self._describe_run())
+            if differing:
+                raise ValueError(
+                    f"{resume_from_checkpoint} belongs to another run ({differing}). Resume with its settings."
+                )
+            return resume_from_checkpoint
+        found = last_finished_checkpoint(self.args.output_dir)
+        if found is not None:
+            raise ValueError(
+                f"output_dir holds checkpoints of another run, such as {found}; they would be mixed up with this one's. "
+                "Choose another output_dir, delete them, or go on with that run: resume_from_checkpoint=True."
+            )
+        return None
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        return super().train(self.check_output_dir(resume_from_checkpoint), *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            # A run that is resumed writes over later checkpoints: not finished, from now until the end
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The file that marks a checkpoint as finished comes next: every process must have written its own by then
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keep_precision(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,99 @@
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import SFTConfig
+
+
+@dataclass
+class SoftTargetConfig(SFTConfig):
+    r"""
+    What every trainer on soft targets has: the student learns the teacher's text and, token by token, the distribution of
+    a model that has weights.
+
+    This class includes only the parameters that are specific to soft targets. For the rest, see [`~trl.SFTConfig`].
+
+    > [!NOTE]
+    > Defaults that differ from [`~trl.SFTConfig`]:
+    > - `max_length`: `None` instead of `1024` (`max_completion_length` bounds the answers)
+
+    Parameters:
+        > Parameters that control the data
+
+        max_prompt_length (`int`, *optional*):
+            Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest answer, in tokens. Longer ones are cut, and counted.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Passed to `apply_chat_template`.
+
+        > Parameters that control the loss
+
+        hard_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the NLL of the teacher's tokens.
+        distillation_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of both sides of the KL. The KL is not multiplied by its square.
+        target_tail (`str`, *optional*, defaults to `"renormalize"`):
+            What becomes of the probability outside the tokens kept of a target: `"renormalize"` shares it out among them,
+            `"bucket"` keeps it as one bucket of all other tokens.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]
+
+    # Changed defaults
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sequence in tokens; soft targets are cut with it. If `None`, sequences are not cut."
+        },
+    )
+
+    # Data
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
+    )
+    max_completion_length: int = field(
+        default=512, metadata={"help": "Longest answer in tokens. Longer ones are cut and counted."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
+    )
+
+    # Loss
+    hard_weight: float = field(default=1.0, metadata={"help": "Weight of the NLL of the teacher's tokens."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of both sides of the KL."})
+    target_tail: Literal["renormalize", "bucket"] = field(
+        default="renormalize",
+        metadata={
+            "help": "Probability outside the tokens kept of a target: `renormalize` shares it out among them, `bucket` "
+            "keeps it as one bucket of all other tokens."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, reason in REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is not possible with soft targets: {reason}")
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type={self.loss_type!r} is not possible with soft targets: the hard loss is the NLL."
+            )
+        if self.hard_weight < 0:
+            raise ValueError(f"hard_weight must be at least 0, got {self.hard_weight}.")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature must be positive, got {self.distillation_temperature}.")
+        if self.target_tail == "bucket" and self.distillation_temperature != 1.0:
+            raise ValueError(
+                f"distillation_temperature={self.distillation_temperature} needs target_tail='renormalize': how likely the "
+                "bucket of all other tokens is at another temperature, the tokens kept do not tell."
+            )
+
+
+REFUSED = {
+    "packing": "a row's targets and its weight belong to one answer, and packing mixes several in a row. Set it to False.",
+    "padding_free": "targets are looked up row by row. Set it to False.",
+    "label_smoothing_factor": "the soft targets take its place. Set it to 0.",
+    "use_liger_kernel": "it replaces the forward that the loss is computed in. Set it to False.",
+}
