@@ -8,17 +8,35 @@ if TYPE_CHECKING:
     from .gad.discriminator import Discriminator
     from .gad.gad_config import GADConfig
     from .gad.gad_trainer import GADTrainer
+    from .proxykd.alignment_config import ProxyAlignmentConfig
+    from .proxykd.alignment_trainer import ProxyAlignmentTrainer
+    from .proxykd.proxykd_config import ProxyKDConfig
+    from .proxykd.proxykd_trainer import ProxyKDTrainer
     from .teacher_data import load_teacher_data
 
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Discriminator", "GADConfig", "GADTrainer", "launch", "load_teacher_data"]
+__all__ = [
+    "Discriminator",
+    "GADConfig",
+    "GADTrainer",
+    "ProxyAlignmentConfig",
+    "ProxyAlignmentTrainer",
+    "ProxyKDConfig",
+    "ProxyKDTrainer",
+    "launch",
+    "load_teacher_data",
+]
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _LAZY_NAMES = {
     "Discriminator": ".gad.discriminator",
     "GADConfig": ".gad.gad_config",
     "GADTrainer": ".gad.gad_trainer",
+    "ProxyAlignmentConfig": ".proxykd.alignment_config",
+    "ProxyAlignmentTrainer": ".proxykd.alignment_trainer",
+    "ProxyKDConfig": ".proxykd.proxykd_config",
+    "ProxyKDTrainer": ".proxykd.proxykd_trainer",
     "load_teacher_data": ".teacher_data",
 }
 

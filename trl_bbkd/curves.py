@@ -15,7 +15,8 @@ STYLE = {"fontsize": 9, "color": INK}
 
 def plot_curves(report: RunReport, path: str | Path) -> None:
     """
-    Draw the run: the deciding metric of the method and SeqKD, and what the discriminator and the lengths did.
+    Draw the run: the deciding metric of the method and SeqKD, and what else the method watches: the discriminator and the lengths, or the
+    proxy's stages and the student's losses.
 
     Args:
         report ([`~report.RunReport`]):
@@ -29,12 +30,26 @@ def plot_curves(report: RunReport, path: str | Path) -> None:
     grid = figure.add_gridspec(2, 3, width_ratios=[1.45, 1, 1])
     main = figure.add_subplot(grid[:, 0])
     panels = [figure.add_subplot(grid[row, column]) for row in (0, 1) for column in (1, 2)]
-    log = report.log_history
 
     _comparison(main, report, report.headline, references=True)
     judged = report.headline != "teacher_nll"
     _title(main, f"{report.judged_metrics[0]} at temperature 1.0" if judged else "NLL of held-out teacher answers")
 
+    over_steps = PANELS[report.method](panels, report)
+
+    last_step = max((entry["step"] for entry in report.log_history), default=0)
+    for axes in (main, *over_steps):
+        _mark_steps(axes, report.warmup_steps, last_step, label=axes is main)
+    for axes in (main, *panels):
+        _finish(axes)
+    for axes in (main, *panels[2:]):
+        axes.set_xlabel("optimizer step", **STYLE)
+    figure.savefig(path, dpi=150)
+
+
+def _gad_panels(panels: list, report: RunReport) -> list:
+    """Fill the four small panels; return those whose horizontal axis is the optimizer step."""
+    log = report.log_history
     _line(panels[0], log, "discriminator/accuracy", STUDENT, "accuracy")
     _line(panels[0], log, "discriminator/loss", SECOND, "loss")
     panels[0].axhline(0.5, color=INK, lw=0.8, ls=":")
@@ -50,19 +65,51 @@ def plot_curves(report: RunReport, path: str | Path) -> None:
     panels[2].axhline(1.0, color=INK, lw=0.8, ls=":")
     _title(panels[2], "Length, student / teacher")
 
-    if judged:
+    if report.judged_metrics:
         _comparison(panels[3], report, "teacher_nll")
         _title(panels[3], "NLL of held-out teacher answers")
     else:
         _line(panels[3], log, "discriminator/group_std", STUDENT, None)
         _title(panels[3], "Score's std within a group")
+    return panels
 
-    last_step = max((entry["step"] for entry in log), default=0)
-    for axes in (main, *panels):
-        _finish(axes, report.warmup_steps, last_step, label=axes is main)
-    for axes in (main, *panels[2:]):
-        axes.set_xlabel("optimizer step", **STYLE)
-    figure.savefig(path, dpi=150)
+
+def _proxykd_panels(panels: list, report: RunReport) -> list:
+    """As [`_gad_panels`]."""
+    for axes, name, title in (
+        (panels[0], "top1_agreement", "Proxy's top-1 agreement"),
+        (panels[1], "nll", "Proxy's NLL"),
+    ):
+        points = [point for stage in report.stages for point in _stage_points(stage, name)]
+        if points and report.stages[0]["metrics"][0]["at"] == "before":
+            points.insert(0, ("raw", report.stages[0]["metrics"][0][name]))
+        axes.plot([value for _, value in points], color=SECOND, lw=1.6, marker="o", ms=4, clip_on=False)
+        axes.set_xticks(range(len(points)), [label for label, _ in points], rotation=30, ha="right")
+        _title(axes, title)
+
+    _line(panels[2], report.log_history, "kl", STUDENT, "KL to the proxy")
+    _line(panels[2], report.log_history, "nll", SECOND, "NLL")
+    _title(panels[2], "The student's losses")
+
+    if report.judged_metrics:
+        _comparison(panels[3], report, "teacher_nll")
+        _title(panels[3], "NLL of held-out teacher answers")
+    else:
+        _line(panels[3], report.log_history, "entropy", STUDENT, None)
+        _title(panels[3], "The student's entropy")
+    return panels[2:]
+
+
+def _stage_points(stage: dict, name: str) -> list[tuple[str, float]]:
+    """Label and value of what a stage changed: where it began, the stage before it ended."""
+    return [
+        (entry["at"].removeprefix("round ") if entry["at"] != "after" else stage["stage"].split()[-1], entry[name])
+        for entry in stage["metrics"]
+        if name in entry and entry["at"] != "before"
+    ]
+
+
+PANELS = {"GAD": _gad_panels, "Proxy-KD": _proxykd_panels}
 
 
 def _comparison(axes, report: RunReport, key: str, references: bool = False) -> None:
@@ -107,7 +154,7 @@ def _title(axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold")
 
 
-def _finish(axes, warmup_steps: float, last_step: int, label: bool) -> None:
+def _mark_steps(axes, warmup_steps: float, last_step: int, label: bool) -> None:
     axes.set_xlim(0, last_step or 1)
     if warmup_steps > 0:
         axes.axvspan(0, warmup_steps, color=SHADE, lw=0, zorder=0)
@@ -121,6 +168,9 @@ def _finish(axes, warmup_steps: float, last_step: int, label: bool) -> None:
                 fontsize=8.5,
                 color="#6b7280",
             )
+
+
+def _finish(axes) -> None:
     axes.grid(axis="y", color="#e5e7eb", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,16 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__
 from .markdown import code, escape, fenced, table
 from .redaction import public_text
-from .report import RunReport, counts_table, explanation, summary, table_models, table_rows
+from .report import (
+    STAGES_EXPLANATION,
+    RunReport,
+    counts_table,
+    explanation,
+    stages_table,
+    summary,
+    table_models,
+    table_rows,
+)
 from .teacher_data import TeacherDataCounts
 
 
@@ -184,6 +193,8 @@ def _results(card: StudentCard) -> str:
     lines = ["## How good it is", "", summary(report), ""]
     lines += table(["", *table_models(report)], table_rows(report))
     lines += ["", explanation(report), "", "![Curves of the run](curves.png)"]
+    if report.stages:
+        lines += ["", "### Stages", "", *stages_table(report.stages), "", STAGES_EXPLANATION]
     if report.warnings:
         first = report.warnings[0]["step"]
         lines += [

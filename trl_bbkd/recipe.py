@@ -21,13 +21,23 @@ from trl.scripts.utils import DatasetConfig
 
 if TYPE_CHECKING:
     from .gad.gad_config import GADConfig
+    from .proxykd.proxykd_config import ProxyKDConfig
 
 
 # A recipe's first line when Python has to be able to start it; see `trl_bbkd.launch`.
 LAUNCH_KEY = 'if __import__("trl_bbkd").launch(__name__, __file__)'
-METHODS = ("gad",)
-METHODS_NOT_BUILT_YET = ("proxykd", "bayeskd", "llkd")
-INPUT_PATHS = {"model_name_or_path", "discriminator", "dataset_name", "path", "data_dir", "data_files"}
+METHODS = ("gad", "proxykd")
+METHODS_NOT_BUILT_YET = ("bayeskd", "llkd")
+INPUT_PATHS = {
+    "model_name_or_path",
+    "discriminator",
+    "proxy_model",
+    "target_store",
+    "dataset_name",
+    "path",
+    "data_dir",
+    "data_files",
+}
 CALLABLES = {"reward_funcs", "sample_metrics"}
 
 
@@ -46,7 +56,7 @@ class RecipeArguments(ScriptArguments):
         teacher_name (`str`, *optional*):
             Name of the black-box teacher, for the report and the model card.
         reward_funcs (`list[str]`, *optional*):
-            Rewards added to the discriminator's score, as `package.module.function` or `path/to/file.py:function`.
+            Rewards added to GAD's discriminator's score, as `package.module.function` or `path/to/file.py:function`.
         sample_metrics (`str`, *optional*):
             Function that judges the student's samples, written in the same way.
         seqkd_baseline (`bool`, *optional*, defaults to `True`):
@@ -91,7 +101,7 @@ class Recipe:
     path: Path | None
     method: str
     script_args: RecipeArguments
-    training_args: "GADConfig"
+    training_args: "GADConfig | ProxyKDConfig"
     model_args: ModelConfig
     dataset_args: DatasetMixtureConfig
 
@@ -126,6 +136,11 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
         )
     except ValueError as error:
         raise RecipeError(f"{recipe_file.path}: {error}") from error
+    if script_args.reward_funcs and recipe_file.method != "gad":
+        raise RecipeError(
+            f"{recipe_file.path}: reward_funcs are added to GAD's discriminator; method {recipe_file.method!r} has no "
+            "rewards. Take them out."
+        )
     return Recipe(recipe_file.path, recipe_file.method, script_args, training_args, model_args, dataset_args)
 
 
@@ -350,6 +365,10 @@ def _config_type(method: str) -> type:
         from .gad.gad_config import GADConfig
 
         return GADConfig
+    if method == "proxykd":
+        from .proxykd.proxykd_config import ProxyKDConfig
+
+        return ProxyKDConfig
     raise AssertionError(method)
 
 

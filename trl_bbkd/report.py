@@ -53,6 +53,9 @@ class RunReport:
             Versions of libraries.
         seconds (`dict[str, float]`):
             Wall-clock time per part of the run.
+        stages (`list[dict]`):
+            What the stages before and with the student's training did: `stage`, `rows`, `seconds` and `metrics`, a list of
+            what was measured `at` which moment.
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
     """
@@ -71,6 +74,7 @@ class RunReport:
     seqkd: dict = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    stages: list[dict] = field(default_factory=list)
     warnings: list[dict] = field(default_factory=list)
 
     @property
@@ -167,6 +171,8 @@ def render_markdown(report: RunReport) -> str:
             *(f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings),
             "",
         ]
+    if report.stages:
+        lines += ["## Stages", "", *stages_table(report.stages), "", STAGES_EXPLANATION, ""]
     lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
     if report.command:
         lines += [fenced(report.command, "bash"), ""]
@@ -183,6 +189,31 @@ def counts_table(counts: dict[str, TeacherDataCounts]) -> list[str]:
     cells = {split: dict(split_counts.table_rows()) for split, split_counts in counts.items()}
     labels = next(iter(cells.values()))
     return table(["", *cells], [[label, *(cells[split][label] for split in cells)] for label in labels])
+
+
+STAGES_EXPLANATION = (
+    "Top-1 agreement is the share of held-out answer tokens that are the proxy's likeliest ones, and NLL its negative "
+    "log-likelihood of them, in nats per token: before the stage, after each round, after the stage."
+)
+
+
+def stages_table(stages: list[dict]) -> list[str]:
+    """Lines of a Markdown table of the stages, one line a stage."""
+
+    def course(stage: dict, name: str, digits: int) -> str:
+        return " → ".join(f"{entry[name]:.{digits}f}" for entry in stage["metrics"] if name in entry) or "–"
+
+    rows = [
+        [
+            stage["stage"],
+            f"{stage['rows']:,}",
+            _duration(stage["seconds"]),
+            course(stage, "top1_agreement", 3),
+            course(stage, "nll", 3),
+        ]
+        for stage in stages
+    ]
+    return table(["stage", "rows", "time", "proxy's top-1 agreement", "proxy's NLL"], rows)
 
 
 def explanation(report: RunReport) -> str:

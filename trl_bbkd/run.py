@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
 from .evaluation import evaluate_student, evaluate_teacher
-from .gad.gad_trainer import GADTrainer
 from .hub import push_student
+from .methods import METHOD_RUNS
 from .model_card import library_versions, write_card
 from .recipe import Recipe, RecipeError, RecipeFile, import_callable
 from .report import (
@@ -36,7 +36,7 @@ from .report import (
     without_secrets,
     write_report,
 )
-from .seqkd import CurveCallback, curve, train_seqkd
+from .seqkd import curve, train_seqkd
 from .teacher_data import TeacherDataError, check_teacher_data, load_teacher_data, tokenize_teacher_data
 
 
@@ -86,6 +86,7 @@ class _Run:
         self.script_args, model_args = recipe.script_args, recipe.model_args
         self.model = model_args.model_name_or_path
         self.is_main_process = PartialState().is_main_process
+        self.method = METHOD_RUNS[recipe.method](self)
         if self.model is None:
             raise RecipeError("set `model_name_or_path` to the student: a folder or a Hub id.")
         self.inputs = {
@@ -150,7 +151,7 @@ class _Run:
         args, seconds = self.args, {}
         resume = checkpoint_to_resume(args.resume_from_checkpoint)
         try:
-            trainer = self._trainer()
+            trainer = self.method.trainer()
             trainer.check_output_dir(resume)
         except ValueError as error:
             raise RecipeError(str(error)) from error
@@ -162,7 +163,7 @@ class _Run:
         self.card.command = command(self.recipe.path, sys.argv)
         undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
-        with timed(seconds, trainer._name):
+        with timed(seconds, trainer._name), self.method.errors():
             trainer.train(resume_from_checkpoint=resume)
         # `push` sends the student once, when its card has the table
         trainer.args.push_to_hub = False
@@ -181,6 +182,7 @@ class _Run:
             results={
                 UNDISTILLED: undistilled,
                 trainer._name: distilled,
+                **self._on_main_process(lambda: self.method.more_results(trainer)),
                 TEACHER: evaluate_teacher(self.test, self.sample_metrics),
             },
             # It starts and ends with the numbers of the table
@@ -204,21 +206,8 @@ class _Run:
             },
             versions=library_versions(),
             seconds=seconds,
-            warnings=[vars(warning) for warning in trainer.monitor.warnings],
-        )
-
-    def _trainer(self) -> GADTrainer:
-        return GADTrainer(
-            model=self.model,
-            reward_funcs=self.reward_funcs,
-            args=self.args,
-            train_dataset=self.train,
-            eval_dataset=None if self.args.eval_strategy == "no" else Dataset.from_list(self.test),
-            processing_class=self.tokenizer,
-            callbacks=[CurveCallback(self.measure_briefly, at_end=False)],
-            peft_config=self.peft_config,
-            quantization_config=self.quantization_config,
-            sample_metrics=self.sample_metrics,
+            stages=self.method.stages(trainer),
+            warnings=self.method.warnings(trainer),
         )
 
     def add_seqkd(self, report: RunReport) -> None:
@@ -236,7 +225,8 @@ class _Run:
                 is_better=lambda new, old: quality(new, report) > quality(old, report),
                 output_dir=output_dir,
                 max_steps=self.max_steps,
-                learning_rate=self.script_args.seqkd_learning_rate,
+                learning_rate=self.script_args.seqkd_learning_rate or self.method.sft_learning_rate,
+                samples_per_prompt=self.method.samples_per_prompt,
                 peft_config=self.peft_config,
                 quantization_config=self.quantization_config,
             )

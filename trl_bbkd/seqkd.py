@@ -109,19 +109,19 @@ class SeqKD:
     curve: list[dict] = field(default_factory=list)
 
 
-def batch_shape(sequences_per_device_and_step: int, num_generations: int, largest_batch: int) -> tuple[int, int]:
+def batch_shape(sequences_per_device_and_step: int, samples_per_prompt: int, largest_batch: int) -> tuple[int, int]:
     """
     Rows per device and accumulation steps with which SFT sees as many prompts a step as the method does.
 
     Args:
         sequences_per_device_and_step (`int`):
             The method's sequences per device and optimizer step.
-        num_generations (`int`):
+        samples_per_prompt (`int`):
             Of them, samples of one prompt.
         largest_batch (`int`):
             Rows that fit on a device.
     """
-    rows = max(1, round(sequences_per_device_and_step / num_generations))
+    rows = max(1, round(sequences_per_device_and_step / samples_per_prompt))
     batch = max(size for size in range(1, min(rows, largest_batch) + 1) if rows % size == 0)
     return batch, rows // batch
 
@@ -162,7 +162,8 @@ def train_seqkd(
     *,
     output_dir: str,
     max_steps: int,
-    learning_rate: float | None = None,
+    learning_rate: float,
+    samples_per_prompt: int = 1,
     peft_config=None,
     quantization_config=None,
 ) -> SeqKD:
@@ -172,7 +173,7 @@ def train_seqkd(
     Args:
         model (`str`):
             The student's checkpoint.
-        args ([`GADConfig`]):
+        args ([`~trl.trainer.base_config._BaseConfig`]):
             The method's configuration. Optimizer and precision are taken from it, and there are as many prompts per
             optimizer step. Its schedule (linear to 0, after `warmup_steps`) and gradient clipping are the defaults of [`~trl.SFTConfig`].
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -187,16 +188,18 @@ def train_seqkd(
             Folder of the best checkpoint.
         max_steps (`int`):
             Optimizer steps.
-        learning_rate (`float`, *optional*):
-            Learning rate. `None` takes that of the method's warm-up, which is supervised fine-tuning as well.
+        learning_rate (`float`):
+            Learning rate.
+        samples_per_prompt (`int`, *optional*, defaults to `1`):
+            How many of the method's sequences share a prompt.
         peft_config, quantization_config:
             As in [`~trl.SFTTrainer`].
     """
     shared = {name: getattr(args, name) for name in SHARED_ARGUMENTS}
-    shared["learning_rate"] = learning_rate or args.warmup_learning_rate or args.learning_rate
+    shared["learning_rate"] = learning_rate
     batch, accumulation = batch_shape(
         args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        args.num_generations,
+        samples_per_prompt,
         args.per_device_train_batch_size,
     )
     result = SeqKD(max_steps, batch * accumulation * args.world_size, shared["learning_rate"])

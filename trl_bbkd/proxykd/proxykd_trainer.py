@@ -1,5 +1,6 @@
 import copy
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,23 @@ from transformers import (
 )
 
 from .._compat import keep_4bit_weights_differentiable
+from ..resume import last_finished_checkpoint
 from ..sharding import refuse_sharding
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.trainer import SoftTargetTrainer
 from ..soft_targets.vocabulary import check_vocabularies
 from ..teacher_data import TeacherDataError, tokenize_teacher_data
 from .proxy_model import ProxyModelError, base_of_adapter
-from .proxy_stages import ProxyStages
+from .proxy_stages import STAGE_LABELS, ProxyStages
 from .proxykd_config import ProxyKDConfig
 from .splits import StageRows, split_rows
-from .weights import row_weights
+from .weights import RowWeights, row_weights
 
 
 logger = logging.getLogger(__name__)
 
 VOCABULARY_TEXTS = 256
+LENGTH_PENALTY = -0.9  # correlation of weight and length
 
 
 class ProxyKDTrainer(SoftTargetTrainer):
@@ -153,6 +156,7 @@ class ProxyKDTrainer(SoftTargetTrainer):
                 ]
                 check_vocabularies(processing_class, proxy_tokenizer, *configs, texts)
         contexts = [getattr(each.get_text_config(), "max_position_embeddings", None) for each in configs]
+        context = min((size for size in contexts if size), default=None)
 
         data_counts = {}
 
@@ -164,7 +168,7 @@ class ProxyKDTrainer(SoftTargetTrainer):
                 processing_class,
                 max_completion_length=args.max_completion_length,
                 max_prompt_length=args.max_prompt_length,
-                max_length=min((context for context in contexts if context), default=None),
+                max_length=context,
                 chat_template_kwargs=args.chat_template_kwargs,
             )
             return dataset
@@ -176,7 +180,9 @@ class ProxyKDTrainer(SoftTargetTrainer):
         student_teacher_rows = teacher_rows if args.distil_on_all_rows else rows.distil
 
         def prepared(dataset):
-            return soft_target_rows(dataset, processing_class, args.chat_template_kwargs)
+            prepared_rows = soft_target_rows(dataset, processing_class, args.chat_template_kwargs)
+            check_lengths(prepared_rows, context)
+            return prepared_rows
 
         super().__init__(
             model=model,
@@ -193,9 +199,48 @@ class ProxyKDTrainer(SoftTargetTrainer):
             keep_4bit_weights_differentiable(self.model)
         vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
         self.proxy_stages = ProxyStages(proxy, args, rows, held_out, processing_class, vocab_size, self.accelerator)
-        self.rows_of_stages = {"warmup": len(rows.warmup), "align": len(rows.align), "distil": len(self.train_dataset)}
+        self.row_weights: RowWeights | None = None
+        self._seconds = 0.0
         self.card.counts = data_counts
         self.card.conversational = isinstance(teacher_rows[0]["prompt"], list)
+
+    @property
+    def has_own_proxy(self) -> bool:
+        """Whether there is a proxy that this run has used, trained or both."""
+        return self._needs_proxy
+
+    @property
+    def stage_reports(self) -> list[dict]:
+        """What each stage did: `stage`, `rows`, `seconds`, and `metrics`, a list with what was measured when."""
+        distilled = {"stage": "distillation", "rows": len(self.train_dataset), "seconds": self._seconds, "metrics": []}
+        return [*self.proxy_stages.reports, *([distilled] if self._seconds else [])]
+
+    @property
+    def warnings(self) -> list[dict]:
+        """What looks wrong, with its remedy: `step` (0, because the stages come before the student's steps) and `text`."""
+        texts = []
+        for report in self.proxy_stages.reports:
+            agreement = [entry["top1_agreement"] for entry in report["metrics"] if "top1_agreement" in entry]
+            if report["stage"] == STAGE_LABELS["align"] and agreement and agreement[-1] < agreement[0]:
+                texts.append(
+                    f"The alignment lowered the proxy's agreement with the teacher, from {agreement[0]:.3f} to "
+                    f"{agreement[-1]:.3f} of held-out positions. Lower alignment_learning_rate or alignment_epochs, or set "
+                    "alignment_patience, which keeps the best round."
+                )
+        if self.row_weights is not None and self.row_weights.length_correlation < LENGTH_PENALTY:
+            texts.append(
+                f"The row weights of equation 9 are a length penalty: their correlation with the answers' lengths is "
+                f"{self.row_weights.length_correlation:.2f}. Set sample_weighting='mean'."
+            )
+        return [{"step": 0, "text": text} for text in texts]
+
+    def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages before.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = last_finished_checkpoint(self.args.output_dir)
+        return super().check_output_dir(resume_from_checkpoint and str(resume_from_checkpoint))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -203,8 +248,7 @@ class ProxyKDTrainer(SoftTargetTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint of the student to go on from, as in [`~transformers.Trainer.train`]. The proxy's stages go on by
-                themselves.
+                Checkpoint of the student to go on from. By default the last one in `output_dir` that was finished, if any.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: of distillation; `None` where `stages` leaves it out.
@@ -219,7 +263,10 @@ class ProxyKDTrainer(SoftTargetTrainer):
             return None
         # The student's run is the same whichever stages were run before it
         set_seed(self.args.seed)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        started = time.perf_counter()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._seconds = time.perf_counter() - started
+        return output
 
     def _prepare_targets(self) -> None:
         stages, args = self.proxy_stages, self.args
@@ -301,6 +348,20 @@ def check_stage_rows(rows: StageRows, args: ProxyKDConfig) -> None:
     if unused and not args.distil_on_all_rows:
         left = " and ".join(f"{count:,} rows of '{stage}'" for stage, count in unused.items())
         logger.warning(f"{left} stay unused: distil_on_all_rows=True, or shares of 0, give them to the student.")
+
+
+def check_lengths(rows: Dataset, context: int | None) -> None:
+    """
+    Raises:
+        [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = int(np.argmax(lengths))
+    if context is not None and lengths[longest] > context:
+        raise TeacherDataError(
+            f"Row {longest} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
+            f"{context} tokens. Lower `max_completion_length`, or drop rows with `max_prompt_length`."
+        )
 
 
 def _proxy_path(proxy: str | PreTrainedModel) -> str:

@@ -60,7 +60,7 @@ def store_targets(
         [`~store.TargetStoreError`]: the folder holds a store made from something else.
     """
     state = PartialState()
-    keys = rows["row_key"]
+    keys = list(rows["row_key"])
     lengths = [len(ids) for ids in rows["input_ids"]]
     # Neighbours of like length need little padding; the order does not depend on how often writing was interrupted
     order = sorted({key: index for index, key in enumerate(keys)}.values(), key=lambda i: (lengths[i], keys[i]))
@@ -72,9 +72,10 @@ def store_targets(
     state.wait_for_everyone()
     done = stored_keys(folder)
     state.wait_for_everyone()
-    missing = [index for index in order if keys[index] not in done]
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    own = list(enumerate(batches))[state.process_index :: state.num_processes]
+    # Batches of all rows, whether stored or not: padding, and so the last digits, are those of an uninterrupted run
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    missing = [(number, [i for i in batch if keys[i] not in done]) for number, batch in enumerate(batches)]
+    own = [(number, batch) for number, batch in missing[state.process_index :: state.num_processes] if batch]
     tokens = sum(lengths[index] for _, batch in own for index in batch)
     progress = tqdm(total=tokens, unit="tok", desc="Soft targets of the proxy", disable=not state.is_main_process)
     with TargetStoreWriter(folder, k, fingerprint, part=state.process_index) as writer, progress:

@@ -72,7 +72,11 @@ def row_key(input_ids: Iterable[int], prompt_length: int) -> int:
 
 
 def encode_row(targets: RowTargets) -> bytes:
-    """The bytes of a row."""
+    """The bytes of a row. Raises [`TargetStoreError`] for an id that does not fit into its bytes."""
+    if targets.ids.size and targets.ids.max() >= 1 << 8 * ID_BYTES:
+        raise TargetStoreError(
+            f"Token id {targets.ids.max():,} does not fit into the {ID_BYTES} bytes of a stored id."
+        )
     ids = np.ascontiguousarray(targets.ids, dtype="<u4")
     planes = ids.view(np.uint8).reshape(*ids.shape, 4)[..., :ID_BYTES]
     scaled = np.clip(targets.log_probs.astype(np.float64), LOWEST_LOG_PROB, 0.0) / LOWEST_LOG_PROB
@@ -124,8 +128,8 @@ class TargetStoreWriter:
         self._data_path = self._index_path.with_suffix(".targets")
         whole_rows, whole_bytes = _cut_to_whole_batches(self._index_path, self._data_path, k)
         self.rows_found = whole_rows
-        self._index = open(self._index_path, "ab")
         self._data = open(self._data_path, "ab")
+        self._index = open(self._index_path, "ab")
         self._offset = whole_bytes
 
     def __enter__(self) -> "TargetStoreWriter":
@@ -146,7 +150,16 @@ class TargetStoreWriter:
                 [`row_key`] of each row.
             rows (`list[RowTargets]`):
                 Their targets.
+
+        Raises:
+            [`TargetStoreError`]: a row has another number of tokens per position than the store.
         """
+        for row in rows:
+            if row.ids.shape[1] != self.k:
+                raise TargetStoreError(
+                    f"The store keeps {self.k} tokens per position and a row has {row.ids.shape[1]}: k may be at most the "
+                    "size of the vocabulary."
+                )
         records = np.zeros(len(rows), dtype=INDEX_DTYPE)
         for position, (key, row) in enumerate(zip(keys, rows, strict=True)):
             data = encode_row(row)
@@ -183,7 +196,8 @@ class TargetStore:
             parts.append(np.full(len(found), number))
         records = np.concatenate(records) if records else np.zeros(0, dtype=INDEX_DTYPE)
         parts = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-        order = np.argsort(records["key"], kind="stable")
+        # A row may be in two parts: of a killed process's last batch, and of the process that made up for it
+        _, order = np.unique(records["key"], return_index=True)
         self._records, self._parts = records[order], parts[order]
         self._maps: list[np.ndarray] | None = None
 
@@ -232,10 +246,7 @@ class TargetStore:
 
     def _read(self, position: int) -> RowTargets:
         if self._maps is None:
-            self._maps = [
-                np.memmap(path.with_suffix(".targets"), dtype=np.uint8, mode="r") if path.stat().st_size else None
-                for path in _index_files(self.folder)
-            ]
+            self._maps = [_mapped(path.with_suffix(".targets")) for path in _index_files(self.folder)]
         record = self._records[position]
         start, tokens = int(record["offset"]), int(record["tokens"])
         data = np.asarray(self._maps[self._parts[position]][start : start + tokens * bytes_per_token(self.k)])
@@ -301,19 +312,24 @@ def _read_index(path: Path) -> np.ndarray:
     return np.frombuffer(data[: len(data) - len(data) % INDEX_DTYPE.itemsize], dtype=INDEX_DTYPE)
 
 
+def _mapped(path: Path) -> np.ndarray:
+    # An empty file cannot be mapped
+    return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.uint8)
+
+
 def _whole_records(records: np.ndarray) -> np.ndarray:
-    """The records up to the end of the last whole batch; a batch is written in one piece."""
-    if len(records) == 0:
-        return records
-    last = records[-1]
-    written = int((records["batch"][-int(last["batch_rows"]) :] == last["batch"]).sum())
-    return records if written == last["batch_rows"] else records[: len(records) - written]
+    """The records up to the end of the last whole batch; batches follow one another without a gap."""
+    end = 0
+    while end < len(records) and 0 < (rows := int(records["batch_rows"][end])) <= len(records) - end:
+        end += rows
+    return records[:end]
 
 
 def _cut_to_whole_batches(index: Path, data: Path, k: int) -> tuple[int, int]:
     """Cut off what a killed process left after its last whole and undamaged batch; rows and bytes that stay."""
-    if not index.is_file():
-        data.unlink(missing_ok=True)
+    if not index.is_file() or not data.is_file():
+        for path in (index, data):
+            path.unlink(missing_ok=True)
         return 0, 0
     records = _whole_records(_read_index(index))
     records = records[: _undamaged(records, data, k)]

@@ -1,0 +1,109 @@
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from tests.conftest import SENTENCES
+from trl_bbkd.proxykd.alignment_config import ProxyAlignmentConfig
+from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
+from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
+from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
+
+
+ROOT = Path(__file__).parents[2]
+ON_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "max_completion_length": 16,
+    "per_device_train_batch_size": 4,
+}
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def make_rows(count=40):
+    """Rows of different prompts and answers of different lengths."""
+    words = " ".join(SENTENCES).split()
+    rng = random.Random(0)
+    return [
+        {
+            "prompt": f"{number} {SENTENCES[2 * number % 8]}",
+            "completion": " " + " ".join(rng.choice(words) for _ in range(rng.randint(1, 6))),
+        }
+        for number in range(count)
+    ]
+
+
+def make_kd_trainer(output_dir, student, proxy, rows=None, held_out=8, trainer_kwargs=None, **config):
+    settings = {
+        "alignment_rounds": 2,
+        "learning_rate": 1e-3,
+        "proxy_learning_rate": 1e-3,
+        "per_device_eval_batch_size": 4,
+    }
+    rows = make_rows() if rows is None else rows
+    return ProxyKDTrainer(
+        student,
+        proxy,
+        ProxyKDConfig(str(output_dir), **{**ON_CPU, **settings, **config}),
+        train_dataset=Dataset.from_list(rows[held_out:]),
+        eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
+        **(trainer_kwargs or {}),
+    )
+
+
+def make_aligner(
+    output_dir, proxy, rows=None, held_out=4, trainer_class=ProxyAlignmentTrainer, trainer_kwargs=None, **config
+):
+    settings = {"num_rounds": 2, "learning_rate": 1e-3, "sample_batch_size": 3}
+    rows = make_rows(20) if rows is None else rows
+    return trainer_class(
+        proxy,
+        ProxyAlignmentConfig(str(output_dir), **{**ON_CPU, **settings, **config}),
+        train_dataset=Dataset.from_list(rows[held_out:]),
+        eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
+        **(trainer_kwargs or {}),
+    )
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_processes(num_processes, script, *arguments, check=True, timeout=600):
+    """Run a script on one process, or with torchrun on several."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+        launcher += ["--master_port", str(free_port())]
+    process = subprocess.run(
+        [*launcher, str(ROOT / "tests/proxykd" / script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert not check or process.returncode == 0, process.stderr[-3000:]
+    return process

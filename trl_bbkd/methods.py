@@ -1,0 +1,104 @@
+"""What a run asks of a method: its trainer, and what that trainer has to report beside the student."""
+
+import contextlib
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from .gad.gad_trainer import GADTrainer
+from .proxykd.proxykd_trainer import ProxyKDTrainer
+from .proxykd.stage import StageError
+from .recipe import RecipeError
+from .seqkd import CurveCallback
+from .soft_targets.store import TargetStoreError
+
+
+class GADRun:
+    """A run of GAD. `job` is the [`~run.run`] it belongs to: data, tokenizer and measurements."""
+
+    def __init__(self, job):
+        self.job = job
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.job.args.num_generations
+
+    @property
+    def sft_learning_rate(self) -> float:
+        """That of the warm-up, which is supervised fine-tuning as well."""
+        return self.job.args.warmup_learning_rate or self.job.args.learning_rate
+
+    def trainer(self) -> GADTrainer:
+        job = self.job
+        return GADTrainer(
+            reward_funcs=job.reward_funcs,
+            eval_dataset=None if job.args.eval_strategy == "no" else Dataset.from_list(job.test),
+            sample_metrics=job.sample_metrics,
+            **_shared_arguments(job),
+        )
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        yield
+
+    def more_results(self, trainer: GADTrainer) -> dict[str, dict[str, float]]:
+        return {}
+
+    def stages(self, trainer: GADTrainer) -> list[dict]:
+        return []
+
+    def warnings(self, trainer: GADTrainer) -> list[dict]:
+        return [vars(warning) for warning in trainer.monitor.warnings]
+
+
+class ProxyKDRun:
+    """A run of Proxy-KD."""
+
+    samples_per_prompt = 1
+
+    def __init__(self, job):
+        self.job = job
+
+    @property
+    def sft_learning_rate(self) -> float:
+        return self.job.args.learning_rate
+
+    def trainer(self) -> ProxyKDTrainer:
+        held_out = Dataset.from_list(self.job.test)
+        return ProxyKDTrainer(eval_dataset=held_out, **_shared_arguments(self.job))
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """What is on disk from an earlier run is looked at when its stage comes."""
+        try:
+            yield
+        except (StageError, TargetStoreError) as error:
+            raise RecipeError(str(error)) from error
+
+    def more_results(self, trainer: ProxyKDTrainer) -> dict[str, dict[str, float]]:
+        """The proxy that the student learned from, under the same judge."""
+        if not trainer.has_own_proxy:
+            return {}
+        return {PROXY: self.job.measure(trainer.proxy_stages.loaded_proxy(), temperatures=(1.0,))}
+
+    def stages(self, trainer: ProxyKDTrainer) -> list[dict]:
+        return trainer.stage_reports
+
+    def warnings(self, trainer: ProxyKDTrainer) -> list[dict]:
+        return trainer.warnings
+
+
+PROXY = "proxy"
+METHOD_RUNS = {"gad": GADRun, "proxykd": ProxyKDRun}
+
+
+def _shared_arguments(job) -> dict:
+    return {
+        "model": job.model,
+        "args": job.args,
+        "train_dataset": job.train,
+        "processing_class": job.tokenizer,
+        "callbacks": [CurveCallback(job.measure_briefly, at_end=False)],
+        "peft_config": job.peft_config,
+        "quantization_config": job.quantization_config,
+    }
