@@ -18,6 +18,9 @@ student for the same number of steps and rows a step, and is measured at its las
     no_dpo          the same with a proxy aligned by NLL alone (preference_weight 0)
     no_weights      the same as proxykd, all rows weighing alike (sample_weighting "none")
     proxykd_all     the aligned proxy's distributions over all rows, its own training rows too
+    kl_1, kl_100    proxykd with another kl_weight
+    bucket          proxykd with what the likeliest tokens leave over kept as one bucket (target_tail "bucket")
+    kl_1_bucket_all both, over all rows
 
     python benchmarks/proxykd_real_text.py --proxy stories15M --data gsm8k_gpt3_solutions.jsonl \\
         --pretraining_data stories15M_generations.jsonl
@@ -55,6 +58,10 @@ ARMS = {
     "no_dpo": ("no_dpo", {}),
     "no_weights": ("aligned", {"sample_weighting": "none"}),
     "proxykd_all": ("aligned_all", {"distil_on_all_rows": True}),
+    "kl_1": ("aligned", {"kl_weight": 1.0}),
+    "kl_100": ("aligned", {"kl_weight": 100.0}),
+    "bucket": ("aligned", {"target_tail": "bucket"}),
+    "kl_1_bucket_all": ("aligned_all", {"distil_on_all_rows": True, "kl_weight": 1.0, "target_tail": "bucket"}),
 }
 
 
@@ -82,6 +89,7 @@ def parse_args(argv=None):
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="of the arms without a proxy")
     parser.add_argument("--kd_learning_rate", type=float, default=3e-3, help="of the arms with one")
     parser.add_argument("--kl_weight", type=float, default=10.0)
+    parser.add_argument("--target_tail", choices=["renormalize", "bucket"], default="renormalize")
     parser.add_argument("--curve_points", type=int, default=5, help="measurements on validation rows in training")
     # Proxy
     parser.add_argument("--proxy_batch_size", type=int, default=8)
@@ -123,7 +131,9 @@ class Data:
     @staticmethod
     def _tokenized(args, tokenizer, questions: list[dict]) -> Dataset:
         # Without the calculator's marks, <<3+4=7>>: they say again what the words around them say
-        answers = [(row["question"], re.sub(r"<<.*?>>", "", row[t]["solution"])) for row in questions for t in TEACHERS]
+        answers = [
+            (row["question"], re.sub(r"<<.*?>>", "", row[t]["solution"])) for row in questions for t in TEACHERS
+        ]
         # The two answers to a question are sometimes the same
         rows = [{"prompt": f"{prompt}\n", "completion": answer} for prompt, answer in dict.fromkeys(answers)]
         length = {"max_completion_length": args.max_completion_length}
@@ -199,6 +209,7 @@ def config(args, seed: int, folder: Path, stages: list[str], **settings) -> Prox
             "per_device_train_batch_size": args.student_batch_size,
             "per_device_eval_batch_size": 32,
             "kl_weight": args.kl_weight,
+            "target_tail": args.target_tail,
             "proxy_per_device_train_batch_size": args.proxy_batch_size,
             "proxy_learning_rate": args.proxy_learning_rate,
             "proxy_warmup_epochs": args.proxy_warmup_epochs,
@@ -296,7 +307,11 @@ class Seed:
             if "nll" in entry
         ]
         losses = [
-            {key: line[key] for key in ("step", "round", "loss", "rewards/margins", "rewards/accuracies") if key in line}
+            {
+                key: line[key]
+                for key in ("step", "round", "loss", "rewards/margins", "rewards/accuracies")
+                if key in line
+            }
             for line in trainer.proxy_stages.log_history
             if "loss" in line
         ]
@@ -327,7 +342,10 @@ def mean_and_seeds(values: list[float]) -> str:
 
 def tables(args, results: list[dict]) -> str:
     """Mean over seeds, with each seed's value."""
-    lines = ["| arm | rows | teacher NLL | token accuracy | best NLL on validation, at step |", "|---|---:|---|---|---|"]
+    lines = [
+        "| arm | rows | teacher NLL | token accuracy | best NLL on validation, at step |",
+        "|---|---:|---|---|---|",
+    ]
     for arm in ["undistilled", *args.arms]:
         runs = [result["arms"][arm] for result in results]
         best = [min(run["curve"], key=lambda point: point["nll"]) for run in runs if run["curve"]]

@@ -107,7 +107,7 @@ class ProxyStages:
         k = self.args.target_top_k if self.args.target_source == "cache" else 0
         if self.args.target_store is not None:
             return self._handed_in_store(rows, k)
-        folder = self.folder / "targets"
+        folder = self.folder / ("targets" if k else "likelihoods")
         fingerprint = {
             "proxy": self._proxy_fingerprint(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),

@@ -3,6 +3,7 @@
 import types
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .kernel import TokenLosses, soft_target_loss
@@ -11,7 +12,7 @@ from .loss import DenseTarget, LMHead, SparseTarget, project
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The causal language model inside of an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def lm_head(model: PreTrainedModel) -> LMHead:
@@ -92,7 +93,8 @@ def add_soft_target_forward(model: PreTrainedModel) -> None:
     def forward(self, *args, soft_target_inputs: dict | None = None, **kwargs):
         if soft_target_inputs is None:
             return original(*args, **kwargs)
-        return _token_losses(self, **kwargs, **soft_target_inputs)
+        # An adapter around the model hands on whatever arguments it knows, most of them `None`
+        return _token_losses(self, kwargs["input_ids"], kwargs["attention_mask"], **soft_target_inputs)
 
     model.forward = types.MethodType(forward, model)
 
