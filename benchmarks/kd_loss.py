@@ -19,6 +19,7 @@ are printed, and of ratios the median of each round's ratio; a ratio of times is
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -95,12 +96,25 @@ def make_inputs(arguments, tokens: int, vocab: int) -> dict:
         inputs["proxy_weight"] = torch.empty(vocab, arguments.proxy_hidden, **options)
         inputs["proxy_weight"].normal_(std=3 * arguments.proxy_hidden**-0.5)
     else:
-        ids = torch.stack([torch.randperm(vocab)[: arguments.k] for _ in range(tokens)]).to(arguments.device)
-        inputs["sparse"] = sparse_target(ids, torch.randn(tokens, arguments.k).to(arguments.device).log_softmax(-1))
+        # Different ids within a row, without a permutation of the vocabulary
+        ids = torch.randint(0, vocab, (tokens, 1)) + torch.arange(arguments.k) * (vocab // arguments.k)
+        log_probs = torch.randn(tokens, arguments.k).log_softmax(-1)
+        inputs["sparse"] = sparse_target((ids % vocab).to(arguments.device), log_probs.to(arguments.device))
     for name in ("hidden", "weight"):
         inputs[name].requires_grad_()
         inputs[name].grad = torch.zeros_like(inputs[name]).fill_(0.0)
     return inputs
+
+
+def check_baseline(device: str) -> None:
+    """`ru_maxrss` tells what a pass adds only if nothing before was larger than what is there now."""
+    if device == "cpu" and os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+        if peak_bytes(device) - resident > 2**25:
+            raise RuntimeError(
+                f"making the inputs took {(peak_bytes(device) - resident) / 2**20:.0f} MiB more than they keep"
+            )
 
 
 def peak_bytes(device: str) -> int:
@@ -126,6 +140,7 @@ def measure(arguments) -> dict:
     inputs = make_inputs(arguments, arguments.tokens, arguments.vocab)
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    check_baseline(arguments.device)
     before = peak_bytes(arguments.device)
     loss, seconds, cpu_seconds = one_pass(arguments, inputs)
     peak = peak_bytes(arguments.device) - before

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import transformers
 from transformers import Trainer
-from trl import GRPOTrainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from trl_bbkd import _compat
 
@@ -35,6 +35,12 @@ OVERRIDDEN = {
     (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
     (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
+    (SFTTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    (SFTTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (SFTTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (DPOTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
+    (DPOTrainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    (_compat.DataCollatorForLanguageModeling, "torch_call"): ["self", "examples"],
 }
 
 
@@ -56,6 +62,23 @@ def test_log_probs_seam():
     assert {"model", "input_ids", "attention_mask", "logits_to_keep"} <= set(parameters), (
         "GADTrainer._sft_loss calls _get_per_token_logps_and_entropies with these arguments. Adapt it."
     )
+
+
+def test_soft_target_seams():
+    message = "SoftTargetTrainer counts on this. Read SFTTrainer.compute_loss and adapt soft_targets/trainer.py: "
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    for part in ("num_items_in_batch", "average_tokens_across_devices", 'self._metrics[mode]["entropy"]'):
+        assert part in source, message + part
+    assert SFTTrainer.loss_is_scaled_for_ga is None, message + "loss_is_scaled_for_ga"
+    assert {"input_ids", "labels"} <= set(inspect.getsource(SFTTrainer._set_signature_columns_if_needed).split('"'))
+
+
+def test_the_adapter_that_dpo_takes_for_its_reference_is_ours():
+    from trl_bbkd.reference import REFERENCE_ADAPTER
+
+    assert f'"{REFERENCE_ADAPTER}" in ref_model_unwrapped.peft_config' in inspect.getsource(
+        DPOTrainer._compute_loss
+    ), "DPOTrainer finds its reference adapter under another name. Adapt trl_bbkd/reference.py."
 
 
 @pytest.mark.parametrize("name", _compat.__all__)

@@ -41,7 +41,7 @@ def run(command, cwd, timeout=900):
 
 
 def test_every_block_has_a_test():
-    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash"]
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash", "bash"]
 
 
 def test_install_commands():
@@ -102,6 +102,37 @@ def test_teacher_file_and_recipe(tmp_path, tiny_model_dir):
     (tmp_path / "my.yaml").write_text(recipe.replace("Qwen/Qwen2.5-0.5B-Instruct", tiny_model_dir))
     run(f"{command} {SMALL}", tmp_path)
     assert (tmp_path / "output/student/report.md").is_file()
+
+
+def test_proxykd_command_in_small(tmp_path):
+    command = blocks("bash")[3].strip()
+    assert command == "accelerate launch recipes/proxykd.yaml"
+    small = (
+        f"--max_steps 4 --proxy_warmup_epochs 1 --alignment_epochs 1 --output_dir {shlex.quote(str(tmp_path / 'kd'))}"
+    )
+    process = run(f"{command} {small}", ROOT)
+    assert "Proxy-KD: " in process.stdout and "SeqKD" in process.stdout
+    for name in (
+        "model.safetensors",
+        "README.md",
+        "report.md",
+        "curves.png",
+        "metrics.json",
+        "proxy/targets/store.json",
+    ):
+        assert (tmp_path / "kd" / name).stat().st_size > 100, name
+    results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
+    assert list(results) == ["undistilled", "proxy", "SeqKD", "Proxy-KD", "teacher"]
+    for text in ((tmp_path / "kd" / name).read_text() for name in ("report.md", "README.md")):
+        for stage in ("proxy warm-up", "proxy alignment", "soft targets", "distillation"):
+            assert f"| {stage} |" in text
+
+
+@pytest.mark.slow
+def test_proxykd_command_as_it_stands(tmp_path):
+    run(f"{blocks('bash')[3].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
+    results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
+    assert results["Proxy-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
 
 
 def test_links_lead_somewhere():

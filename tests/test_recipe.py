@@ -249,11 +249,14 @@ class TestImportCallable:
             import_callable(spec)
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.rglob("gad.yaml")), ids=lambda file: str(file.relative_to(RECIPES)))
+SHIPPED = sorted([*RECIPES.rglob("gad.yaml"), *RECIPES.rglob("proxykd.yaml")])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(RECIPES)))
 class TestShippedRecipes:
     def test_both_yaml_and_python(self, file):
         values = yaml.safe_load(file.read_text())
-        assert values["method"] == "gad"
+        assert values["method"] == file.stem
         assert values['if __import__("trl_bbkd").launch(__name__, __file__)'] == "r'''"
         namespace = {"__name__": "__mp_main__", "__file__": str(file)}
         exec(compile(file.read_text(), file, "exec"), namespace)  # a spawned worker starts nothing
@@ -266,12 +269,13 @@ class TestShippedRecipes:
         assert str(file.relative_to(RECIPES.parent)) in header
 
 
-def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "second_model"), [("gad", "discriminator"), ("proxykd", "proxy_model")])
+def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch, method, second_model):
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(RECIPES / "gad.yaml")
+    recipe = load_recipe(RECIPES / f"{method}.yaml")
     inputs = [
         recipe.model_args.model_name_or_path,
-        recipe.training_args.discriminator,
+        getattr(recipe.training_args, second_model),
         recipe.script_args.dataset_name,
     ]
     assert [Path(path) for path in inputs if Path(path).exists()] == [Path(path) for path in inputs]
@@ -323,3 +327,55 @@ def test_the_recipe_with_one_backbone():
     rows = [convert({"instruction": "Add them.", "input": "1, 2", "output": "3"})]
     assert check_teacher_data(Dataset.from_list(rows)).rows == 1
     assert rows[0]["prompt"] == [{"role": "user", "content": "Add them.\n\n1, 2"}]
+
+
+class TestProxyKD:
+    paper = RECIPES / "llama-2-7b-gpt4" / "proxykd.yaml"
+
+    def test_hyper_parameters_of_the_paper(self):
+        recipe = load_recipe(self.paper, ["--bf16", "false", "--use_cpu", "true"])
+        args = recipe.training_args
+        assert (args.warmup_share, args.alignment_share, args.alignment_rounds) == (0.1, 0.45, 16)
+        assert (args.learning_rate, args.proxy_learning_rate, args.num_train_epochs) == (1e-5, 1e-5, 1)
+        assert args.lr_scheduler_type == args.proxy_lr_scheduler_type == "constant"
+        assert (args.target_top_k, args.kl_weight, args.sample_weighting) == (10, 100.0, "sum")
+        assert args.max_prompt_length + args.max_completion_length == 1024
+        assert args.proxy_lora_kwargs["r"] == recipe.model_args.lora_r == 64 and recipe.model_args.use_peft
+        assert "NOT RUN BY US" in self.paper.read_text()
+
+    def test_prepared_rows_keep_the_data_contract(self):
+        from datasets import Dataset
+
+        from trl_bbkd.teacher_data import check_teacher_data
+
+        script = self.paper.parent / "prepare_data.py"
+        orca, nectar = (import_callable(f"{script}:{name}") for name in ("orca_row", "nectar_row"))
+        answers = [{"model": "llama", "answer": "no"}, {"model": "gpt-4", "answer": "yes"}]
+        rows = [
+            orca({"system_prompt": "Be kind.", "question": "How?", "response": "So."}),
+            nectar({"prompt": "\n\nHuman: Hi\n\nAssistant: ", "answers": answers}),
+        ]
+        assert check_teacher_data(Dataset.from_list(rows)).rows == 2
+        assert rows[0]["prompt"] == "Be kind.\n\nHow?\n\n" and rows[1]["completion"] == "yes"
+
+    def test_a_typo_is_an_error_with_the_nearest_key(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"method: proxykd\n{ON_CPU}kl_wieght: 1\n")
+        with pytest.raises(RecipeError, match="line 4: unknown key 'kl_wieght'; did you mean 'kl_weight'"):
+            load_recipe(path)
+        path.write_text(f"method: proxykd\n{ON_CPU}kl_weight: -1\n")
+        with pytest.raises(RecipeError, match="kl_weight must be at least 0, got -1"):
+            load_recipe(path)
+
+    def test_keys_of_another_method(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"method: proxykd\n{ON_CPU}reward_funcs: [os.path.join]\n")
+        with pytest.raises(RecipeError, match="reward_funcs are added to GAD's discriminator"):
+            load_recipe(path)
+
+    def test_stages_on_the_command_line(self, tmp_path):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"method: proxykd\n{ON_CPU}")
+        recipe = load_recipe(path, ["--stages", "distil", "cache", "--proxy_lora_kwargs", '{"r": 4}'])
+        assert recipe.training_args.stages == ["cache", "distil"]
+        assert recipe.training_args.proxy_lora_kwargs == {"r": 4}

@@ -97,6 +97,54 @@ def test_warnings_are_told():
     assert "Warnings" not in render_markdown(make_report())
 
 
+STAGES = [
+    {
+        "stage": "proxy warm-up",
+        "rows": 1400,
+        "seconds": 3.2,
+        "metrics": [
+            {"at": "before", "top1_agreement": 0.5, "nll": 2.0},
+            {"at": "after", "top1_agreement": 0.6, "nll": 1.5},
+        ],
+    },
+    {
+        "stage": "proxy alignment",
+        "rows": 1800,
+        "seconds": 130.0,
+        "metrics": [
+            {"at": "before", "top1_agreement": 0.6, "nll": 1.5},
+            {"at": "round 1", "top1_agreement": 0.65, "nll": 1.25},
+        ],
+    },
+    {"stage": "soft targets", "rows": 800, "seconds": 1.0, "metrics": [{"tokens": 10, "bytes_per_token": 55.0}]},
+    {"stage": "distillation", "rows": 800, "seconds": 9.0, "metrics": []},
+]
+
+
+def make_proxykd_report(stages=STAGES, judged=True):
+    report = make_report(judged, method="Proxy-KD", stages=stages)
+    for values in (report.results, report.curves):
+        values["Proxy-KD"] = values.pop("GAD")
+    report.log_history = [{"step": step, "nll": 1.0, "kl": 0.3, "entropy": 0.9} for step in range(10, 601, 10)]
+    return report
+
+
+class TestStages:
+    def test_every_stage_is_in_the_report(self):
+        text = render_markdown(make_proxykd_report())
+        assert "| proxy warm-up | 1,400 | 3 s | 0.500 → 0.600 | 2.000 → 1.500 |" in text
+        assert "| proxy alignment | 1,800 | 2.2 min | 0.600 → 0.650 | 1.500 → 1.250 |" in text
+        assert "| soft targets | 800 | 1 s | – | – |" in text and "| distillation | 800 | 9 s | – | – |" in text
+        assert "## Stages" not in render_markdown(make_report())
+
+    @pytest.mark.parametrize("judged", [True, False])
+    @pytest.mark.parametrize("stages", [STAGES, STAGES[2:], []], ids=["all", "no proxy's", "none"])
+    def test_files(self, tmp_path, stages, judged):
+        write_report(make_proxykd_report(stages, judged), tmp_path)
+        assert (tmp_path / "curves.png").stat().st_size > 20_000
+        assert json.loads((tmp_path / "metrics.json").read_text())["stages"] == stages
+
+
 class TestTable:
     def test_cells(self):
         report = make_report()

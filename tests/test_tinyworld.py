@@ -119,7 +119,7 @@ def test_committed_text_is_valid_and_test_prompts_are_new(world, train_rows, hel
     assert len(train_prompts) < len(train_rows)  # some prompts are answered twice
 
 
-@pytest.mark.parametrize("model", ["student", "discriminator"])
+@pytest.mark.parametrize("model", ["student", "discriminator", "proxy"])
 def test_the_tokenizer_keeps_the_text_and_a_prompt_begins_its_conversation(model, train_rows):
     tokenizer = AutoTokenizer.from_pretrained(TINYWORLD / model)
     for row in train_rows[:200]:

@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> None:
     """
     Distil a student as `recipe` says and report what it gained over SeqKD.
 
-    In `output_dir` it leaves the student, its tokenizer and card, `discriminator/`, `seqkd/`, `report.md`,
+    In `output_dir` it leaves the student, its tokenizer and card, `discriminator/` or `proxy/`, `seqkd/`, `report.md`,
     `curves.png`, `metrics.json` and `recipe.yaml`. With `push_to_hub` the student goes to the Hub at the end, once all
     of it is written.
 
