@@ -150,6 +150,21 @@ class TestStages:
         assert any(not torch.equal(value, aligned[name]) for name, value in warmed.items() if "lora_B" in name)
         assert all(value.abs().sum() > 0 for name, value in weights(trainer.model).items() if "lora_B" in name)
 
+    def test_a_proxy_in_memory(self, finished, tmp_path, tiny_model_dir, other_model_dir):
+        """It is trained like one on disk, and what comes of it is the same."""
+        proxy = AutoModelForCausalLM.from_pretrained(other_model_dir, dtype=torch.float32)
+        trainer = make_kd_trainer(tmp_path, tiny_model_dir, proxy)
+        trainer.train()
+        for stage in ("warmup", "align"):
+            found, expected = (weights(load_proxy(str(root / "proxy" / stage))) for root in (tmp_path, finished[1]))
+            assert_same_weights(found, expected)
+        assert_same_weights(weights(trainer.model), weights(finished[0].model))
+
+    def test_no_checkpoints_of_the_proxy_are_left(self, tmp_path, tiny_model_dir, other_model_dir):
+        config = {"save_strategy": "steps", "save_steps": 1, "preference_weight": 0.0}
+        make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, **config).train()
+        assert list(tmp_path.glob("checkpoint-*")) and not list(tmp_path.glob("proxy/**/checkpoint-*"))
+
     def test_without_dpo_it_is_nll_alone(self, tmp_path, tiny_model_dir, other_model_dir):
         trainer = make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, preference_weight=0.0)
         trainer.train()
@@ -331,6 +346,10 @@ class TestRefused:
             make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, warmup_share=0.0)
         with pytest.raises(TeacherDataError, match="Round 16 of 40 has an empty shard: alignment has 15 rows"):
             make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, alignment_rounds=40)
+
+    def test_patience_without_held_out_rows(self, tmp_path, tiny_model_dir, other_model_dir):
+        with pytest.raises(ValueError, match="alignment_patience needs eval_dataset"):
+            make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, held_out=0, alignment_patience=1)
 
     def test_another_run_in_the_folder(self, tmp_path, tiny_model_dir):
         config = {"kl_weight": 0.0, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}

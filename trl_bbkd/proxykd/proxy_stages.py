@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from ..resume import last_finished_checkpoint
+from ..resume import checkpoints, last_finished_checkpoint
 from ..seqkd import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import (
     model_fingerprint,
@@ -134,9 +135,8 @@ class ProxyStages:
         return self._reported(store, folder, fingerprint, k, time.perf_counter() - started)
 
     def loaded_proxy(self) -> PreTrainedModel | PeftModel:
-        """The proxy as it is, in memory, frozen."""
-        proxy = load_proxy(self.proxy, **self._init_kwargs()) if isinstance(self.proxy, str) else self.proxy
-        return proxy.requires_grad_(False).to(self.accelerator.device).eval()
+        """The proxy as it is, in memory, frozen; in bfloat16 where the run computes in it."""
+        return self._in_memory(dtype="bfloat16" if self.args.bf16 else "float32").requires_grad_(False)
 
     # Stages
 
@@ -158,6 +158,8 @@ class ProxyStages:
             release_memory()
             if self.accelerator.is_main_process:
                 finish_stage(folder, fingerprint, report)
+                for checkpoint in checkpoints(folder):
+                    shutil.rmtree(checkpoint)
             self.accelerator.wait_for_everyone()
         elif self.accelerator.is_main_process:
             logger.warning(f"{STAGE_LABELS[stage]}: finished before, in {folder}; not run again.")
@@ -169,7 +171,7 @@ class ProxyStages:
     def _warm_up(self, rows: Dataset, folder: Path) -> tuple[list[dict], list[dict]]:
         metrics = []
         if self.held_out is not None:
-            metrics.append({"at": "before", **self._agreement(self.loaded_proxy())})
+            metrics.append({"at": "before", **self._agreement(self._in_memory())})
         learning_rate, epochs = self.args.proxy_learning_rate, self.args.proxy_warmup_epochs
         return self._fine_tune(rows, folder, learning_rate, epochs, metrics)
 
@@ -244,15 +246,25 @@ class ProxyStages:
         batch_size, pad_id = self.args.per_device_eval_batch_size, self.tokenizer.pad_token_id or 0
         return teacher_agreement(proxy, rows, self.accelerator, batch_size, pad_id)
 
+    def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
+        """The proxy, loaded if it is on disk; what was handed in as a model stays as it is."""
+        proxy = load_proxy(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
+        return proxy.to(self.accelerator.device).eval()
+
     def _trainable_proxy(self) -> str | PreTrainedModel | PeftModel:
-        if isinstance(self.proxy, str) and base_of_adapter(self.proxy) is not None:
+        if isinstance(self.proxy, str) and self._is_adapter:
             return load_proxy(self.proxy, trainable=True, **self._init_kwargs())
         return self.proxy
 
+    @property
+    def _is_adapter(self) -> bool:
+        return isinstance(self.proxy, PeftModel) or (
+            isinstance(self.proxy, str) and base_of_adapter(self.proxy) is not None
+        )
+
     def _new_adapter(self) -> LoraConfig | None:
         """The adapter to put on the proxy, if it is to have one and does not yet."""
-        has_one = isinstance(self.proxy, PeftModel) or (isinstance(self.proxy, str) and base_of_adapter(self.proxy))
-        if self.args.proxy_lora_kwargs is None or has_one:
+        if self.args.proxy_lora_kwargs is None or self._is_adapter:
             return None
         return LoraConfig(**{"task_type": "CAUSAL_LM", **self.args.proxy_lora_kwargs})
 
@@ -260,13 +272,13 @@ class ProxyStages:
         args = self.args
         return {name: getattr(args, name) for name in PROXY_ARGUMENTS} | {
             "lr_scheduler_type": args.proxy_lr_scheduler_type,
-            "model_init_kwargs": self._init_kwargs() if isinstance(self.proxy, str) else None,
+            "model_init_kwargs": self._init_kwargs() if isinstance(self.proxy, str) and not self._is_adapter else None,
             "per_device_train_batch_size": args.proxy_per_device_train_batch_size or args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.proxy_gradient_accumulation_steps or args.gradient_accumulation_steps,
         }
 
-    def _init_kwargs(self) -> dict:
-        return {"dtype": "float32", "trust_remote_code": self.args.trust_remote_code} | dict(
+    def _init_kwargs(self, dtype: str = "float32") -> dict:
+        return {"dtype": dtype, "trust_remote_code": self.args.trust_remote_code} | dict(
             self.args.proxy_model_init_kwargs or {}
         )
 

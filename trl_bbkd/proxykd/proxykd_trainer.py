@@ -134,9 +134,11 @@ class ProxyKDTrainer(SoftTargetTrainer):
                 "`Dataset`, not a stream. Turn streaming off."
             )
         proxy = args.proxy_model if proxy_model is None else proxy_model
-        self._needs_proxy = args.needs_proxy and (args.target_store is None or args.stages != ["distil"])
+        has_targets = args.target_store is not None and args.target_source == "cache" and args.stages == ["distil"]
+        self._needs_proxy = args.needs_proxy and not has_targets
         if self._needs_proxy:
             check_proxy(proxy, model, args)
+            check_alignment(args, eval_dataset)
 
         hub_kwargs = {"trust_remote_code": args.trust_remote_code}
         student_kwargs = hub_kwargs | {
@@ -319,6 +321,19 @@ def check_proxy(proxy: str | PreTrainedModel | None, student: str | PreTrainedMo
         raise ProxyModelError(
             f"The proxy {proxy} is a LoRA adapter already, which is trained further. Leave proxy_lora_kwargs out."
         )
+
+
+def check_alignment(args: ProxyKDConfig, eval_dataset: Dataset | None) -> None:
+    """
+    Raises:
+        ValueError: the alignment could not do what is asked of it, when its turn comes.
+    """
+    if "align" not in args.stages:
+        return
+    if args.alignment_patience is not None and eval_dataset is None:
+        raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
+    if args.use_vllm and args.world_size > 1:
+        raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
 
 
 def check_stage_rows(rows: StageRows, args: ProxyKDConfig) -> None:
