@@ -12,7 +12,7 @@ hidden states and output layer. Two groups, each with the ratios to its members:
   alone, which is the NLL without any KL (TRL has no function of a sparse target).
 
 Every measurement is one pass in a process of its own, and the variants take turns. Peak memory is what the pass adds to
-inputs and gradients that were there before (`ru_maxrss`, or `torch.cuda.max_memory_allocated`). Time is the clock's and, on
+the inputs, less the gradients it leaves (`ru_maxrss`, or `torch.cuda.max_memory_allocated`). Time is the clock's and, on
 a CPU, the seconds of all threads as well, which another program running beside changes less. Of the rounds the medians
 are printed, and of ratios the median of each round's ratio; a ratio of times is one of seconds of threads on a CPU.
 """
@@ -102,7 +102,6 @@ def make_inputs(arguments, tokens: int, vocab: int) -> dict:
         inputs["sparse"] = sparse_target((ids % vocab).to(arguments.device), log_probs.to(arguments.device))
     for name in ("hidden", "weight"):
         inputs[name].requires_grad_()
-        inputs[name].grad = torch.zeros_like(inputs[name]).fill_(0.0)
     return inputs
 
 
@@ -143,7 +142,8 @@ def measure(arguments) -> dict:
     check_baseline(arguments.device)
     before = peak_bytes(arguments.device)
     loss, seconds, cpu_seconds = one_pass(arguments, inputs)
-    peak = peak_bytes(arguments.device) - before
+    gradients = sum(inputs[name].grad.nbytes for name in ("hidden", "weight"))
+    peak = peak_bytes(arguments.device) - before - gradients
     norms = [inputs[name].grad.norm().item() for name in ("hidden", "weight")]
     work = seconds if arguments.device == "cuda" else cpu_seconds
     return {"seconds": seconds, "work": work, "peak": peak / 2**20, "loss": loss, "norms": norms}

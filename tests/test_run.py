@@ -83,6 +83,17 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, recipe_folder, tiny_mode
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["results"] == results
 
 
+def test_a_recipe_without_the_students_training_ends_before_it(
+    tmp_path, recipe_folder, tiny_model_dir, other_model_dir, capsys
+):
+    gad_only = dict.fromkeys(["num_generations", "discriminator_learning_rate"])
+    changes = {"method": "proxykd", "proxy_model": other_model_dir, "stages": ["cache"], **gad_only}
+    run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
+    assert "leaves the student's training out" in capsys.readouterr().out
+    assert (tmp_path / "out/proxy/targets/store.json").is_file()
+    assert not (tmp_path / "out/report.md").exists() and not (tmp_path / "out/model.safetensors").exists()
+
+
 class TestRun:
     def test_leaves_everything(self, finished):
         for name in ("report.md", "curves.png", "metrics.json", "README.md", "tokenizer.json", "model.safetensors"):

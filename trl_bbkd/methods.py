@@ -79,7 +79,8 @@ class ProxyKDRun:
         """The proxy that the student learned from, under the same judge."""
         if not trainer.has_own_proxy:
             return {}
-        return {PROXY: self.job.measure(trainer.proxy_stages.loaded_proxy(), temperatures=(1.0,))}
+        proxy = trainer.live_proxy or trainer.proxy_stages.loaded_proxy()
+        return {PROXY: self.job.measure(proxy, temperatures=(1.0,))}
 
     def stages(self, trainer: ProxyKDTrainer) -> list[dict]:
         return trainer.stage_reports

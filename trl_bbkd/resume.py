@@ -69,7 +69,7 @@ class ResumableRun:
     def _read_state(self, checkpoint: Path) -> dict:
         path = checkpoint / self._state_name
         if not path.is_file():
-            raise FileNotFoundError(
+            raise ValueError(
                 f"{checkpoint} is no complete checkpoint ({self._state_name} is missing): it was not written by "
                 f"{type(self).__name__}, or with save_only_model=True. It can be a new run's model, but not be resumed."
             )

@@ -67,6 +67,8 @@ def run(recipe: Recipe) -> None:
     """
     job = _Run(recipe)
     report = job.distil()
+    if report is None:
+        return
     job.write(report)
     if recipe.script_args.seqkd_baseline:
         job.add_seqkd(report)
@@ -146,8 +148,8 @@ class _Run:
         if self.is_main_process:
             print(train_counts)
 
-    def distil(self) -> RunReport:
-        """Train the student, save it, measure it."""
+    def distil(self) -> RunReport | None:
+        """Train the student, save it, measure it. `None` where the recipe leaves the student's training out."""
         args, seconds = self.args, {}
         resume = checkpoint_to_resume(args.resume_from_checkpoint)
         try:
@@ -164,7 +166,11 @@ class _Run:
         undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
         with timed(seconds, trainer._name), self.method.errors():
-            trainer.train(resume_from_checkpoint=resume)
+            output = trainer.train(resume_from_checkpoint=resume)
+        if output is None:
+            if self.is_main_process:
+                print(f"The recipe leaves the student's training out. What it asks for: {args.output_dir}")
+            return None
         # `push` sends the student once, when its card has the table
         trainer.args.push_to_hub = False
         # Before anything else can fail

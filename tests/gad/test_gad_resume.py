@@ -84,7 +84,7 @@ def test_what_is_missing_is_named(tiny_model_dir, tmp_path, standard_rows):
     with pytest.raises(FileNotFoundError, match="KL reference of this run.*warmed_up_student"):
         make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train(str(tmp_path / "checkpoint-3"))
     (tmp_path / "checkpoint-3" / "gad_state.json").unlink()
-    with pytest.raises(FileNotFoundError, match="gad_state.json is missing"):
+    with pytest.raises(ValueError, match="gad_state.json is missing"):
         make_trainer(tmp_path, tiny_model_dir, standard_rows, **config).train(str(tmp_path / "checkpoint-3"))
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.proxy_model import load_proxy
-from trl_bbkd.proxykd.sampling import read_samples
+from trl_bbkd.proxykd.sampling import read_samples, sample_completions
 from trl_bbkd.teacher_data import TeacherDataError
 
 from .helpers import LORA, assert_same_weights, make_aligner, make_rows, run_processes, weights
@@ -169,6 +169,41 @@ def killed_settings(lora, save_steps):
         "save_strategy": "steps",
         "save_steps": save_steps,
     }
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_back_to_the_proxy_that_was_handed_in(tmp_path, other_model_dir, monkeypatch, in_memory, trainer_kwargs):
+    """No round is better than none. It is the proxy as it was, not what lies on disk under its name."""
+    agreement = iter([0.5, 0.4, 0.3, 0.2])
+    monkeypatch.setattr(
+        ProxyAlignmentTrainer, "_measure", lambda self: {"top1_agreement": next(agreement), "nll": 1.0}
+    )
+    proxy = (
+        AutoModelForCausalLM.from_pretrained(other_model_dir, dtype=torch.float32) if in_memory else other_model_dir
+    )
+    if in_memory:
+        with torch.no_grad():
+            proxy.get_input_embeddings().weight.mul_(0.5)
+    config = {"trainer_kwargs": trainer_kwargs, "num_rounds": 3, "alignment_patience": 1}
+    trainer = make_aligner(tmp_path, proxy, **config)
+    start = proxy_weights(trainer)
+    trainer.train()
+    assert trainer.best_round == 0 and len(trainer.rounds) == 2
+    assert_same_weights(proxy_weights(trainer), start)
+    if not in_memory:
+        saved = weights(load_proxy(str(tmp_path)))
+        assert all(torch.equal(saved[name], value) for name, value in start.items())
+
+
+def test_samples_with_unusual_line_ends(tmp_path):
+    text = "a\u2028b\u2029c\x85d\re"
+    rows = [{"prompt": text, "completion": text}] * 3
+    for _ in range(2):  # made, then read
+        ids = sample_completions(
+            tmp_path, rows, lambda prompts, seed: ([[1]] * len(prompts), [text] * len(prompts)), 1, 0
+        )
+        assert ids == [[1]] * 3
+    assert read_samples(tmp_path / "00000.jsonl")[0]["proxy"] == text
 
 
 @pytest.mark.parametrize(("lora", "save_steps"), [(False, 1), (True, 2)], ids=["full", "lora"])

@@ -81,9 +81,8 @@ class TestStages:
         arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
         killed = run_processes(1, "kill_proxykd.py", *arguments, moment, check=False)
         assert killed.returncode == -9, killed.stderr[-2000:]
-        done = [
-            name for name in ("warmup", "align", "targets") if (tmp_path / "run/proxy" / name / "stage.json").is_file()
-        ]
+        files = {name: tmp_path / "run/proxy" / name / "stage.json" for name in ("warmup", "align", "targets")}
+        done = [name for name, file in files.items() if file.is_file() and "report" in json.loads(file.read_text())]
         assert len(done) == ["warmup", "align", "cache", "distil"].index(moment)
         stamps = [(tmp_path / "run/proxy" / name / "stage.json").stat().st_mtime_ns for name in done]
         resumed = make_kd_trainer(
@@ -131,8 +130,8 @@ class TestStages:
             make_kd_trainer(tmp_path / "rows", tiny_model_dir, None, rows=make_rows(60), **config).train()
 
     def test_a_store_of_another_proxy(self, finished, tmp_path, tiny_model_dir, other_model_dir):
-        config = {"stages": ["warmup", "distil"], "target_store": str(finished[1] / "proxy/targets")}
-        with pytest.raises(TargetStoreError, match="stale.*proxy: "):
+        config = {"stages": ["distil"], "target_store": str(finished[1] / "proxy/targets")}
+        with pytest.raises(TargetStoreError, match="are another proxy's than .*leave proxy_model out"):
             make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, **config).train()
 
     def test_lora_proxy_and_lora_student(self, tmp_path, tiny_model_dir, other_model_dir):
@@ -159,6 +158,51 @@ class TestStages:
             found, expected = (weights(load_proxy(str(root / "proxy" / stage))) for root in (tmp_path, finished[1]))
             assert_same_weights(found, expected)
         assert_same_weights(weights(trainer.model), weights(finished[0].model))
+
+    @pytest.mark.parametrize("stage", ["warmup", "align"])
+    def test_a_half_finished_stage_is_not_gone_on_with_under_other_settings(
+        self, tmp_path, tiny_model_dir, other_model_dir, stage
+    ):
+        arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
+        killed = run_processes(1, "kill_proxykd.py", *arguments, stage, check=False)
+        assert killed.returncode == -9 and (tmp_path / "run/proxy" / stage / "stage.json").is_file()
+        changed = {"warmup": {"proxy_learning_rate": 5e-3}, "align": {"alignment_epochs": 2.0}}[stage]
+        with pytest.raises(StageError, match=f"{stage} was made from something else .{list(changed)[0]}: "):
+            make_kd_trainer(tmp_path / "run", tiny_model_dir, other_model_dir, **changed).train()
+
+    def test_resume_true_and_nothing_to_resume(self, tmp_path, tiny_model_dir):
+        config = {"kl_weight": 0.0, "save_strategy": "steps", "save_steps": 2}
+        trainer = make_kd_trainer(tmp_path, tiny_model_dir, None, **config)
+        trainer.train(resume_from_checkpoint=True)  # goes on where it is: at the start
+        again = make_kd_trainer(tmp_path, tiny_model_dir, None, **config)
+        again.train(resume_from_checkpoint=True)
+        assert again._initial_global_step > 0
+        assert_same_weights(weights(again.model), weights(trainer.model))
+
+    @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+    def test_cut_rows_get_the_targets_that_whole_rows_have(
+        self, finished, tmp_path, tiny_model_dir, other_model_dir, mode
+    ):
+        shutil.copytree(finished[1] / "proxy", tmp_path / "proxy")
+        trainer = make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, max_length=24, truncation_mode=mode)
+        trainer.train()
+        assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 24
+        assert trainer.data_collator.stores[0].num_tokens == finished[0].data_collator.stores[0].num_tokens
+        batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+        assert len(batch["target_ids_0"]) == (batch["labels"][:, 1:] != -100).sum()
+
+    def test_a_proxy_whose_logits_are_not_understood(self, tmp_path, tiny_model_dir, other_model_dir):
+        proxy = AutoModelForCausalLM.from_pretrained(other_model_dir, dtype=torch.float32)
+        forward = proxy.forward
+
+        def divided(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = output.logits / 7
+            return output
+
+        proxy.forward = divided
+        with pytest.raises(ValueError, match="turns its hidden states into logits in a way"):
+            make_kd_trainer(tmp_path, tiny_model_dir, proxy, stages=["cache", "distil"]).train()
 
     def test_no_checkpoints_of_the_proxy_are_left(self, tmp_path, tiny_model_dir, other_model_dir):
         config = {"save_strategy": "steps", "save_steps": 1, "preference_weight": 0.0}
@@ -374,8 +418,14 @@ class TestRefused:
             ({"warmup_share": -0.1}, "warmup_share is a share and must lie between 0 and 1, got -0.1"),
             ({"stages": ["warmup", "aline"]}, "stages must be some of warmup, align, cache, distil"),
             ({"stages": ["distil"]}, "stages leaves out 'cache', so target_store has to name a folder"),
-            ({"target_store": "somewhere"}, "takes the place of the stage 'cache'"),
+            ({"target_store": "somewhere"}, "takes the place of all stages before 'distil'"),
             ({"stages": ["distil"], "target_source": "live"}, "computed in the stage 'cache'"),
+            ({"sample_temperature": 0.0}, "sample_temperature must be positive, got 0.0"),
+            ({"sample_top_p": 0.0}, r"sample_top_p must lie in \(0, 1\], got 0.0"),
+            ({"alignment_patience": 0}, "alignment_patience must be at least 1, got 0"),
+            ({"use_vllm": True}, "use_vllm=True needs vLLM"),
+            ({"proxy_lora_kwargs": {"rank": 4}}, "proxy_lora_kwargs: .*rank"),
+            ({"save_only_model": True}, "save_only_model=True is not possible"),
             ({"target_top_k": 0}, "target_top_k must be at least 1, got 0"),
             ({"alignment_rounds": 0}, "alignment_rounds must be at least 1, got 0"),
             ({"distillation_temperature": 0.0}, "distillation_temperature must be positive, got 0.0"),

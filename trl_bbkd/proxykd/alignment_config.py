@@ -126,15 +126,25 @@ class ProxyAlignmentConfig(DPOConfig):
         for name in ("num_rounds", "sample_batch_size", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.alignment_patience is not None and self.alignment_patience < 1:
-            raise ValueError(f"alignment_patience must be at least 1, got {self.alignment_patience}.")
-        if self.sample_temperature <= 0:
-            raise ValueError(f"sample_temperature must be positive, got {self.sample_temperature}.")
-        if not 0 < self.sample_top_p <= 1:
-            raise ValueError(f"sample_top_p must lie in (0, 1], got {self.sample_top_p}.")
+        check_rounds(self)
         for name, reason in REFUSED.items():
             if getattr(self, name) not in (False, "no"):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not possible here: {reason}")
+
+
+def check_rounds(args) -> None:
+    """
+    Check what [`ProxyAlignmentConfig`] and [`ProxyKDConfig`] say of the rounds and the proxy's samples.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    if args.alignment_patience is not None and args.alignment_patience < 1:
+        raise ValueError(f"alignment_patience must be at least 1, got {args.alignment_patience}.")
+    if args.sample_temperature <= 0:
+        raise ValueError(f"sample_temperature must be positive, got {args.sample_temperature}.")
+    if not 0 < args.sample_top_p <= 1:
+        raise ValueError(f"sample_top_p must lie in (0, 1], got {args.sample_top_p}.")
 
 
 REFUSED = {

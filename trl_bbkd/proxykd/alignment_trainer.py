@@ -11,17 +11,19 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer
 
-from .._compat import print_prompt_completions_sample
+from .._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
 from ..reference import add_reference_adapter, copy_adapter_to_reference
 from ..resume import differences, last_finished_checkpoint
 from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint
+from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
 from ..teacher_data import TeacherDataError, prompt_token_ids, tokenize_teacher_data
 from .agreement import teacher_agreement
 from .alignment_config import ProxyAlignmentConfig
 from .proxy_model import load_weights, save_proxy
 from .sampling import ModelSampler, VLLMSampler, sample_completions
+from .stage import StageError
 
 
 RUN_FILE, ROUND_FILE = "alignment.json", "round.json"
@@ -41,6 +43,8 @@ SAME_WHEN_RESUMED = (
     "sample_temperature",
     "sample_top_p",
     "sample_batch_size",
+    "lr_scheduler_type",
+    "alignment_patience",
 )
 
 
@@ -131,6 +135,9 @@ class ProxyAlignmentTrainer(DPOTrainer):
         )
         if isinstance(self.model, PeftModel):
             add_reference_adapter(self.model)
+        if self.accelerator.device.type == "cpu":
+            keep_4bit_weights_differentiable(self.model)
+        check_head(self.model)
         self._output_dir = Path(args.output_dir)
         self.rounds: list[dict] = []
 
@@ -235,7 +242,9 @@ class ProxyAlignmentTrainer(DPOTrainer):
             sampler = ModelSampler(self._unwrapped(), self.processing_class, **settings)
         # Far apart, so that no two files of a run have the same seed
         seed = (self.args.seed * 1000 + number) * 1_000_000
-        ids = sample_completions(folder / SAMPLES_FOLDER, rows, sampler, self.args.sample_batch_size, seed)
+        # The model's own mixed precision comes with its first training: every round is to sample alike
+        with self.accelerator.autocast():
+            ids = sample_completions(folder / SAMPLES_FOLDER, rows, sampler, self.args.sample_batch_size, seed)
         del sampler  # and with it the memory of vLLM
         shutil.rmtree(folder / SAMPLER_FOLDER, ignore_errors=True)
         if self.args.log_completions and self.accelerator.is_main_process:
@@ -280,12 +289,13 @@ class ProxyAlignmentTrainer(DPOTrainer):
         folder = self._round_folder(number)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            if number > 0:
+            # The first one is gone back to where no round is better
+            if number > 0 or self.args.alignment_patience is not None:
                 save_proxy(self._unwrapped(), self.processing_class, folder / PROXY_FOLDER)
-            _write_json(folder / ROUND_FILE, {**entry, "log_history": log})
             _write_json(self._output_dir / RUN_FILE, {"run": self._run, "rounds": self.rounds})
+            _write_json(folder / ROUND_FILE, {**entry, "log_history": log})
             # The proxies before the last one and the best one, and the round's checkpoints, are of no further use
-            for earlier in range(1, number):
+            for earlier in range(number):
                 if earlier != self.best_round:
                     shutil.rmtree(self._round_folder(earlier) / PROXY_FOLDER, ignore_errors=True)
             for checkpoint in folder.glob("checkpoint-*"):
@@ -314,8 +324,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
         return history
 
     def _load_round(self, number: int) -> None:
-        folder = self._proxy_path if number == 0 else self._round_folder(number) / PROXY_FOLDER
-        load_weights(self._unwrapped(), folder)
+        load_weights(self._unwrapped(), self._round_folder(number) / PROXY_FOLDER)
 
     def _check_run(self) -> None:
         keys = soft_target_rows(self._teacher_rows, self.processing_class, self.args.chat_template_kwargs)["row_key"]
@@ -323,6 +332,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             "proxy": model_fingerprint(self._unwrapped()),
             "rows": rows_fingerprint(keys),
             "num_processes": self.accelerator.num_processes,
+            "adapter": self._adapter(),
             **{name: getattr(self.args, name) for name in SAME_WHEN_RESUMED},
         }
         path = self._output_dir / RUN_FILE
@@ -330,9 +340,19 @@ class ProxyAlignmentTrainer(DPOTrainer):
             found = json.loads(path.read_text(encoding="utf-8"))["run"]
             differing = differences(found, self._run)
             if differing:
-                raise ValueError(
+                raise StageError(
                     f"{self._output_dir} holds another alignment ({differing}). Choose another output_dir or delete it."
                 )
+
+    def _adapter(self) -> str | None:
+        if not isinstance(self.model, PeftModel):
+            return None
+        config = self.model.peft_config["default"].to_dict()
+        return json.dumps({key: config.get(key) for key in ("peft_type", "r", "lora_alpha", "use_dora")}, default=str)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keep_precision(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _round_folder(self, number: int) -> Path:
         return self._output_dir / f"round-{number}"

@@ -5,9 +5,7 @@ import json
 import os
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
@@ -46,7 +44,7 @@ def load_proxy(path: str, trainable: bool = False, **kwargs) -> PreTrainedModel 
 
     Args:
         path (`str`):
-            A model or a LoRA adapter, on disk or on the Hub.
+            A model on disk or on the Hub, or a LoRA adapter on disk.
         trainable (`bool`, *optional*, defaults to `False`):
             Whether an adapter is to be trained further.
         **kwargs:
@@ -70,11 +68,7 @@ def save_proxy(proxy: PreTrainedModel | PeftModel, tokenizer, folder: str | Path
 def load_weights(proxy: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """Give a proxy in memory the weights of one on disk: of an adapted model those of the trained adapter."""
     if isinstance(proxy, PeftModel):
-        saved = load_file(Path(folder) / "adapter_model.safetensors")
-        with torch.no_grad():
-            for name, parameter in proxy.named_parameters():
-                if ".default" in name:
-                    parameter.copy_(saved[name.replace(".default", "")])
+        set_peft_model_state_dict(proxy, load_peft_weights(str(folder), device="cpu"), "default")
     else:
         saved = type(proxy).from_pretrained(folder, dtype=proxy.dtype)
         proxy.load_state_dict(saved.state_dict())
@@ -89,7 +83,7 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
     if not folder.is_dir():
         return f"{path}@{revision or 'main'}"
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = os.path.getsize(file)
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as weights:

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from .._compat import keep_4bit_weights_differentiable
 from ..resume import checkpoints, last_finished_checkpoint
 from ..seqkd import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import (
@@ -21,6 +22,7 @@ from ..soft_targets.caching import (
     store_targets,
     tokenizer_fingerprint,
 )
+from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import TargetStore, TargetStoreError, check_description, read_description
 from .agreement import teacher_agreement
@@ -29,7 +31,7 @@ from .alignment_trainer import ProxyAlignmentTrainer
 from .proxy_model import base_of_adapter, checkpoint_fingerprint, load_proxy, save_proxy
 from .proxykd_config import ProxyKDConfig
 from .splits import StageRows
-from .stage import finish_stage, finished_stage
+from .stage import begin_stage, finish_stage, finished_stage
 
 
 logger = logging.getLogger(__name__)
@@ -114,6 +116,7 @@ class ProxyStages:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "rows": rows_fingerprint(list(rows["row_key"])),
             "vocab_size": str(self.vocab_size),
+            "dtype": str(self._init_kwargs(self._frozen_dtype)["dtype"]),
         }
         started = time.perf_counter()
         if finished_stage(folder, fingerprint | {"k": k}) is not None:
@@ -136,7 +139,11 @@ class ProxyStages:
 
     def loaded_proxy(self) -> PreTrainedModel | PeftModel:
         """The proxy as it is, in memory, frozen; in bfloat16 where the run computes in it."""
-        return self._in_memory(dtype="bfloat16" if self.args.bf16 else "float32").requires_grad_(False)
+        return self._in_memory(self._frozen_dtype).requires_grad_(False)
+
+    @property
+    def _frozen_dtype(self) -> str:
+        return "bfloat16" if self.args.bf16 else "float32"
 
     # Stages
 
@@ -146,6 +153,8 @@ class ProxyStages:
         fingerprint = {"proxy": self._proxy_fingerprint(), "rows": rows_fingerprint(list(keys)), **settings}
         report = finished_stage(folder, fingerprint)
         if report is None:
+            if self.accelerator.is_main_process:
+                begin_stage(folder, fingerprint)
             started = time.perf_counter()
             metrics, log = train(rows, folder)
             report = {
@@ -229,6 +238,8 @@ class ProxyStages:
             processing_class=self.tokenizer,
             peft_config=self._new_adapter(),
         )
+        if trainer.accelerator.device.type == "cpu":
+            keep_4bit_weights_differentiable(trainer.model)
         checkpoint = last_finished_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         proxy = trainer.accelerator.unwrap_model(trainer.model)
@@ -249,7 +260,9 @@ class ProxyStages:
     def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
         """The proxy, loaded if it is on disk; what was handed in as a model stays as it is."""
         proxy = load_proxy(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
-        return proxy.to(self.accelerator.device).eval()
+        proxy = proxy.to(self.accelerator.device).eval()
+        check_head(proxy)
+        return proxy
 
     def _trainable_proxy(self) -> str | PreTrainedModel | PeftModel:
         if isinstance(self.proxy, str) and self._is_adapter:
@@ -296,7 +309,13 @@ class ProxyStages:
         return self._settings("proxy_learning_rate", *names, *samples)
 
     def _settings(self, *names: str) -> dict:
-        shared = ("proxy_lora_kwargs", "proxy_lr_scheduler_type", "max_completion_length", "seed")
+        shared = (
+            "proxy_model_init_kwargs",
+            "proxy_lora_kwargs",
+            "proxy_lr_scheduler_type",
+            "max_completion_length",
+            "seed",
+        )
         settings = {name: getattr(self.args, name) for name in (*names, *shared)}
         arguments = self._proxy_arguments()
         batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
@@ -306,9 +325,12 @@ class ProxyStages:
         folder = Path(self.args.target_store)
         found = read_description(folder)["fingerprint"]
         expected = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "vocab_size": str(self.vocab_size)}
-        if self.proxy is not None:
-            expected["proxy"] = self._proxy_fingerprint()
         check_description(folder, k, found | expected)
+        if self.proxy is not None and found["proxy"] != self._proxy_fingerprint():
+            raise TargetStoreError(
+                f"The soft targets in {folder} are another proxy's than {self.proxy}. Hand in the proxy that made them, or none: "
+                "leave proxy_model out."
+            )
         store = TargetStore(folder)
         missing = sum(key not in store for key in rows["row_key"])
         if missing:

@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..soft_targets.config import SoftTargetConfig
+from .alignment_config import check_rounds
 
 
 STAGE_NAMES = ("warmup", "align", "cache", "distil")
@@ -42,7 +43,7 @@ class ProxyKDConfig(SoftTargetConfig):
         > Parameters that control the proxy
 
         proxy_model (`str`, *optional*):
-            The proxy: a path or a Hub id of a model with the student's tokenizer, or of a LoRA adapter on one.
+            The proxy: a path or a Hub id of a model with the student's tokenizer, or a path of a LoRA adapter on one.
         proxy_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of its `from_pretrained`, such as `{"dtype": "bfloat16"}`.
         proxy_lora_kwargs (`dict[str, Any]`, *optional*):
@@ -129,7 +130,9 @@ class ProxyKDConfig(SoftTargetConfig):
     # Proxy
     proxy_model: str | None = field(
         default=None,
-        metadata={"help": "The proxy: path or Hub id of a model, or LoRA adapter, with the student's tokenizer."},
+        metadata={
+            "help": "The proxy, with the student's tokenizer: a model's path or Hub id, or a LoRA adapter's path."
+        },
     )
     proxy_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of the proxy's `from_pretrained`."}
@@ -217,6 +220,7 @@ class ProxyKDConfig(SoftTargetConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.preference_weight < 0:
             raise ValueError(f"preference_weight must be at least 0, got {self.preference_weight}.")
+        check_rounds(self)
         if self.target_source == "live" and self.target_tail == "bucket":
             raise ValueError(
                 "target_tail='bucket' belongs to target_source='cache': a live proxy's targets are whole."
@@ -231,17 +235,18 @@ class ProxyKDConfig(SoftTargetConfig):
     def _check_handed_in(self):
         if not self.needs_proxy or "distil" not in self.stages:
             return
-        if "cache" in self.stages and self.target_store is not None:
+        if self.stages != ["distil"] and self.target_store is not None:
             raise ValueError(
-                f"target_store={self.target_store!r} takes the place of the stage 'cache'. Take that stage out of stages, "
-                "or leave target_store out."
+                f"target_store={self.target_store!r} takes the place of all stages before 'distil'. Set stages to ['distil'], or "
+                "leave target_store out."
             )
         if "cache" not in self.stages and self.target_store is None and self.target_source == "cache":
             raise ValueError(
                 "stages leaves out 'cache', so target_store has to name a folder with the targets it would make; or set "
                 "target_source='live'."
             )
-        if "cache" not in self.stages and self.target_source == "live" and self.sample_weighting != "none":
+        wants_likelihoods = self.target_source == "live" and self.sample_weighting != "none"
+        if "cache" not in self.stages and self.target_store is None and wants_likelihoods:
             raise ValueError(
                 f"sample_weighting={self.sample_weighting!r} needs the proxy's likelihood of every row before training, "
                 "which is computed in the stage 'cache'. Add that stage, or set sample_weighting='none'."

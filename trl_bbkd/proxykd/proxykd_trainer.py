@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import logging
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -140,17 +141,18 @@ class ProxyKDTrainer(SoftTargetTrainer):
             check_proxy(proxy, model, args)
             check_alignment(args, eval_dataset)
 
-        hub_kwargs = {"trust_remote_code": args.trust_remote_code}
-        student_kwargs = hub_kwargs | {
-            key: value for key, value in (args.model_init_kwargs or {}).items() if key == "revision"
-        }
+        student_kwargs, proxy_kwargs = (
+            {"trust_remote_code": args.trust_remote_code}
+            | {k: v for k, v in (kwargs or {}).items() if k == "revision"}
+            for kwargs in (args.model_init_kwargs, args.proxy_model_init_kwargs)
+        )
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student_path, padding_side="left", **student_kwargs)
         config = AutoConfig.from_pretrained(model, **student_kwargs) if isinstance(model, str) else model.config
         configs = [config]
         if self._needs_proxy:
-            configs.append(_proxy_config(proxy, hub_kwargs))
-            proxy_tokenizer = _proxy_tokenizer(proxy, hub_kwargs)
+            configs.append(_proxy_config(proxy, proxy_kwargs))
+            proxy_tokenizer = _proxy_tokenizer(proxy, proxy_kwargs)
             if proxy_tokenizer is not None:
                 texts = [
                     _text(answer)
@@ -179,6 +181,9 @@ class ProxyKDTrainer(SoftTargetTrainer):
         held_out = tokenize(eval_dataset, "test")
         rows = split_rows(teacher_rows, args.warmup_share, args.alignment_share, args.seed)
         check_stage_rows(rows, args)
+        for part in rows[:2]:
+            if len(part):
+                check_lengths(soft_target_rows(part, processing_class, args.chat_template_kwargs), context)
         student_teacher_rows = teacher_rows if args.distil_on_all_rows else rows.distil
 
         def prepared(dataset):
@@ -186,10 +191,11 @@ class ProxyKDTrainer(SoftTargetTrainer):
             check_lengths(prepared_rows, context)
             return prepared_rows
 
+        student_rows = prepared(student_teacher_rows)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=prepared(student_teacher_rows),
+            train_dataset=student_rows,
             eval_dataset=None if held_out is None else prepared(held_out).remove_columns("row_key"),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -201,6 +207,8 @@ class ProxyKDTrainer(SoftTargetTrainer):
             keep_4bit_weights_differentiable(self.model)
         vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
         self.proxy_stages = ProxyStages(proxy, args, rows, held_out, processing_class, vocab_size, self.accelerator)
+        # As they are before `max_length` cuts them: the collator cuts their targets
+        self._whole_rows = student_rows
         self.row_weights: RowWeights | None = None
         self._seconds = 0.0
         self.card.counts = data_counts
@@ -240,9 +248,10 @@ class ProxyKDTrainer(SoftTargetTrainer):
         """
         As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages before.
         """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = last_finished_checkpoint(self.args.output_dir)
-        return super().check_output_dir(resume_from_checkpoint and str(resume_from_checkpoint))
+        if resume_from_checkpoint in (None, True):
+            checkpoint = last_finished_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
+        return super().check_output_dir(resume_from_checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -276,7 +285,7 @@ class ProxyKDTrainer(SoftTargetTrainer):
         is_live = args.target_source == "live"
         wants_store = "cache" in args.stages and (not is_live or args.sample_weighting != "none")
         if wants_store or args.target_store is not None:
-            store = stages.store(self.train_dataset)
+            store = stages.store(self._whole_rows)
             self._weigh_rows(store)
             self.data_collator.stores = [] if is_live else [store]
         if is_live and "distil" in args.stages:
@@ -317,6 +326,16 @@ def check_proxy(proxy: str | PreTrainedModel | None, student: str | PreTrainedMo
             f"The proxy is the student ({student if isinstance(student, str) else 'one model object'}): there is nothing to "
             "learn from it that the student does not know. Set `proxy_model` to a larger model of the same family."
         )
+    if not isinstance(proxy, str) and args.proxy_lora_kwargs is not None:
+        raise ProxyModelError(
+            "proxy_lora_kwargs needs a proxy on disk: its stages keep the adapter alone, and read the base model again. Hand in "
+            "its path."
+        )
+    if isinstance(proxy, PeftModel) and not proxy.peft_config["default"].base_model_name_or_path:
+        raise ProxyModelError(
+            "The proxy is an adapter whose base model has no path, from which the next stage could read it. Save the base model, "
+            "and hand in an adapter on its path."
+        )
     if isinstance(proxy, str) and base_of_adapter(proxy) is not None and args.proxy_lora_kwargs is not None:
         raise ProxyModelError(
             f"The proxy {proxy} is a LoRA adapter already, which is trained further. Leave proxy_lora_kwargs out."
@@ -328,8 +347,15 @@ def check_alignment(args: ProxyKDConfig, eval_dataset: Dataset | None) -> None:
     Raises:
         ValueError: the alignment could not do what is asked of it, when its turn comes.
     """
+    if args.proxy_lora_kwargs is not None:
+        try:
+            LoraConfig(**args.proxy_lora_kwargs)
+        except TypeError as error:
+            raise ValueError(f"proxy_lora_kwargs: {error}") from error
     if "align" not in args.stages:
         return
+    if args.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
     if args.alignment_patience is not None and eval_dataset is None:
         raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
     if args.use_vllm and args.world_size > 1:
@@ -343,7 +369,8 @@ def check_stage_rows(rows: StageRows, args: ProxyKDConfig) -> None:
     """
     wanted = {"warmup": ("warmup", "warmup_share"), "align": ("align", "alignment_share"), "distil": ("distil", None)}
     for stage, (name, share) in wanted.items():
-        if stage not in args.stages or not args.needs_proxy or len(getattr(rows, name)):
+        is_run = stage in args.stages and (args.needs_proxy or stage == "distil")
+        if not is_run or len(getattr(rows, name)):
             continue
         advice = (
             f"Raise {share}, or take '{stage}' out of stages." if share else "Lower warmup_share or alignment_share."

@@ -52,7 +52,9 @@ def sample_completions(folder: str | Path, rows: list[dict], generate, batch_siz
 
 def read_samples(path: Path) -> list[dict]:
     """The samples in a file: `prompt`, `teacher`, `proxy` and `proxy_ids`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not `splitlines`, which also splits at characters that JSON leaves as they are
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -28,7 +28,7 @@ def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:
         `dict`: Its report; `None` if it is not finished.
 
     Raises:
-        [`StageError`]: it is finished, but was made from something else.
+        [`StageError`]: it was begun or finished, but from something else.
     """
     path = Path(folder) / STAGE_FILE
     if not path.is_file():
@@ -40,14 +40,21 @@ def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:
             f"{folder} was made from something else ({differing}). Delete that folder to make it again, or choose another "
             "output_dir."
         )
-    return content["report"]
+    return content.get("report")
+
+
+def begin_stage(folder: str | Path, fingerprint: dict) -> None:
+    """Say what a stage is made from, before any of it is."""
+    _write(Path(folder), {"fingerprint": fingerprint})
 
 
 def finish_stage(folder: str | Path, fingerprint: dict, report: dict) -> None:
     """Mark a stage as finished, which is the last thing written to its folder."""
-    folder = Path(folder)
+    _write(Path(folder), {"fingerprint": fingerprint, "report": report})
+
+
+def _write(folder: Path, content: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{STAGE_FILE}.tmp"
-    content = {"fingerprint": fingerprint, "report": report}
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, folder / STAGE_FILE)

@@ -95,5 +95,7 @@ REFUSED = {
     "packing": "a row's targets and its weight belong to one answer, and packing mixes several in a row. Set it to False.",
     "padding_free": "targets are looked up row by row. Set it to False.",
     "label_smoothing_factor": "the soft targets take its place. Set it to 0.",
+    "fp16": "gradients are made with the loss, before they could be scaled. Use bf16.",
+    "save_only_model": "its checkpoints cannot be gone on from. Set it to False.",
     "use_liger_kernel": "it replaces the forward that the loss is computed in. Set it to False.",
 }

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .loss import DenseTarget, LMHead, SparseTarget, chunk_losses_, project, top_log_probs
+from .loss import ChunkLosses, DenseTarget, LMHead, SparseTarget, chunk_losses_, project, top_log_probs
 
 
-# Elements of one chunk of logits: about 100 tokens of a vocabulary of 150,000 on a CPU. A GPU wants larger products
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+# Elements of one chunk of logits: about 200 tokens of a vocabulary of 150,000 on a CPU. A GPU wants larger products
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
 
 
 @dataclass
@@ -96,9 +96,9 @@ class _SoftTargetLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = replace(head, weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype))
             targets = [_in_dtype(target, dtype, len(weight)) for target in targets]
-            chunks = []
-            for start in range(0, len(hidden), chunk_rows):
-                rows = slice(start, start + chunk_rows)
+
+            # A function, so that a chunk's logits are gone before the next one's are made
+            def one_chunk(rows: slice) -> ChunkLosses:
                 hidden_chunk = hidden[rows].to(dtype)
                 logits = project(hidden_chunk, head)
                 # The slope of the softcap, at the logits as they were
@@ -112,20 +112,24 @@ class _SoftTargetLoss(torch.autograd.Function):
                     temperature,
                     gradient,
                 )
-                chunks.append(losses)
+                del logits
                 if not gradient:
-                    continue
+                    return losses
                 if slope is not None:
                     grad.mul_(slope)
                 if head.logit_scale != 1.0:
                     grad.mul_(head.logit_scale)
                 if wants_bias:
-                    grad_bias += grad.sum(dim=0)
+                    grad_bias.add_(grad.sum(dim=0))
                 grad = grad.to(dtype)
                 if wants_hidden:
                     grad_hidden[rows] = torch.mm(grad, head.weight)
                 if wants_weight:
                     _accumulate_product(grad_weight, grad.t(), hidden_chunk)
+                return losses
+
+            starts = range(0, len(hidden), chunk_rows)
+            chunks = [one_chunk(slice(start, start + chunk_rows)) for start in starts]
         if chunks:
             nll, kl, entropy, is_top1 = (torch.cat(parts, dim=-1) for parts in zip(*chunks, strict=True))
         else:
