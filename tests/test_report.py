@@ -137,6 +137,12 @@ class TestStages:
         assert "| soft targets | 800 | 1 s | – | – |" in text and "| distillation | 800 | 9 s | – | – |" in text
         assert "## Stages" not in render_markdown(make_report())
 
+    def test_the_proxys_column_is_explained(self):
+        report = make_proxykd_report()
+        assert "The proxy is the open model" not in render_markdown(report)
+        report.results["proxy"] = {"valid@t1.0": 0.9}
+        assert "The proxy is the open model that Proxy-KD learned from" in render_markdown(report)
+
     @pytest.mark.parametrize("judged", [True, False])
     @pytest.mark.parametrize("stages", [STAGES, STAGES[2:], []], ids=["all", "no proxy's", "none"])
     def test_files(self, tmp_path, stages, judged):

@@ -9,6 +9,7 @@ from .gad.gad_trainer import GADTrainer
 from .proxykd.proxykd_trainer import ProxyKDTrainer
 from .proxykd.stage import StageError
 from .recipe import RecipeError
+from .report import PROXY
 from .seqkd import CurveCallback
 from .soft_targets.store import TargetStoreError
 
@@ -89,7 +90,6 @@ class ProxyKDRun:
         return trainer.warnings
 
 
-PROXY = "proxy"
 METHOD_RUNS = {"gad": GADRun, "proxykd": ProxyKDRun}
 
 

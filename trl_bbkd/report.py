@@ -14,7 +14,7 @@ from .redaction import SECRET
 from .teacher_data import TeacherDataCounts
 
 
-TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
+TEACHER, UNDISTILLED, SEQKD, PROXY = "teacher", "undistilled", "SeqKD", "proxy"
 OWN_METRICS = ("length", "length_ratio", "truncated", "distinct_valid", "distinct_share")
 
 
@@ -236,6 +236,11 @@ def explanation(report: RunReport) -> str:
         "Length is in the student's tokens; truncated is the share of answers cut at the limit; teacher NLL is in nats "
         "per token of the teacher's held-out answers (coverage: lower is better)."
     )
+    if PROXY in report.results:
+        text.append(
+            f"The proxy is the open model that {report.method} learned from beside the teacher's text, as it was then; it was "
+            "sampled at temperature 1.0 only."
+        )
     if seqkd:
         text.append(
             f"SeqKD is supervised fine-tuning of the same student on the same text for the same {seqkd['steps']} "
