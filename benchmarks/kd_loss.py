@@ -3,18 +3,19 @@ Time and memory of the loss on soft targets, forward and backward, against full 
 
     OMP_NUM_THREADS=2 python benchmarks/kd_loss.py
 
-NLL and KL of a proxy's distribution to a student's, from both models' last hidden states, with gradients of the student's
-hidden states and output layer. Two groups, each with the ratios to its members:
+NLL and KL of a proxy's distribution to a student's, from both models' last hidden states, with gradients of the
+student's hidden states and output layer. Two groups, each with the ratios to its members:
 
 - the proxy's whole distribution ("dense"): full logits with autograd; TRL's `ChunkedLogProbFunction` and
   `ChunkedDivergenceFunction` (beta=0.0), one after the other; `soft_target_loss`.
 - its k most likely tokens ("sparse"): full logits with autograd; `soft_target_loss`; and TRL's `ChunkedLogProbFunction`
   alone, which is the NLL without any KL (TRL has no function of a sparse target).
 
-Every measurement is one pass in a process of its own, and the variants take turns. Peak memory is what the pass adds to
-the inputs, less the gradients it leaves (`ru_maxrss`, or `torch.cuda.max_memory_allocated`). Time is the clock's and, on
-a CPU, the seconds of all threads as well, which another program running beside changes less. Of the rounds the medians
-are printed, and of ratios the median of each round's ratio; a ratio of times is one of seconds of threads on a CPU.
+Every measurement is one pass in a process of its own, and the variants take turns. Peak memory is what the pass adds
+to the inputs, less the gradients it leaves (`ru_maxrss`, or `torch.cuda.max_memory_allocated`). Time is the clock's
+and, on a CPU, the seconds of all threads as well, which another program running beside changes less. Of the rounds the
+medians are printed, and of ratios the median of each round's ratio; a ratio of times is one of seconds of threads on a
+CPU.
 """
 
 import argparse

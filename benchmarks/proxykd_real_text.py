@@ -1,11 +1,12 @@
 """
 Proxy-KD against SFT on real text: a story model as proxy, GPT-3's answers to word problems as the teacher's text.
 
-The teacher's text is `175b_finetuning` and `175b_verification` of `gsm8k_gpt3_solutions.jsonl`. Of the closed models' texts
-we have, it is the closest to what a TinyStories proxy knows: raw, the proxy gives it 5.1 nats a token and guesses 21 % of
-the tokens, against 6.2 nats for BIG-Bench reasoning, 6.9 for answers to instructions and 10.4 for code. (Stories that the
-proxy wrote itself, at 1.0, would need no alignment.) Questions of more than `--max_prompt_length` tokens are left out, and
-answers are cut after `--max_completion_length`; these questions, and stories, are what the student is pretrained on.
+The teacher's text is `175b_finetuning` and `175b_verification` of `gsm8k_gpt3_solutions.jsonl`. Of the closed models'
+texts we have, it is the closest to what a TinyStories proxy knows: raw, the proxy gives it 5.1 nats a token and
+guesses 21 % of the tokens, against 6.2 nats for BIG-Bench reasoning, 6.9 for answers to instructions and 10.4 for
+code. (Stories that the proxy wrote itself, at 1.0, would need no alignment.) Questions of more than
+`--max_prompt_length` tokens are left out, and answers are cut after `--max_completion_length`; these questions, and
+stories, are what the student is pretrained on.
 
 For each seed the student is made and pretrained once, and the proxy's stages run once: every arm then trains from this
 student for the same number of steps and rows a step, and is measured at its last step on held-out questions.
@@ -225,8 +226,8 @@ class Seed:
     """
     One seed's runs, all below one folder; what is finished there is not run again.
 
-    The proxy's stages and distillation are separate runs, so that arms share a proxy: `ProxyKDTrainer.train` gives the student
-    the same run whichever stages went before it.
+    The proxy's stages and distillation are separate runs, so that arms share a proxy: `ProxyKDTrainer.train` gives the
+    student the same run whichever stages went before it.
     """
 
     def __init__(self, args, seed: int, data: Data, tokenizer):

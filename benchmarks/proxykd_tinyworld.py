@@ -13,8 +13,8 @@ stages are the same. Every student is measured at its last step, on the held-out
     no DPO          the same, with a proxy aligned by NLL alone
     no weights      the same as Proxy-KD, all rows weighing alike
 
-and Proxy-KD with another `kl_weight`, with equation 9 from whole answers, with the tail as a bucket, with a live proxy, and
-with all rows.
+and Proxy-KD with another `kl_weight`, with equation 9 from whole answers, with the tail as a bucket, with a live
+proxy, and with all rows.
 """
 
 import argparse

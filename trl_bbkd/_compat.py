@@ -104,8 +104,8 @@ def keep_precision(model: nn.Module) -> Iterator[None]:
     """
     Give every parameter, at the end, the dtype it had at the start.
 
-    TRL trains an adapter on a quantised model in bfloat16, but PEFT loads it from a checkpoint in float32: a resumed run
-    would go on in another precision.
+    TRL trains an adapter on a quantised model in bfloat16, but PEFT loads it from a checkpoint in float32: a resumed
+    run would go on in another precision.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     yield

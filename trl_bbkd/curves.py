@@ -15,8 +15,8 @@ STYLE = {"fontsize": 9, "color": INK}
 
 def plot_curves(report: RunReport, path: str | Path) -> None:
     """
-    Draw the run: the deciding metric of the method and SeqKD, and what else the method watches: the discriminator and the lengths, or the
-    proxy's stages and the student's losses.
+    Draw the run: the deciding metric of the method and SeqKD, and what else the method watches: the discriminator and
+    the lengths, or the proxy's stages and the student's losses.
 
     Args:
         report ([`~report.RunReport`]):

@@ -54,8 +54,8 @@ class RunReport:
         seconds (`dict[str, float]`):
             Wall-clock time per part of the run.
         stages (`list[dict]`):
-            What the stages before and with the student's training did: `stage`, `rows`, `seconds` and `metrics`, a list of
-            what was measured `at` which moment.
+            What the stages before and with the student's training did: `stage`, `rows`, `seconds` and `metrics`, a
+            list of what was measured `at` which moment.
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
     """

@@ -46,7 +46,8 @@ def differences(found: dict, wanted: dict) -> str:
 
 class ResumableRun:
     """
-    Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their end.
+    Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their
+    end.
 
     It stands before a TRL trainer among the bases of a class that names `_state_name` and `_same_when_resumed`.
     """

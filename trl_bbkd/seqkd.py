@@ -175,7 +175,8 @@ def train_seqkd(
             The student's checkpoint.
         args ([`~trl.trainer.base_config._BaseConfig`]):
             The method's configuration. Optimizer and precision are taken from it, and there are as many prompts per
-            optimizer step. Its schedule (linear to 0, after `warmup_steps`) and gradient clipping are the defaults of [`~trl.SFTConfig`].
+            optimizer step. Its schedule (linear to 0, after `warmup_steps`) and gradient clipping are the defaults of
+            [`~trl.SFTConfig`].
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `prompt` and `teacher_ids`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):

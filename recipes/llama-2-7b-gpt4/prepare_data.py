@@ -3,8 +3,8 @@ Write GPT-4's answers in OpenOrca and Nectar as prompt-completion rows, into `gp
 
     python recipes/llama-2-7b-gpt4/prepare_data.py
 
-The paper's third source, GPT-4's answers to benchmark training sets, is not public. Not run by us: names of files and columns
-are those the two data sets state. 256 rows are held out.
+The paper's third source, GPT-4's answers to benchmark training sets, is not public. Not run by us: names of files and
+columns are those the two data sets state. 256 rows are held out.
 """
 
 from pathlib import Path

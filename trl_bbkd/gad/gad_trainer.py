@@ -42,9 +42,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     r"""
     Trainer for Generative Adversarial Distillation ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
 
-    A student is distilled from the text of a teacher that can only be queried. A discriminator, trained beside it, learns
-    to tell the teacher's answers from the student's samples; its raw score is the reward of GRPO. One call to `train`
-    runs both stages: warm-up (cross-entropy on the teacher's answers for the student, fresh samples for the
+    A student is distilled from the text of a teacher that can only be queried. A discriminator, trained beside it,
+    learns to tell the teacher's answers from the student's samples; its raw score is the reward of GRPO. One call to
+    `train` runs both stages: warm-up (cross-entropy on the teacher's answers for the student, fresh samples for the
     discriminator), then the adversarial stage, whose KL reference is the warmed-up student.
 
     Example:

@@ -14,7 +14,8 @@ def teacher_agreement(
     model: PreTrainedModel, rows: list[dict], accelerator: Accelerator, batch_size: int = 8, pad_id: int = 0
 ) -> dict[str, float]:
     """
-    Measure a model on the teacher's answers, each process on its share of them. The model's mode is as before afterwards.
+    Measure a model on the teacher's answers, each process on its share of them. The model's mode is as before
+    afterwards.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -29,8 +30,8 @@ def teacher_agreement(
             Padding token.
 
     Returns:
-        `dict[str, float]`: `top1_agreement`, the share of answer tokens that are the model's likeliest ones, and `nll`, in
-        nats per token.
+        `dict[str, float]`: `top1_agreement`, the share of answer tokens that are the model's likeliest ones, and
+        `nll`, in nats per token.
     """
     was_training = model.training
     model.eval()

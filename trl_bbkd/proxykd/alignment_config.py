@@ -10,8 +10,8 @@ class ProxyAlignmentConfig(DPOConfig):
     Configuration class for [`ProxyAlignmentTrainer`], the alignment of Proxy-KD
     ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), equations 3 to 6).
 
-    This class includes only the parameters that are specific to it. For the rest, see [`~trl.DPOConfig`]. Epochs, steps,
-    schedule and checkpoints are those of one round.
+    This class includes only the parameters that are specific to it. For the rest, see [`~trl.DPOConfig`]. Epochs,
+    steps, schedule and checkpoints are those of one round.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.DPOConfig`]:
@@ -35,10 +35,11 @@ class ProxyAlignmentConfig(DPOConfig):
         > Parameters that control the rounds
 
         num_rounds (`int`, *optional*, defaults to `16`):
-            Rounds. Each trains on its own shard of the rows, with the proxy as it is when the round begins as reference.
+            Rounds. Each trains on its own shard of the rows, with the proxy as it is when the round begins as
+            reference.
         alignment_patience (`int`, *optional*):
-            Stop after so many rounds without a higher share of held-out positions at which the proxy's likeliest token is
-            the teacher's, and go back to the best proxy. `None` never stops, and keeps the last proxy.
+            Stop after so many rounds without a higher share of held-out positions at which the proxy's likeliest token
+            is the teacher's, and go back to the best proxy. `None` never stops, and keeps the last proxy.
 
         > Parameters that control the loss
 

@@ -53,13 +53,13 @@ class ProxyAlignmentTrainer(DPOTrainer):
     Trainer that aligns an open proxy to a teacher of which only the text is known: the alignment stage of Proxy-KD
     ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), equations 3 to 6).
 
-    The rows are cut into `num_rounds` shards. In each round the proxy answers the prompts of its shard, and DPO prefers the
-    teacher's answers over these samples, together with the NLL of the teacher's answers. The reference of a round is the
-    proxy as it was when the round began.
+    The rows are cut into `num_rounds` shards. In each round the proxy answers the prompts of its shard, and DPO
+    prefers the teacher's answers over these samples, together with the NLL of the teacher's answers. The reference of
+    a round is the proxy as it was when the round began.
 
-    `train` goes through all rounds. In `output_dir` it leaves the aligned proxy, `alignment.json` with what was measured
-    before and after every round, and a folder a round with its samples. A run that was stopped goes on by itself, from the
-    last checkpoint of its round, with the samples it had.
+    `train` goes through all rounds. In `output_dir` it leaves the aligned proxy, `alignment.json` with what was
+    measured before and after every round, and a folder a round with its samples. A run that was stopped goes on by
+    itself, from the last checkpoint of its round, with the samples it had.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -15,8 +15,8 @@ class ProxyKDConfig(SoftTargetConfig):
     version 2).
 
     This class includes only the parameters that are specific to Proxy-KD. For the rest, see
-    [`~soft_targets.config.SoftTargetConfig`] and [`~trl.SFTConfig`], which are the student's. The proxy's batch, precision
-    and checkpoints are the student's where no parameter says otherwise.
+    [`~soft_targets.config.SoftTargetConfig`] and [`~trl.SFTConfig`], which are the student's. The proxy's batch,
+    precision and checkpoints are the student's where no parameter says otherwise.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -29,9 +29,9 @@ class ProxyKDConfig(SoftTargetConfig):
         > Parameters that control the stages
 
         stages (`list[str]`, *optional*, defaults to `["warmup", "align", "cache", "distil"]`):
-            What is done. A stage is left out by handing in what it would make: without `"warmup"` and `"align"` the proxy is
-            taken as it is, without `"cache"` the targets are those of `target_store`. Without `"distil"` the run ends
-            with the targets.
+            What is done. A stage is left out by handing in what it would make: without `"warmup"` and `"align"` the
+            proxy is taken as it is, without `"cache"` the targets are those of `target_store`. Without `"distil"` the
+            run ends with the targets.
         warmup_share (`float`, *optional*, defaults to `0.1`):
             Share of the rows that the proxy is warmed up on.
         alignment_share (`float`, *optional*, defaults to `0.45`):
@@ -70,7 +70,8 @@ class ProxyKDConfig(SoftTargetConfig):
         alignment_beta (`float`, *optional*, defaults to `0.1`):
             β of equation 4.
         alignment_patience (`int`, *optional*):
-            Stop after so many rounds without better agreement with the teacher on held-out rows, and keep the best proxy.
+            Stop after so many rounds without better agreement with the teacher on held-out rows, and keep the best
+            proxy.
         preference_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the preference loss beside the NLL in equation 6. `0.0` aligns by NLL alone ("no DPO").
         sample_temperature (`float`, *optional*, defaults to `1.0`):
@@ -87,18 +88,18 @@ class ProxyKDConfig(SoftTargetConfig):
         > Parameters that control the soft targets
 
         target_source (`str`, *optional*, defaults to `"cache"`):
-            `"cache"`: the proxy's `target_top_k` likeliest tokens are computed once and kept on disk, and the proxy is not
-            in memory while the student trains. `"live"`: its whole distribution, computed beside the student.
+            `"cache"`: the proxy's `target_top_k` likeliest tokens are computed once and kept on disk, and the proxy is
+            not in memory while the student trains. `"live"`: its whole distribution, computed beside the student.
         target_top_k (`int`, *optional*, defaults to `10`):
             Tokens kept of each target.
         target_store (`str`, *optional*):
             Folder of a finished store, instead of the stage `"cache"`.
         kl_weight (`float`, *optional*, defaults to `10.0`):
-            α of equation 11. `0.0` is plain SFT, without a proxy. The paper's 100 belongs to a reduction it does not state;
-            here NLL and KL are both means over tokens.
+            α of equation 11. `0.0` is plain SFT, without a proxy. The paper's 100 belongs to a reduction it does not
+            state; here NLL and KL are both means over tokens.
         sample_weighting (`str`, *optional*, defaults to `"mean"`):
-            Equation 9 from the log-likelihood of the whole answer (`"sum"`, the paper read literally, where long answers
-            count less) or per token (`"mean"`); `"none"` weighs all rows alike.
+            Equation 9 from the log-likelihood of the whole answer (`"sum"`, the paper read literally, where long
+            answers count less) or per token (`"mean"`); `"none"` weighs all rows alike.
     """
 
     _VALID_DICT_FIELDS = SoftTargetConfig._VALID_DICT_FIELDS + [

@@ -42,10 +42,10 @@ class ProxyKDTrainer(SoftTargetTrainer):
     r"""
     Trainer for Proxy-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), version 2).
 
-    An open proxy is aligned to a teacher of which only the text is known, and the student learns from the teacher's text
-    and from the proxy's distributions over it. One call to `train` goes through the stages: warm-up of the proxy, its
-    alignment (see [`ProxyAlignmentTrainer`]), its soft targets, and distillation. Each has its own rows and is kept on disk
-    below `output_dir/proxy`: a second run goes on at the first stage that is not finished.
+    An open proxy is aligned to a teacher of which only the text is known, and the student learns from the teacher's
+    text and from the proxy's distributions over it. One call to `train` goes through the stages: warm-up of the proxy,
+    its alignment (see [`ProxyAlignmentTrainer`]), its soft targets, and distillation. Each has its own rows and is
+    kept on disk below `output_dir/proxy`: a second run goes on at the first stage that is not finished.
 
     Example:
 
@@ -70,10 +70,11 @@ class ProxyKDTrainer(SoftTargetTrainer):
         args ([`ProxyKDConfig`], *optional*):
             Configuration. If `None`, the defaults are used.
         train_dataset ([`~datasets.Dataset`]):
-            Teacher text in TRL's prompt-completion format, standard or conversational: `completion` is the teacher's answer
-            to `prompt`. It is divided between the stages.
+            Teacher text in TRL's prompt-completion format, standard or conversational: `completion` is the teacher's
+            answer to `prompt`. It is divided between the stages.
         eval_dataset ([`~datasets.Dataset`], *optional*):
-            Held-out teacher text in the same format, for the student's evaluation and the proxy's agreement with the teacher.
+            Held-out teacher text in the same format, for the student's evaluation and the proxy's agreement with the
+            teacher.
         processing_class, callbacks, optimizers, quantization_config, peft_config:
             As in [`~trl.SFTTrainer`], for the student.
 
@@ -246,7 +247,8 @@ class ProxyKDTrainer(SoftTargetTrainer):
 
     def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
         """
-        As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages before.
+        As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages
+        before.
         """
         if resume_from_checkpoint in (None, True):
             checkpoint = last_finished_checkpoint(self.args.output_dir)
@@ -259,7 +261,8 @@ class ProxyKDTrainer(SoftTargetTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint of the student to go on from. By default the last one in `output_dir` that was finished, if any.
+                Checkpoint of the student to go on from. By default the last one in `output_dir` that was finished, if
+                any.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: of distillation; `None` where `stages` leaves it out.

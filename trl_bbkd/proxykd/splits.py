@@ -29,8 +29,8 @@ def split_rows(dataset: Dataset, warmup_share: float, alignment_share: float, se
         dataset ([`~datasets.Dataset`]):
             Rows with `prompt`. With a column `stage` (`"warmup"`, `"align"` or `"distil"`) the rows go where it says.
         warmup_share, alignment_share (`float`):
-            Shares of the rows; distillation gets the rest. Rows of one prompt stay together, so that sizes are off by a
-            few rows where prompts repeat.
+            Shares of the rows; distillation gets the rest. Rows of one prompt stay together, so that sizes are off by
+            a few rows where prompts repeat.
         seed (`int`):
             Seed of the division.
 

@@ -13,8 +13,8 @@ class RowWeights(NamedTuple):
         mean, std (`float`):
             μ and γ, in nats (per row or per token).
         length_correlation (`float`):
-            Pearson's correlation of the weights with the rows' lengths; 0 where either does not vary. Near -1 the weights
-            are a length penalty.
+            Pearson's correlation of the weights with the rows' lengths; 0 where either does not vary. Near -1 the
+            weights are a length penalty.
     """
 
     weights: np.ndarray
@@ -28,7 +28,8 @@ def row_weights(log_likelihoods: np.ndarray, tokens: np.ndarray, reduction: str)
     `w(x, y) = σ((log π_p(y|x) - μ) / γ)`, with μ and γ the mean and the (population) standard deviation of the
     log-likelihoods over the whole distillation set.
 
-    The paper mentions no length normalisation, so `"sum"` is the literal reading; there a long answer is an unlikely one.
+    The paper mentions no length normalisation, so `"sum"` is the literal reading; there a long answer is an unlikely
+    one.
 
     Args:
         log_likelihoods (`np.ndarray`):

@@ -113,8 +113,8 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     """
     A hash of a model's weights: names, shapes, dtypes, and of each tensor evenly spaced elements, 65,536 at most.
 
-    Training moves all elements of a tensor, so that a sample tells one checkpoint from another without reading hundreds
-    of gigabytes.
+    Training moves all elements of a tensor, so that a sample tells one checkpoint from another without reading
+    hundreds of gigabytes.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):

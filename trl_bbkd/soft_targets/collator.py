@@ -14,15 +14,17 @@ class SoftTargetCollator(DataCollatorForLanguageModeling):
     """
     Adds to a batch of TRL's language-model collator what its rows' soft targets are.
 
-    Rows have `input_ids`, `labels`, `row_key` and, optionally, `sample_weight`, the weight of the row's KL. Rows without
-    `row_key`, those of an evaluation, have no soft targets. Beside the padded tensors a batch has, for each of the stores, the targets of all its answer tokens, row after row: `target_ids_0`
-    and `target_log_probs_0` of shape `(N, k)`; and `sample_weight`, `(B,)`.
+    Rows have `input_ids`, `labels`, `row_key` and, optionally, `sample_weight`, the weight of the row's KL. Rows
+    without `row_key`, those of an evaluation, have no soft targets. Beside the padded tensors a batch has, for each of
+    the stores, the targets of all its answer tokens, row after row: `target_ids_0` and `target_log_probs_0` of shape
+    `(N, k)`; and `sample_weight`, `(B,)`.
 
     Args:
         stores (`list[TargetStore]`, *optional*):
             Where targets are looked up.
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            Which end of a sequence was kept where it was longer than `max_length`: its targets are cut in the same way.
+            Which end of a sequence was kept where it was longer than `max_length`: its targets are cut in the same
+            way.
     """
 
     stores: list[TargetStore] = field(default_factory=list)

@@ -7,8 +7,8 @@ from trl import SFTConfig
 @dataclass
 class SoftTargetConfig(SFTConfig):
     r"""
-    What every trainer on soft targets has: the student learns the teacher's text and, token by token, the distribution of
-    a model that has weights.
+    What every trainer on soft targets has: the student learns the teacher's text and, token by token, the distribution
+    of a model that has weights.
 
     This class includes only the parameters that are specific to soft targets. For the rest, see [`~trl.SFTConfig`].
 
@@ -33,8 +33,8 @@ class SoftTargetConfig(SFTConfig):
         distillation_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both sides of the KL. The KL is not multiplied by its square.
         target_tail (`str`, *optional*, defaults to `"renormalize"`):
-            What becomes of the probability outside the tokens kept of a target: `"renormalize"` shares it out among them,
-            `"bucket"` keeps it as one bucket of all other tokens.
+            What becomes of the probability outside the tokens kept of a target: `"renormalize"` shares it out among
+            them, `"bucket"` keeps it as one bucket of all other tokens.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["chat_template_kwargs"]

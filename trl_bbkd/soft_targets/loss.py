@@ -160,8 +160,8 @@ def chunk_losses_(
 
         hard · (softmax(z) - 1[y]) + Σ_j soft_j / τ · (s - t_j)
 
-    where a target with a tail of mass m has `t_v = m · s_v / s_tail` outside its K tokens: that part of the gradient is
-    a multiple of s, so that no target is ever spread over the vocabulary.
+    where a target with a tail of mass m has `t_v = m · s_v / s_tail` outside its K tokens: that part of the gradient
+    is a multiple of s, so that no target is ever spread over the vocabulary.
 
     Args:
         logits (`torch.Tensor`):
@@ -262,8 +262,8 @@ def chunk_losses_(
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
-    Dot products of rows, without an `(n, V)` product. Not a matrix product: a CPU's adds up 150,000 terms one by one, which
-    costs three digits, and a GPU's may be in TF32.
+    Dot products of rows, without an `(n, V)` product. Not a matrix product: a CPU's adds up 150,000 terms one by one,
+    which costs three digits, and a GPU's may be in TF32.
     """
     columns = DOT_COLUMNS.get(first.device.type, 2**15)
     parts = zip(first.split(columns, dim=1), second.split(columns, dim=1), strict=True)

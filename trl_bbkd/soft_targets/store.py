@@ -7,12 +7,13 @@ A store is a folder:
     part-00000.index    32 bytes a row: key, offset, tokens, checksum, batch
     part-00000.targets  the rows, one after the other
 
-Each process that writes has a part of its own. A batch of rows is appended to `.targets`, and only then, in one write, to
-`.index`: whatever a killed process leaves after its last whole batch is cut off when writing goes on, so that the files
-end as if it had not been killed.
+Each process that writes has a part of its own. A batch of rows is appended to `.targets`, and only then, in one write,
+to `.index`: whatever a killed process leaves after its last whole batch is cut off when writing goes on, so that the
+files end as if it had not been killed.
 
-A row of T tokens is T float32 log-probabilities of the teacher's tokens, then T·k ids in 3 bytes and T·k log-probabilities
-in 2 bytes each: 54 bytes a token for k = 10. Codes are finest near probability 1: `log p = -24 (code / 65535)²`.
+A row of T tokens is T float32 log-probabilities of the teacher's tokens, then T·k ids in 3 bytes and T·k
+log-probabilities in 2 bytes each: 54 bytes a token for k = 10. Codes are finest near probability 1:
+`log p = -24 (code / 65535)²`.
 """
 
 import hashlib

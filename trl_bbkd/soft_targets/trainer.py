@@ -29,7 +29,8 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, SFTTrainer):
 
         hard_weight · NLL + Σ_j target_weights[j] · sample_weight · KL(target_j ‖ student)
 
-    as a mean over the answer tokens of the whole optimizer step, whatever its micro-batches, accumulation and processes.
+    as a mean over the answer tokens of the whole optimizer step, whatever its micro-batches, accumulation and
+    processes.
 
     Targets come from the stores of `data_collator`, in their order, and then from `live_proxy`, if there is one.
 
