@@ -122,7 +122,7 @@ def test_proxykd_command_in_small(tmp_path):
     ):
         assert (tmp_path / "kd" / name).stat().st_size > 100, name
     results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
-    assert list(results) == ["undistilled", "proxy", "SeqKD", "Proxy-KD", "teacher"]
+    assert set(results) == {"undistilled", "proxy", "SeqKD", "Proxy-KD", "teacher"}
     for text in ((tmp_path / "kd" / name).read_text() for name in ("report.md", "README.md")):
         for stage in ("proxy warm-up", "proxy alignment", "soft targets", "distillation"):
             assert f"| {stage} |" in text
