@@ -94,7 +94,7 @@ class ProxyKDConfig(SoftTargetConfig):
             Tokens kept of each target.
         target_store (`str`, *optional*):
             Folder of a finished store, instead of the stage `"cache"`.
-        kl_weight (`float`, *optional*, defaults to `10.0`):
+        kl_weight (`float`, *optional*, defaults to `1.0`):
             α of equation 11. `0.0` is plain SFT, without a proxy. The paper's 100 belongs to a reduction it does not
             state; here NLL and KL are both means over tokens.
         sample_weighting (`str`, *optional*, defaults to `"mean"`):
@@ -189,7 +189,7 @@ class ProxyKDConfig(SoftTargetConfig):
         default=None, metadata={"help": "Folder of a finished store, instead of the stage `cache`."}
     )
     kl_weight: float = field(
-        default=10.0, metadata={"help": "Alpha of equation 11. `0.0` is plain SFT, without a proxy."}
+        default=1.0, metadata={"help": "Alpha of equation 11. `0.0` is plain SFT, without a proxy."}
     )
     sample_weighting: Literal["sum", "mean", "none"] = field(
         default="mean",
