@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 
 from tests.conftest import SENTENCES
+from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
 from trl_bbkd.proxykd.alignment_config import ProxyAlignmentConfig
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
@@ -73,16 +73,6 @@ def make_aligner(
         eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
         **(trainer_kwargs or {}),
     )
-
-
-def weights(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def free_port():
