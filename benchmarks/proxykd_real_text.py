@@ -41,7 +41,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from trl_bbkd.proxykd.agreement import teacher_agreement
+from trl_bbkd.proxy.agreement import teacher_agreement
 from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
 from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
 from trl_bbkd.seqkd import CurveCallback, curve

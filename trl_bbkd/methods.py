@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from .gad.gad_trainer import GADTrainer
+from .proxy.stage import StageError
 from .proxykd.proxykd_trainer import ProxyKDTrainer
-from .proxykd.stage import StageError
 from .recipe import RecipeError
 from .report import PROXY
 from .seqkd import CurveCallback

@@ -1,35 +1,16 @@
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_processes
+
 from .helpers import assert_same_weights
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def run(num_processes, model, output, *arguments):
     output.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-        launcher += ["--master_port", str(free_port())]
-    command = [*launcher, str(ROOT / "tests/gad/two_processes.py"), model, str(output), *map(str, arguments)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_processes(num_processes, "tests/gad/two_processes.py", model, output, *arguments)
     return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 

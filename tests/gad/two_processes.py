@@ -53,3 +53,4 @@ torch.save(
     },
     f"{output}/rank{trainer.accelerator.process_index}.pt",
 )
+trainer.accelerator.end_training()

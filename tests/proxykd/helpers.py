@@ -1,21 +1,16 @@
-import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 from datasets import Dataset
 
 from tests.conftest import SENTENCES
 from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
+from tests.processes import run_processes  # noqa: F401
 from trl_bbkd.proxykd.alignment_config import ProxyAlignmentConfig
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
 from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
 
 
-ROOT = Path(__file__).parents[2]
 ON_CPU = {
     "use_cpu": True,
     "bf16": False,
@@ -73,27 +68,3 @@ def make_aligner(
         eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
         **(trainer_kwargs or {}),
     )
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_processes(num_processes, script, *arguments, check=True, timeout=600):
-    """Run a script on one process, or with torchrun on several."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-        launcher += ["--master_port", str(free_port())]
-    process = subprocess.run(
-        [*launcher, str(ROOT / "tests/proxykd" / script), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert not check or process.returncode == 0, process.stderr[-3000:]
-    return process

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from trl_bbkd.proxy.model import load_proxy
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
-from trl_bbkd.proxykd.proxy_model import load_proxy
 from trl_bbkd.proxykd.sampling import read_samples, sample_completions
 from trl_bbkd.teacher_data import TeacherDataError
 
@@ -211,7 +211,7 @@ def test_killed_inside_a_round_it_ends_as_if_it_had_not_been(tmp_path, other_mod
     """SIGKILL in the second round; the same call then goes on."""
     make_aligner(tmp_path / "whole", other_model_dir, **killed_settings(lora, save_steps)).train()
     arguments = (tmp_path / "killed", other_model_dir, int(lora), save_steps, "round 2 step 2")
-    killed = run_processes(1, "kill_alignment.py", *arguments, check=False)
+    killed = run_processes(1, "tests/proxykd/kill_alignment.py", *arguments, check=False)
     assert killed.returncode == -9, killed.stderr[-2000:]
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("round-*/samples/*")}
     assert stamps and not (tmp_path / "killed/round-2/round.json").exists()
@@ -225,7 +225,9 @@ def test_killed_inside_a_round_it_ends_as_if_it_had_not_been(tmp_path, other_mod
 
 def test_killed_while_sampling_it_makes_the_same_samples(tmp_path, other_model_dir):
     make_aligner(tmp_path / "whole", other_model_dir, **killed_settings(False, 1)).train()
-    killed = run_processes(1, "kill_alignment.py", tmp_path / "killed", other_model_dir, 0, 1, "sampling", check=False)
+    killed = run_processes(
+        1, "tests/proxykd/kill_alignment.py", tmp_path / "killed", other_model_dir, 0, 1, "sampling", check=False
+    )
     assert killed.returncode == -9
     kept = sorted((tmp_path / "killed/round-1/samples").iterdir())
     stamp = kept[0].stat().st_mtime_ns
@@ -283,8 +285,8 @@ class TestRefused:
 
 
 def test_two_processes_align_alike(tmp_path, other_model_dir):
-    run_processes(2, "two_processes_align.py", other_model_dir, tmp_path / "two", 2)
-    run_processes(1, "two_processes_align.py", other_model_dir, tmp_path / "one", 4)
+    run_processes(2, "tests/proxykd/two_processes_align.py", other_model_dir, tmp_path / "two", 2)
+    run_processes(1, "tests/proxykd/two_processes_align.py", other_model_dir, tmp_path / "one", 4)
     ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     one = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
     assert_same_weights(ranks[0]["proxy"], ranks[1]["proxy"])

@@ -12,8 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import build_model
 from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
-from trl_bbkd.proxykd.proxy_model import ProxyModelError, load_proxy
-from trl_bbkd.proxykd.stage import StageError
+from trl_bbkd.proxy.model import ProxyModelError, load_proxy
+from trl_bbkd.proxy.stage import StageError
 from trl_bbkd.proxykd.weights import row_weights
 from trl_bbkd.seqkd import sft_rows
 from trl_bbkd.soft_targets.store import TargetStore, TargetStoreError
@@ -72,14 +72,14 @@ class TestStages:
         again = make_kd_trainer(reuse(finished, tmp_path), tiny_model_dir, other_model_dir)
         for name in ("_warm_up", "_align"):
             monkeypatch.setattr(again.proxy_stages, name, None)
-        monkeypatch.setattr("trl_bbkd.proxykd.proxy_stages.store_targets", None)
+        monkeypatch.setattr("trl_bbkd.proxykd.proxykd_stages.store_targets", None)
         again.train()
         assert_same_weights(weights(again.model), weights(finished[0].model))
 
     @pytest.mark.parametrize("moment", ["warmup", "align", "cache", "distil"])
     def test_killed_in_any_stage_it_goes_on_there(self, finished, tmp_path, tiny_model_dir, other_model_dir, moment):
         arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
-        killed = run_processes(1, "kill_proxykd.py", *arguments, moment, check=False)
+        killed = run_processes(1, "tests/proxykd/kill_proxykd.py", *arguments, moment, check=False)
         assert killed.returncode == -9, killed.stderr[-2000:]
         files = {name: tmp_path / "run/proxy" / name / "stage.json" for name in ("warmup", "align", "targets")}
         done = [name for name, file in files.items() if file.is_file() and "report" in json.loads(file.read_text())]
@@ -164,7 +164,7 @@ class TestStages:
         self, tmp_path, tiny_model_dir, other_model_dir, stage
     ):
         arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
-        killed = run_processes(1, "kill_proxykd.py", *arguments, stage, check=False)
+        killed = run_processes(1, "tests/proxykd/kill_proxykd.py", *arguments, stage, check=False)
         assert killed.returncode == -9 and (tmp_path / "run/proxy" / stage / "stage.json").is_file()
         changed = {"warmup": {"proxy_learning_rate": 5e-3}, "align": {"alignment_epochs": 2.0}}[stage]
         with pytest.raises(StageError, match=f"{stage} was made from something else .{list(changed)[0]}: "):
@@ -320,7 +320,7 @@ class TestLoss:
             output = tmp_path / f"1-{per_device}-{accumulation}"
             output.mkdir()
             found.append(one_step(tiny_model_dir, proxy, output, per_device, accumulation, source))
-        run_processes(2, "two_processes_kd.py", tiny_model_dir, proxy, tmp_path / "2", *of_two, source)
+        run_processes(2, "tests/proxykd/two_processes_kd.py", tiny_model_dir, proxy, tmp_path / "2", *of_two, source)
         ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
         assert_same_weights(ranks[0]["student"], ranks[1]["student"])
         for other in (*found[1:], ranks[0]):

@@ -18,3 +18,4 @@ torch.save(
     },
     f"{output}/rank{trainer.accelerator.process_index}.pt",
 )
+trainer.accelerator.end_training()

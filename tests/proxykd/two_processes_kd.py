@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from tests.proxykd.helpers import make_kd_trainer, weights
@@ -41,3 +42,4 @@ def one_step(student, proxy, output, per_device, accumulation, source) -> dict:
 if __name__ == "__main__":
     result = one_step(*sys.argv[1:])
     torch.save(result, f"{sys.argv[3]}/rank{result['rank']}.pt")
+    PartialState().destroy_process_group()

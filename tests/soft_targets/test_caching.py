@@ -2,7 +2,6 @@ import copy
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tests.processes import run_processes
 from trl_bbkd.soft_targets.caching import model_fingerprint, rows_fingerprint, store_targets, tokenizer_fingerprint
 from trl_bbkd.soft_targets.store import INDEX_DTYPE, TargetStoreError, row_key
 
@@ -256,19 +256,13 @@ cache(folder, proxy)
 assert len(shapes) == 1, shapes
 state.wait_for_everyone()
 assert contents(folder) == before
+state.destroy_process_group()
 """
 
 
 def test_two_processes_share_the_rows_and_go_on_as_they_began(other_model_dir, tmp_path, straight):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, str(tmp_path / "two.py"), other_model_dir, str(tmp_path / "store")]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_processes(2, tmp_path / "two.py", other_model_dir, tmp_path / "store")
     # One process goes on with what two have written: nothing is missing, and all is as one would have computed it
     proxy = load(other_model_dir)
     shapes = count_passes(proxy)

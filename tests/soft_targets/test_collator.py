@@ -32,7 +32,7 @@ def targets_of(labels, k, base):
     """What a store has for a label: ids that name it, and log-probabilities that the code represents exactly."""
     labels = np.array([label for label in labels[1:] if label != -100])
     codes = (labels[:, None] + 7 * np.arange(k)) % 65536
-    log_probs = np.float32(-24) * np.square(codes.astype(np.float32) / np.float32(65535))
+    log_probs = np.float32(-24) * np.square(codes.astype(np.float32) / np.float32(65534))
     return RowTargets(base * labels[:, None] + np.arange(k), log_probs, np.zeros(len(labels), np.float32))
 
 

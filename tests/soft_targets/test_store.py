@@ -80,8 +80,8 @@ def assert_is(found, row):
 
 def code_error(log_probs):
     """
-    The largest error of a log-probability l: l = -24 c², c coded in steps of 1/65535, so that half a step moves l by
-    24 (2 c h + h²), h = 0.5 / 65535. Float32 arithmetic adds a few units in the last place.
+    The largest error of a log-probability l: l = -24 c², c coded in steps of 1/65534, so that half a step moves l by
+    24 (2 c h + h²), h = 0.5 / 65534. Float32 arithmetic adds a few units in the last place.
     """
     code = np.sqrt(np.minimum(-log_probs.astype(np.float64), -LOWEST_LOG_PROB) / -LOWEST_LOG_PROB)
     half = 0.5 / HIGHEST_CODE
@@ -241,9 +241,9 @@ def check(folder, k, fingerprint):
 def test_another_version_is_refused(tmp_path):
     write(tmp_path, range(1))
     path = tmp_path / STORE_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
     for open_it in (lambda: TargetStore(tmp_path), lambda: TargetStoreWriter(tmp_path, K, FINGERPRINT)):
-        with pytest.raises(TargetStoreError, match="format 2; this version of trl-bbkd reads 1"):
+        with pytest.raises(TargetStoreError, match="format 3; this version of trl-bbkd reads 2"):
             open_it()
 
 

@@ -12,6 +12,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import DPOTrainer
 
 from .._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
+from ..proxy.agreement import teacher_agreement
+from ..proxy.model import load_weights, save_proxy
+from ..proxy.stage import StageError
 from ..reference import add_reference_adapter, copy_adapter_to_reference
 from ..resume import differences, last_finished_checkpoint
 from ..sharding import refuse_sharding
@@ -19,11 +22,8 @@ from ..soft_targets.caching import model_fingerprint, rows_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
 from ..teacher_data import TeacherDataError, prompt_token_ids, tokenize_teacher_data
-from .agreement import teacher_agreement
 from .alignment_config import ProxyAlignmentConfig
-from .proxy_model import load_weights, save_proxy
 from .sampling import ModelSampler, VLLMSampler, sample_completions
-from .stage import StageError
 
 
 RUN_FILE, ROUND_FILE = "alignment.json", "round.json"

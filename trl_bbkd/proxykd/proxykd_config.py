@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..soft_targets.config import SoftTargetConfig
+from ..proxy.config import ProxyConfig
 from .alignment_config import check_rounds
 
 
@@ -9,14 +9,14 @@ STAGE_NAMES = ("warmup", "align", "cache", "distil")
 
 
 @dataclass
-class ProxyKDConfig(SoftTargetConfig):
+class ProxyKDConfig(ProxyConfig):
     r"""
     Configuration class for [`ProxyKDTrainer`], Proxy-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013),
     version 2).
 
     This class includes only the parameters that are specific to Proxy-KD. For the rest, see
-    [`~soft_targets.config.SoftTargetConfig`] and [`~trl.SFTConfig`], which are the student's. The proxy's batch,
-    precision and checkpoints are the student's where no parameter says otherwise.
+    [`~proxy.config.ProxyConfig`] (the proxy itself), [`~soft_targets.config.SoftTargetConfig`] and [`~trl.SFTConfig`],
+    which are the student's.
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
@@ -39,25 +39,6 @@ class ProxyKDConfig(SoftTargetConfig):
             another stage. A column `stage` in the data (`warmup`, `align`, `distil`) divides the rows instead.
         distil_on_all_rows (`bool`, *optional*, defaults to `False`):
             Whether the student learns from the rows of the other stages too.
-
-        > Parameters that control the proxy
-
-        proxy_model (`str`, *optional*):
-            The proxy: a path or a Hub id of a model with the student's tokenizer, or a path of a LoRA adapter on one.
-        proxy_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of its `from_pretrained`, such as `{"dtype": "bfloat16"}`.
-        proxy_lora_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments of [`~peft.LoraConfig`]. When set, the proxy is trained as a LoRA adapter.
-        proxy_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Learning rate of the proxy, in warm-up and alignment.
-        proxy_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Schedule of that rate, over the warm-up and within each round.
-        proxy_warmup_epochs (`float`, *optional*, defaults to `1.0`):
-            Epochs of warm-up.
-        proxy_per_device_train_batch_size (`int`, *optional*):
-            Rows per device. `None` takes the student's.
-        proxy_gradient_accumulation_steps (`int`, *optional*):
-            Accumulation steps. `None` takes the student's.
 
         > Parameters that control the alignment
 
@@ -90,10 +71,6 @@ class ProxyKDConfig(SoftTargetConfig):
         target_source (`str`, *optional*, defaults to `"cache"`):
             `"cache"`: the proxy's `target_top_k` likeliest tokens are computed once and kept on disk, and the proxy is
             not in memory while the student trains. `"live"`: its whole distribution, computed beside the student.
-        target_top_k (`int`, *optional*, defaults to `10`):
-            Tokens kept of each target.
-        target_store (`str`, *optional*):
-            Folder of a finished store, instead of the stage `"cache"`.
         kl_weight (`float`, *optional*, defaults to `1.0`):
             α of equation 11. `0.0` is plain SFT, without a proxy. The paper's 100 belongs to a reduction it does not
             state; here NLL and KL are both means over tokens.
@@ -102,11 +79,8 @@ class ProxyKDConfig(SoftTargetConfig):
             answers count less) or per token (`"mean"`); `"none"` weighs all rows alike.
     """
 
-    _VALID_DICT_FIELDS = SoftTargetConfig._VALID_DICT_FIELDS + [
-        "proxy_model_init_kwargs",
-        "proxy_lora_kwargs",
-        "vllm_kwargs",
-    ]
+    _VALID_DICT_FIELDS = ProxyConfig._VALID_DICT_FIELDS + ["vllm_kwargs"]
+    _stage_names = STAGE_NAMES
 
     # Changed defaults
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the student."})
@@ -126,31 +100,6 @@ class ProxyKDConfig(SoftTargetConfig):
     )
     distil_on_all_rows: bool = field(
         default=False, metadata={"help": "Whether the student learns from the rows of the other stages too."}
-    )
-
-    # Proxy
-    proxy_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "The proxy, with the student's tokenizer: a model's path or Hub id, or a LoRA adapter's path."
-        },
-    )
-    proxy_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of the proxy's `from_pretrained`."}
-    )
-    proxy_lora_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the proxy as a LoRA adapter."}
-    )
-    proxy_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the proxy."})
-    proxy_lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Schedule of the proxy's rate, over the warm-up and within each round."}
-    )
-    proxy_warmup_epochs: float = field(default=1.0, metadata={"help": "Epochs of the proxy's warm-up."})
-    proxy_per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "The proxy's rows per device. If `None`, the student's."}
-    )
-    proxy_gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "The proxy's accumulation steps. If `None`, the student's."}
     )
 
     # Alignment
@@ -184,10 +133,6 @@ class ProxyKDConfig(SoftTargetConfig):
             "help": "`cache`: the likeliest tokens, computed once. `live`: the whole distribution, beside the student."
         },
     )
-    target_top_k: int = field(default=10, metadata={"help": "Tokens kept of each target."})
-    target_store: str | None = field(
-        default=None, metadata={"help": "Folder of a finished store, instead of the stage `cache`."}
-    )
     kl_weight: float = field(
         default=1.0, metadata={"help": "Alpha of equation 11. `0.0` is plain SFT, without a proxy."}
     )
@@ -200,10 +145,6 @@ class ProxyKDConfig(SoftTargetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [stage for stage in self.stages if stage not in STAGE_NAMES]
-        if unknown or not self.stages:
-            raise ValueError(f"stages must be some of {', '.join(STAGE_NAMES)}, got {self.stages}.")
-        self.stages = [stage for stage in STAGE_NAMES if stage in self.stages]
         for name in ("warmup_share", "alignment_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share and must lie between 0 and 1, got {getattr(self, name)}.")
@@ -216,9 +157,8 @@ class ProxyKDConfig(SoftTargetConfig):
             raise ValueError(f"kl_weight must be at least 0, got {self.kl_weight}.")
         if self.hard_weight == 0 and self.kl_weight == 0:
             raise ValueError("hard_weight and kl_weight are both 0: there is no loss. Set one of them.")
-        for name in ("target_top_k", "alignment_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.alignment_rounds < 1:
+            raise ValueError(f"alignment_rounds must be at least 1, got {self.alignment_rounds}.")
         if self.preference_weight < 0:
             raise ValueError(f"preference_weight must be at least 0, got {self.preference_weight}.")
         check_rounds(self)
@@ -236,11 +176,6 @@ class ProxyKDConfig(SoftTargetConfig):
     def _check_handed_in(self):
         if not self.needs_proxy or "distil" not in self.stages:
             return
-        if self.stages != ["distil"] and self.target_store is not None:
-            raise ValueError(
-                f"target_store={self.target_store!r} takes the place of all stages before 'distil'. Set stages to ['distil'], or "
-                "leave target_store out."
-            )
         if "cache" not in self.stages and self.target_store is None and self.target_source == "cache":
             raise ValueError(
                 "stages leaves out 'cache', so target_store has to name a folder with the targets it would make; or set "

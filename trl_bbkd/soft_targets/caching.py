@@ -1,7 +1,10 @@
-"""Fill a store with the soft targets of a proxy."""
+"""Fill stores with soft targets, those of a proxy above all."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +23,99 @@ from .store import RowTargets, TargetStore, TargetStoreWriter, bytes_per_token, 
 SAMPLED_ELEMENTS = 65536
 
 
+@dataclass
+class StoreSpec:
+    """
+    A store to be filled.
+
+    Args:
+        folder (`str` or `Path`):
+            Its folder.
+        k (`int`):
+            Tokens kept per position.
+        fingerprint (`dict[str, str]`):
+            What its targets depend on, by name.
+    """
+
+    folder: str | Path
+    k: int
+    fingerprint: dict[str, str]
+
+
+def fill_stores(
+    specs: list[StoreSpec],
+    rows: Dataset,
+    compute: Callable[[list[dict]], list[list[RowTargets]]],
+    *,
+    batch_size: int = 8,
+    description: str,
+) -> list[TargetStore]:
+    """
+    Compute, in one pass, the targets of every row that the stores do not hold yet. Each process does its share.
+
+    Args:
+        specs (`list[StoreSpec]`):
+            The stores.
+        rows ([`~datasets.Dataset`]):
+            Rows with `input_ids`, `labels` and `row_key`, and whatever `compute` reads. Rows with the same tokens are
+            stored once.
+        compute (`Callable[[list[dict]], list[list[RowTargets]]]`):
+            From a batch of rows, for each store, the targets of each row.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Rows of a batch.
+        description (`str`):
+            Of the progress bar.
+
+    Returns:
+        `list[TargetStore]`
+
+    Raises:
+        [`~store.TargetStoreError`]: a folder holds a store made from something else.
+    """
+    state = PartialState()
+    keys = list(rows["row_key"])
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    # Neighbours of like length need little padding; the order does not depend on how often writing was interrupted
+    order = sorted({key: index for index, key in enumerate(keys)}.values(), key=lambda i: (lengths[i], keys[i]))
+    with contextlib.ExitStack() as stack:
+        with state.main_process_first():
+            # The main process describes the stores; the others compare
+            writers = [
+                stack.enter_context(TargetStoreWriter(spec.folder, spec.k, spec.fingerprint, part=state.process_index))
+                for spec in specs
+            ]
+        state.wait_for_everyone()
+        done = [stored_keys(spec.folder) for spec in specs]
+        state.wait_for_everyone()
+        # Batches of all rows, whether stored or not: padding, and so the last digits, are those of an uninterrupted run
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        missing = [
+            (number, [i for i in batch if any(keys[i] not in found for found in done)])
+            for number, batch in enumerate(batches)
+        ]
+        own = [(number, batch) for number, batch in missing[state.process_index :: state.num_processes] if batch]
+        answer_tokens = {index: answer_length(rows[index]["labels"]) for _, batch in own for index in batch}
+        size = sum(bytes_per_token(spec.k) for spec in specs)
+        total = sum(answer_tokens.values())
+        progress = tqdm(total=total, unit="tok", desc=description, disable=not state.is_main_process)
+        stack.enter_context(progress)
+        for number, batch in own:
+            found = compute([rows[index] for index in batch])
+            for writer, stored, targets in zip(writers, done, found, strict=True):
+                new = [(keys[i], target) for i, target in zip(batch, targets, strict=True) if keys[i] not in stored]
+                if new:
+                    writer.append(number, *map(list, zip(*new, strict=True)))
+            progress.update(sum(answer_tokens[index] for index in batch))
+            progress.set_postfix_str(f"{progress.n * size / 1e6:.1f} of {total * size / 1e6:.1f} MB")
+    state.wait_for_everyone()
+    return [TargetStore(spec.folder) for spec in specs]
+
+
+def answer_length(labels: list[int]) -> int:
+    """Answer tokens of a row that are predicted from something: the first token of a sequence is not."""
+    return len(labels) - 1 - list(labels[1:]).count(-100)
+
+
 @torch.no_grad()
 def store_targets(
     folder: str | Path,
@@ -36,20 +132,12 @@ def store_targets(
     Compute the proxy's soft targets of every row that the store does not hold yet. Each process does its share.
 
     Args:
-        folder (`str` or `Path`):
-            Folder of the store.
+        folder, rows, k, fingerprint, batch_size:
+            As in [`fill_stores`] and [`StoreSpec`].
         proxy ([`~transformers.PreTrainedModel`]):
             The proxy.
-        rows ([`~datasets.Dataset`]):
-            Rows with `input_ids`, `labels` and `row_key`. Rows with the same tokens are stored once.
-        k (`int`):
-            Tokens kept per position.
         vocab_size (`int`):
             The student's; the proxy's further ids are padding, and left out before its probabilities are normalised.
-        fingerprint (`dict[str, str]`):
-            What the targets depend on, by name.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Rows in one forward pass, and in one write.
         pad_id (`int`, *optional*, defaults to `0`):
             Padding token.
 
@@ -59,52 +147,48 @@ def store_targets(
     Raises:
         [`~store.TargetStoreError`]: the folder holds a store made from something else.
     """
-    state = PartialState()
-    keys = list(rows["row_key"])
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    # Neighbours of like length need little padding; the order does not depend on how often writing was interrupted
-    order = sorted({key: index for index, key in enumerate(keys)}.values(), key=lambda i: (lengths[i], keys[i]))
     was_training = proxy.training
     proxy.eval()
-    head = _shared_head(lm_head(proxy), vocab_size)
-    with state.main_process_first(), TargetStoreWriter(folder, k, fingerprint, part=state.process_index):
-        pass  # the main process describes the store; the others compare
-    state.wait_for_everyone()
-    done = stored_keys(folder)
-    state.wait_for_everyone()
-    # Batches of all rows, whether stored or not: padding, and so the last digits, are those of an uninterrupted run
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    missing = [(number, [i for i in batch if keys[i] not in done]) for number, batch in enumerate(batches)]
-    own = [(number, batch) for number, batch in missing[state.process_index :: state.num_processes] if batch]
-    tokens = sum(lengths[index] for _, batch in own for index in batch)
-    progress = tqdm(total=tokens, unit="tok", desc="Soft targets of the proxy", disable=not state.is_main_process)
-    with TargetStoreWriter(folder, k, fingerprint, part=state.process_index) as writer, progress:
-        written = 0
-        for number, batch in own:
-            batch_rows = [rows[index] for index in batch]
-            targets = _row_targets(proxy, head, batch_rows, k, pad_id)
-            writer.append(number, [row["row_key"] for row in batch_rows], targets)
-            written += sum(len(row.label_log_probs) for row in targets) * bytes_per_token(k)
-            progress.set_postfix_str(f"{written / 1e6:.1f} MB")
-            progress.update(sum(lengths[index] for index in batch))
+    head = shared_head(lm_head(proxy), vocab_size)
+
+    def compute(batch: list[dict]) -> list[list[RowTargets]]:
+        hidden, labels, counts = answer_hidden_states(proxy, batch, pad_id)
+        found = chunked_top_log_probs(hidden, head, labels, k)
+        ids, log_probs, label_log_probs = (value.cpu().split(counts) for value in found)
+        return [row_targets(ids, log_probs, label_log_probs)]
+
+    spec = StoreSpec(folder, k, fingerprint)
+    (store,) = fill_stores([spec], rows, compute, batch_size=batch_size, description="Soft targets of the proxy")
     proxy.train(was_training)
-    state.wait_for_everyone()
-    return TargetStore(folder)
+    return store
 
 
-def _row_targets(proxy, head: LMHead, rows: list[dict], k: int, pad_id: int) -> list[RowTargets]:
+def answer_hidden_states(
+    proxy: PreTrainedModel, rows: list[dict], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """
+    What the proxy's output layer reads at the answer tokens of some rows: hidden states `(N, H)` and the tokens `(N,)`
+    of all rows, one after the other, and how many each row has.
+    """
     input_ids, attention_mask = pad_rows([list(row["input_ids"]) for row in rows], pad_id, proxy.device, side="right")
     labels, _ = pad_rows([list(row["labels"]) for row in rows], -100, proxy.device, side="right")
     scored = scored_positions(labels)
     hidden = last_hidden_states(proxy, input_ids, attention_mask)[:, :-1][scored]
-    found = chunked_top_log_probs(hidden, head, labels[:, 1:][scored], k)
-    ids, log_probs, label_log_probs = (value.cpu() for value in found)
-    counts = scored.sum(dim=1).tolist()
-    parts = zip(ids.split(counts), log_probs.float().split(counts), label_log_probs.float().split(counts), strict=True)
-    return [RowTargets(*(value.numpy() for value in part)) for part in parts]
+    return hidden, labels[:, 1:][scored], scored.sum(dim=1).tolist()
 
 
-def _shared_head(head: LMHead, vocab_size: int) -> LMHead:
+def row_targets(
+    ids: Iterable[torch.Tensor], log_probs: Iterable[torch.Tensor], label_log_probs: Iterable[torch.Tensor]
+) -> list[RowTargets]:
+    """Targets of rows from their tensors, `(T, k)`, `(T, k)` and `(T,)` each."""
+    return [
+        RowTargets(row_ids.numpy(), values.float().numpy(), of_labels.float().numpy())
+        for row_ids, values, of_labels in zip(ids, log_probs, label_log_probs, strict=True)
+    ]
+
+
+def shared_head(head: LMHead, vocab_size: int) -> LMHead:
+    """The rows of a proxy's output layer that the student has as well."""
     bias = None if head.bias is None else head.bias[:vocab_size]
     return LMHead(head.weight[:vocab_size], bias, head.logit_scale, head.softcap)
 

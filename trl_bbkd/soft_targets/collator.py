@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .._compat import DataCollatorForLanguageModeling
+from .caching import answer_length
 from .store import TargetStore
 
 
@@ -42,7 +43,6 @@ class SoftTargetCollator(DataCollatorForLanguageModeling):
 
     def _targets(self, store: TargetStore, row: dict) -> tuple[np.ndarray, np.ndarray]:
         targets = store[row["row_key"]]
-        # The first token of a sequence is predicted from nothing
-        count = len(row["labels"]) - 1 - list(row["labels"][1:]).count(-100)
+        count = answer_length(row["labels"])
         kept = slice(None, count) if self.truncation_mode == "keep_start" else slice(len(targets.ids) - count, None)
         return targets.ids[kept], targets.log_probs[kept]

@@ -49,7 +49,7 @@ class SparseTarget:
         ids (`torch.Tensor`):
             `(N, K)`, token ids, different within a row where their probability is not 0.
         probs (`torch.Tensor`):
-            `(N, K)`, their probabilities.
+            `(N, K)`, their probabilities; an entry of probability 0 is none.
         tail (`torch.Tensor`, *optional*):
             `(N,)`, the probability of all other tokens together: the student's probability of them is lumped as well.
             `None` if `probs` sum to 1.
@@ -237,13 +237,15 @@ def chunk_losses_(
         ratio = torch.zeros_like(hard)
         if target.tail is not None:
             tail = target.tail.to(log_probs.dtype)
-            student_tail = (1.0 - log_probs.exp().sum(dim=1)).clamp(min=torch.finfo(log_probs.dtype).eps)
+            listed = log_probs.exp().masked_fill(target_probs == 0, 0.0)
+            student_tail = (1.0 - listed.sum(dim=1)).clamp(min=torch.finfo(log_probs.dtype).eps)
             kl[index] += torch.xlogy(tail, tail) - tail * student_tail.log()
             ratio = tail / student_tail
+            correction = ratio[:, None] * listed - target_probs
+        else:
+            correction = -target_probs
         spread += soft[index] * (1.0 - ratio)
-        corrections.append(
-            (target.ids, soft[index, :, None] * (ratio[:, None] * log_probs.exp() - target_probs) * inverse)
-        )
+        corrections.append((target.ids, soft[index, :, None] * correction * inverse))
     losses = ChunkLosses(nll, kl, entropy, is_top1)
     if not gradient:
         return losses, None
@@ -254,9 +256,9 @@ def chunk_losses_(
         grad = probs.mul_(hard[:, None]).addcmul_(tempered, (spread * inverse)[:, None])
     for index, target_probs in dense_probs:
         grad[:, : target_probs.size(1)].sub_(target_probs.mul_((soft[index] * inverse)[:, None]))
-    for ids, values in corrections:
-        grad.scatter_add_(1, ids, values)
-    grad.scatter_add_(1, labels[:, None], -hard[:, None])
+    # By linearity the NLL and all sparse targets are one soft cross-entropy: their tokens go in together
+    ids, values = zip((labels[:, None], -hard[:, None]), *corrections, strict=True)
+    grad.scatter_add_(1, torch.cat(ids, dim=1), torch.cat(values, dim=1))
     return losses, grad
 
 

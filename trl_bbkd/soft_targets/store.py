@@ -13,7 +13,7 @@ files end as if it had not been killed.
 
 A row of T tokens is T float32 log-probabilities of the teacher's tokens, then T·k ids in 3 bytes and T·k
 log-probabilities in 2 bytes each: 54 bytes a token for k = 10. Codes are finest near probability 1:
-`log p = -24 (code / 65535)²`.
+`log p = -24 (code / 65534)²`, and 65535 is probability 0: a target of fewer than k tokens has such entries at its end.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ import numpy as np
 
 
 STORE_FILE = "store.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_DTYPE = np.dtype(
     [
         ("key", "<i8"),
@@ -40,7 +40,7 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 LOWEST_LOG_PROB = -24.0
-HIGHEST_CODE = 65535
+HIGHEST_CODE, NOTHING = 65534, 65535
 ID_BYTES = 3
 
 
@@ -56,7 +56,7 @@ class RowTargets(NamedTuple):
         ids (`np.ndarray`):
             `(T, k)` int64, the most likely tokens, the likeliest first.
         log_probs (`np.ndarray`):
-            `(T, k)` float32, their log-probabilities under the proxy's whole distribution.
+            `(T, k)` float32, their log-probabilities under the whole distribution; -inf where there are fewer than k.
         label_log_probs (`np.ndarray`):
             `(T,)` float32, the log-probability of the row's own tokens.
     """
@@ -80,8 +80,9 @@ def encode_row(targets: RowTargets) -> bytes:
         )
     ids = np.ascontiguousarray(targets.ids, dtype="<u4")
     planes = ids.view(np.uint8).reshape(*ids.shape, 4)[..., :ID_BYTES]
-    scaled = np.clip(targets.log_probs.astype(np.float64), LOWEST_LOG_PROB, 0.0) / LOWEST_LOG_PROB
-    codes = np.rint(HIGHEST_CODE * np.sqrt(scaled)).astype("<u2")
+    log_probs = targets.log_probs.astype(np.float64)
+    scaled = np.clip(log_probs, LOWEST_LOG_PROB, 0.0) / LOWEST_LOG_PROB
+    codes = np.where(np.isneginf(log_probs), NOTHING, np.rint(HIGHEST_CODE * np.sqrt(scaled))).astype("<u2")
     labels = np.asarray(targets.label_log_probs, dtype="<f4")
     return labels.tobytes() + planes.tobytes() + codes.tobytes()
 
@@ -94,6 +95,7 @@ def decode_row(data: np.ndarray, tokens: int, k: int) -> RowTargets:
     ids[..., :ID_BYTES] = planes
     codes = np.frombuffer(data[second:], dtype="<u2").reshape(tokens, k).astype(np.float32)
     log_probs = LOWEST_LOG_PROB * np.square(codes / np.float32(HIGHEST_CODE))
+    log_probs[codes == NOTHING] = -np.inf
     return RowTargets(
         ids.view("<u4")[..., 0].astype(np.int64), log_probs, np.frombuffer(data[:first], dtype="<f4").copy()
     )

@@ -1,10 +1,11 @@
-"""The stages before the student's: warm-up of the proxy, its alignment, and its soft targets on disk."""
+"""The stages of a proxy before the student's training: each in a folder of its own, each run once."""
 
 import gc
 import logging
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,21 +17,13 @@ from trl import SFTConfig, SFTTrainer
 from .._compat import keep_4bit_weights_differentiable
 from ..resume import checkpoints, last_finished_checkpoint
 from ..seqkd import SHARED_ARGUMENTS, sft_rows
-from ..soft_targets.caching import (
-    model_fingerprint,
-    rows_fingerprint,
-    store_targets,
-    tokenizer_fingerprint,
-)
+from ..soft_targets.caching import model_fingerprint, rows_fingerprint, tokenizer_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import TargetStore, TargetStoreError, check_description, read_description
 from .agreement import teacher_agreement
-from .alignment_config import ProxyAlignmentConfig
-from .alignment_trainer import ProxyAlignmentTrainer
-from .proxy_model import base_of_adapter, checkpoint_fingerprint, load_proxy, save_proxy
-from .proxykd_config import ProxyKDConfig
-from .splits import StageRows
+from .config import ProxyConfig
+from .model import base_of_adapter, checkpoint_fingerprint, load_proxy, save_proxy
 from .stage import begin_stage, finish_stage, finished_stage
 
 
@@ -47,7 +40,6 @@ PROXY_ARGUMENTS = (
     "save_strategy",
     "save_total_limit",
 )
-STAGE_LABELS = {"warmup": "proxy warm-up", "align": "proxy alignment", "cache": "soft targets"}
 
 
 class ProxyStages:
@@ -55,13 +47,15 @@ class ProxyStages:
     Runs the proxy's stages, each in a folder of its own below `output_dir/proxy`. A stage that is finished is not run
     again; one that was stopped goes on where it was.
 
+    A method's own stages are a subclass; it names all of them in `labels`.
+
     Args:
         proxy (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The proxy.
-        args ([`ProxyKDConfig`]):
+        args ([`~config.ProxyConfig`]):
             Configuration.
-        rows ([`~splits.StageRows`]):
-            Teacher rows with `teacher_ids`, per stage.
+        rows (`NamedTuple`):
+            Teacher rows with `teacher_ids`, per stage: `warmup` among them.
         held_out ([`~datasets.Dataset`], *optional*):
             Held-out teacher rows with `teacher_ids`, on which agreement with the teacher is measured.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -72,11 +66,13 @@ class ProxyStages:
             Of the run.
     """
 
+    labels = {"warmup": "proxy warm-up"}
+
     def __init__(
         self,
         proxy: str | PreTrainedModel | PeftModel,
-        args: ProxyKDConfig,
-        rows: StageRows,
+        args: ProxyConfig,
+        rows: NamedTuple,
         held_out: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
@@ -90,52 +86,9 @@ class ProxyStages:
         self.log_history: list[dict] = []
 
     def train_proxy(self) -> None:
-        """Warm the proxy up and align it. From then on `proxy` is the path of the trained one."""
+        """Warm the proxy up. From then on `proxy` is the path of the trained one."""
         if "warmup" in self.args.stages and len(self.rows.warmup):
             self._run("warmup", self.rows.warmup, self._warm_up, self._warmup_settings())
-        if "align" in self.args.stages and len(self.rows.align):
-            self._run("align", self.rows.align, self._align, self._alignment_settings())
-
-    def store(self, rows: Dataset) -> TargetStore:
-        """
-        Compute the soft targets of the student's rows, or take the store that was handed in.
-
-        Args:
-            rows ([`~datasets.Dataset`]):
-                Rows with `input_ids`, `labels` and `row_key`.
-
-        Raises:
-            [`~soft_targets.store.TargetStoreError`]: the store is another proxy's, of other rows or of another k.
-        """
-        k = self.args.target_top_k if self.args.target_source == "cache" else 0
-        if self.args.target_store is not None:
-            return self._handed_in_store(rows, k)
-        folder = self.folder / ("targets" if k else "likelihoods")
-        fingerprint = {
-            "proxy": self._proxy_fingerprint(),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "rows": rows_fingerprint(list(rows["row_key"])),
-            "vocab_size": str(self.vocab_size),
-            "dtype": str(self._init_kwargs(self._frozen_dtype)["dtype"]),
-        }
-        started = time.perf_counter()
-        if finished_stage(folder, fingerprint | {"k": k}) is not None:
-            check_description(folder, k, fingerprint)
-            return self._reported(TargetStore(folder), folder, fingerprint, k, None)
-        proxy = self.loaded_proxy()
-        store = store_targets(
-            folder,
-            proxy,
-            rows,
-            k=k,
-            vocab_size=self.vocab_size,
-            fingerprint=fingerprint,
-            batch_size=self.args.per_device_eval_batch_size,
-            pad_id=self.tokenizer.pad_token_id or 0,
-        )
-        del proxy
-        release_memory()
-        return self._reported(store, folder, fingerprint, k, time.perf_counter() - started)
 
     def loaded_proxy(self) -> PreTrainedModel | PeftModel:
         """The proxy as it is, in memory, frozen; in bfloat16 where the run computes in it."""
@@ -158,7 +111,7 @@ class ProxyStages:
             started = time.perf_counter()
             metrics, log = train(rows, folder)
             report = {
-                "stage": STAGE_LABELS[stage],
+                "stage": self.labels[stage],
                 "rows": len(rows),
                 "seconds": time.perf_counter() - started,
                 "metrics": metrics,
@@ -171,7 +124,7 @@ class ProxyStages:
                     shutil.rmtree(checkpoint)
             self.accelerator.wait_for_everyone()
         elif self.accelerator.is_main_process:
-            logger.warning(f"{STAGE_LABELS[stage]}: finished before, in {folder}; not run again.")
+            logger.warning(f"{self.labels[stage]}: finished before, in {folder}; not run again.")
         # As it is read back by a run that goes on
         self.log_history += [{**line, "stage": stage} for line in report["log_history"]]
         self.reports.append({key: value for key, value in report.items() if key != "log_history"})
@@ -183,44 +136,6 @@ class ProxyStages:
             metrics.append({"at": "before", **self._agreement(self._in_memory())})
         learning_rate, epochs = self.args.proxy_learning_rate, self.args.proxy_warmup_epochs
         return self._fine_tune(rows, folder, learning_rate, epochs, metrics)
-
-    def _align(self, rows: Dataset, folder: Path) -> tuple[list[dict], list[dict]]:
-        args = self.args
-        learning_rate = args.alignment_learning_rate or args.proxy_learning_rate
-        if args.preference_weight == 0:
-            return self._fine_tune(rows, folder, learning_rate, args.alignment_epochs, [])
-        trainer = ProxyAlignmentTrainer(
-            model=self._trainable_proxy(),
-            args=ProxyAlignmentConfig(
-                output_dir=str(folder),
-                learning_rate=learning_rate,
-                num_rounds=args.alignment_rounds,
-                num_train_epochs=args.alignment_epochs,
-                beta=args.alignment_beta,
-                alignment_patience=args.alignment_patience,
-                preference_weight=args.preference_weight,
-                max_completion_length=args.max_completion_length,
-                chat_template_kwargs=args.chat_template_kwargs,
-                sample_temperature=args.sample_temperature,
-                sample_top_p=args.sample_top_p,
-                sample_batch_size=args.per_device_eval_batch_size,
-                use_vllm=args.use_vllm,
-                vllm_kwargs=args.vllm_kwargs,
-                log_completions=args.log_completions,
-                **self._proxy_arguments(),
-            ),
-            train_dataset=rows,
-            eval_dataset=self.held_out,
-            processing_class=self.tokenizer,
-            peft_config=self._new_adapter(),
-        )
-        trainer.train()
-        metrics = [
-            {"at": f"round {entry['round']}" if entry["round"] else "before"}
-            | {key: entry[key] for key in ("top1_agreement", "nll") if key in entry}
-            for entry in trainer.rounds
-        ]
-        return metrics, trainer.log_history
 
     def _fine_tune(
         self, rows: Dataset, folder: Path, learning_rate: float, epochs: float, metrics: list[dict]
@@ -252,10 +167,16 @@ class ProxyStages:
 
     # What they share
 
+    def _held_out_rows(self) -> list[dict]:
+        return soft_target_rows(self.held_out, self.tokenizer, self.args.chat_template_kwargs).to_list()
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
     def _agreement(self, proxy: PreTrainedModel | PeftModel) -> dict[str, float]:
-        rows = soft_target_rows(self.held_out, self.tokenizer, self.args.chat_template_kwargs).to_list()
-        batch_size, pad_id = self.args.per_device_eval_batch_size, self.tokenizer.pad_token_id or 0
-        return teacher_agreement(proxy, rows, self.accelerator, batch_size, pad_id)
+        batch_size = self.args.per_device_eval_batch_size
+        return teacher_agreement(proxy, self._held_out_rows(), self.accelerator, batch_size, self._pad_id)
 
     def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
         """The proxy, loaded if it is on disk; what was handed in as a model stays as it is."""
@@ -300,13 +221,17 @@ class ProxyStages:
             return checkpoint_fingerprint(self.proxy, (self.args.proxy_model_init_kwargs or {}).get("revision"))
         return model_fingerprint(self.proxy)
 
+    def _targets_fingerprint(self, rows: Dataset) -> dict[str, str]:
+        """What the soft targets of `rows` depend on, the proxy aside."""
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "rows": rows_fingerprint(list(rows["row_key"])),
+            "vocab_size": str(self.vocab_size),
+            "dtype": str(self._init_kwargs(self._frozen_dtype)["dtype"]),
+        }
+
     def _warmup_settings(self) -> dict:
         return self._settings("proxy_learning_rate", "proxy_warmup_epochs")
-
-    def _alignment_settings(self) -> dict:
-        names = ("alignment_rounds", "alignment_epochs", "alignment_learning_rate", "alignment_beta")
-        samples = ("preference_weight", "sample_temperature", "sample_top_p", "alignment_patience")
-        return self._settings("proxy_learning_rate", *names, *samples)
 
     def _settings(self, *names: str) -> dict:
         shared = (
@@ -321,12 +246,12 @@ class ProxyStages:
         batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
         return settings | {"rows per step": batch * self.accelerator.num_processes}
 
-    def _handed_in_store(self, rows: Dataset, k: int) -> TargetStore:
-        folder = Path(self.args.target_store)
+    def _handed_in_store(self, folder: Path, rows: Dataset, k: int, stage: str) -> TargetStore:
+        """A store that another run made: of these rows, this vocabulary and, if there is one, this proxy."""
         found = read_description(folder)["fingerprint"]
         expected = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "vocab_size": str(self.vocab_size)}
         check_description(folder, k, found | expected)
-        if self.proxy is not None and found["proxy"] != self._proxy_fingerprint():
+        if self.proxy is not None and "proxy" in found and found["proxy"] != self._proxy_fingerprint():
             raise TargetStoreError(
                 f"The soft targets in {folder} are another proxy's than {self.proxy}. Hand in the proxy that made them, or none: "
                 "leave proxy_model out."
@@ -336,20 +261,15 @@ class ProxyStages:
         if missing:
             raise TargetStoreError(
                 f"{missing:,} of the student's {len(rows):,} rows have no targets in {folder}. Make a store of these rows: "
-                "leave target_store out, and put 'cache' into stages."
+                f"leave target_store out, and put {stage!r} into stages."
             )
         return store
 
-    def _reported(self, store: TargetStore, folder: Path, fingerprint: dict, k: int, seconds: float | None):
-        """Mark the store as finished, if it was made just now, and report it."""
-        if seconds is not None and self.accelerator.is_main_process:
-            finish_stage(folder, fingerprint | {"k": k}, {"rows": len(store), "seconds": seconds})
-        self.accelerator.wait_for_everyone()
-        report = finished_stage(folder, fingerprint | {"k": k})
-        size = sum(file.stat().st_size for file in folder.glob("part-*"))
-        metrics = [{"tokens": store.num_tokens, "bytes_per_token": size / max(store.num_tokens, 1)}]
-        self.reports.append({"stage": STAGE_LABELS["cache"], **report, "metrics": metrics})
-        return store
+
+def store_metrics(*stores: TargetStore) -> dict[str, float]:
+    """Size of the stores of one set of rows: tokens, and bytes a token."""
+    size = sum(file.stat().st_size for store in stores for file in store.folder.glob("part-*"))
+    return {"tokens": stores[0].num_tokens, "bytes_per_token": size / max(stores[0].num_tokens, 1)}
 
 
 def release_memory() -> None:

@@ -1,0 +1,109 @@
+"""What can be said of a proxy, its student and their rows before any weights are loaded."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..soft_targets.vocabulary import check_vocabularies
+from ..teacher_data import TeacherDataError
+from .config import ProxyConfig
+from .model import ProxyModelError, base_of_adapter
+
+
+VOCABULARY_TEXTS = 256
+
+
+def check_proxy(
+    proxy: str | PreTrainedModel | None, student: str | PreTrainedModel, args: ProxyConfig, method: str, without: str
+) -> None:
+    """
+    Args:
+        proxy, student (`str` or [`~transformers.PreTrainedModel`]):
+            The two models.
+        args ([`~config.ProxyConfig`]):
+            Configuration.
+        method, without (`str`):
+            Name of the method, and how it does without a proxy, for the message.
+
+    Raises:
+        [`~model.ProxyModelError`]: there is no proxy, it is the student, or an adapter that cannot be used.
+        ValueError: `proxy_lora_kwargs` are none.
+    """
+    if proxy is None:
+        raise ProxyModelError(
+            f"{method} needs a proxy: set `proxy_model` to an open model with the student's tokenizer, larger than the "
+            f"student. ({without})"
+        )
+    same = proxy is student
+    if isinstance(proxy, str) and isinstance(student, str):
+        same = proxy == student or (Path(proxy).is_dir() and Path(proxy).resolve() == Path(student).resolve())
+    if same:
+        raise ProxyModelError(
+            f"The proxy is the student ({student if isinstance(student, str) else 'one model object'}): there is nothing to "
+            "learn from it that the student does not know. Set `proxy_model` to a larger model of the same family."
+        )
+    if not isinstance(proxy, str) and args.proxy_lora_kwargs is not None:
+        raise ProxyModelError(
+            "proxy_lora_kwargs needs a proxy on disk: its stages keep the adapter alone, and read the base model again. Hand in "
+            "its path."
+        )
+    if isinstance(proxy, PeftModel) and not proxy.peft_config["default"].base_model_name_or_path:
+        raise ProxyModelError(
+            "The proxy is an adapter whose base model has no path, from which the next stage could read it. Save the base model, "
+            "and hand in an adapter on its path."
+        )
+    if isinstance(proxy, str) and base_of_adapter(proxy) is not None and args.proxy_lora_kwargs is not None:
+        raise ProxyModelError(
+            f"The proxy {proxy} is a LoRA adapter already, which is trained further. Leave proxy_lora_kwargs out."
+        )
+    if args.proxy_lora_kwargs is not None:
+        try:
+            LoraConfig(**args.proxy_lora_kwargs)
+        except TypeError as error:
+            raise ValueError(f"proxy_lora_kwargs: {error}") from error
+
+
+def check_shared_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    proxy: str | PreTrainedModel,
+    hub_kwargs: dict,
+    rows: Dataset,
+) -> PretrainedConfig:
+    """
+    Compare the student's tokenizer with the proxy's, also on some of the teacher's answers; the proxy's configuration.
+
+    Raises:
+        [`~soft_targets.vocabulary.VocabularyError`]: they differ.
+    """
+    in_memory = not isinstance(proxy, str)
+    proxy_config = (
+        proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
+    )
+    path = proxy.config._name_or_path if in_memory else proxy
+    # A model made in memory has no tokenizer of its own
+    if path:
+        has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+        source = path if has_own else base_of_adapter(path) or path
+        proxy_tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
+        answers = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))["completion"]
+        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in answers]
+        check_vocabularies(tokenizer, proxy_tokenizer, config, proxy_config, texts)
+    return proxy_config
+
+
+def check_lengths(rows: Dataset, context: int | None) -> None:
+    """
+    Raises:
+        [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    longest = int(np.argmax(lengths))
+    if context is not None and lengths[longest] > context:
+        raise TeacherDataError(
+            f"Row {longest} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
+            f"{context} tokens. Lower `max_completion_length`, or drop rows with `max_prompt_length`."
+        )
