@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .bayeskd.bayeskd_config import BayesKDConfig
+    from .bayeskd.bayeskd_trainer import BayesKDTrainer
     from .gad.discriminator import Discriminator
     from .gad.gad_config import GADConfig
     from .gad.gad_trainer import GADTrainer
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "BayesKDConfig",
+    "BayesKDTrainer",
     "Discriminator",
     "GADConfig",
     "GADTrainer",
@@ -30,6 +34,8 @@ __all__ = [
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _LAZY_NAMES = {
+    "BayesKDConfig": ".bayeskd.bayeskd_config",
+    "BayesKDTrainer": ".bayeskd.bayeskd_trainer",
     "Discriminator": ".gad.discriminator",
     "GADConfig": ".gad.gad_config",
     "GADTrainer": ".gad.gad_trainer",

@@ -100,6 +100,49 @@ def _proxykd_panels(panels: list, report: RunReport) -> list:
     return panels[2:]
 
 
+def _bayeskd_panels(panels: list, report: RunReport) -> list:
+    """As [`_gad_panels`]."""
+    found = report.calibration
+    for entries, color, style, label in _calibration_lines(found) if found else ():
+        points = [(entry["draws"], entry["expected"]) for entry in entries]
+        panels[0].plot(*zip(*points, strict=True), color=color, lw=1.6, ls=style, marker="o", ms=3, label=label)
+    if found:
+        panels[0].axhline(found["proxy"], color=INK, lw=1, ls="--", label="proxy")
+        panels[0].axhline(found["prior"], color=COLORS[UNDISTILLED], lw=1, ls="--", label="n-gram prior")
+        panels[0].set_xscale("symlog", linthresh=1)
+        ticks = sorted({entry["draws"] for entry in found["table"]})
+        panels[0].set_xticks(ticks, ticks)
+        panels[0].set_xlim(-0.1, 1.15 * ticks[-1])
+        panels[0].minorticks_off()
+    _title(panels[0], "Held-out NLL by draws K")
+
+    _line(panels[1], report.log_history, "entropy", STUDENT, None)
+    _title(panels[1], "The student's entropy")
+
+    _line(panels[2], report.log_history, "kl_prior", SECOND, "KL to the prior")
+    _line(panels[2], report.log_history, "kl_posterior", STUDENT, "KL to the posterior")
+    _line(panels[2], report.log_history, "nll", COLORS[SEQKD], "NLL")
+    _title(panels[2], "The student's losses")
+
+    if report.judged_metrics:
+        _comparison(panels[3], report, "teacher_nll")
+        _title(panels[3], "NLL of held-out teacher answers")
+    else:
+        _line(panels[3], report.log_history, "mean_token_accuracy", STUDENT, None)
+        _title(panels[3], "Top-1 accuracy on teacher tokens")
+    return panels[1:]
+
+
+def _calibration_lines(calibration: dict):
+    """Entries, color, line style and label of the posterior's curve for each concentration κ, the run's own in blue."""
+    kappas = sorted({entry["concentration"] for entry in calibration["table"]})
+    for number, kappa in enumerate(kappas):
+        is_own = kappa == calibration["concentration"]
+        entries = [entry for entry in calibration["table"] if entry["concentration"] == kappa]
+        style = "-" if is_own else (0, (1 + number, 1))
+        yield entries, STUDENT if is_own else SECOND, style, f"κ = {kappa:g}"
+
+
 def _stage_points(stage: dict, name: str) -> list[tuple[str, float]]:
     """Label and value of what a stage changed: where it began, the stage before it ended."""
     return [
@@ -109,7 +152,7 @@ def _stage_points(stage: dict, name: str) -> list[tuple[str, float]]:
     ]
 
 
-PANELS = {"GAD": _gad_panels, "Proxy-KD": _proxykd_panels}
+PANELS = {"GAD": _gad_panels, "Proxy-KD": _proxykd_panels, "Bayes-KD": _bayeskd_panels}
 
 
 def _comparison(axes, report: RunReport, key: str, references: bool = False) -> None:

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
+from .bayeskd.bayeskd_trainer import BayesKDTrainer
+from .bayeskd.ngram import NGramError
 from .gad.gad_trainer import GADTrainer
 from .proxy.stage import StageError
+from .proxy.trainer import ProxyTargetTrainer
 from .proxykd.proxykd_trainer import ProxyKDTrainer
 from .recipe import RecipeError
 from .report import PROXY
@@ -48,14 +51,18 @@ class GADRun:
     def stages(self, trainer: GADTrainer) -> list[dict]:
         return []
 
+    def calibration(self, trainer: GADTrainer) -> dict:
+        return {}
+
     def warnings(self, trainer: GADTrainer) -> list[dict]:
         return [vars(warning) for warning in trainer.monitor.warnings]
 
 
-class ProxyKDRun:
-    """A run of Proxy-KD."""
+class ProxyTargetRun:
+    """A run of a method whose soft targets come from a proxy; it names its trainer."""
 
     samples_per_prompt = 1
+    trainer_type: type[ProxyTargetTrainer]
 
     def __init__(self, job):
         self.job = job
@@ -64,33 +71,51 @@ class ProxyKDRun:
     def sft_learning_rate(self) -> float:
         return self.job.args.learning_rate
 
-    def trainer(self) -> ProxyKDTrainer:
+    def trainer(self) -> ProxyTargetTrainer:
         held_out = Dataset.from_list(self.job.test)
-        return ProxyKDTrainer(eval_dataset=held_out, **_shared_arguments(self.job))
+        return self.trainer_type(eval_dataset=held_out, **_shared_arguments(self.job))
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """What is on disk from an earlier run is looked at when its stage comes."""
         try:
             yield
-        except (StageError, TargetStoreError) as error:
+        except (StageError, TargetStoreError, NGramError) as error:
             raise RecipeError(str(error)) from error
 
-    def more_results(self, trainer: ProxyKDTrainer) -> dict[str, dict[str, float]]:
+    def more_results(self, trainer: ProxyTargetTrainer) -> dict[str, dict[str, float]]:
         """The proxy that the student learned from, under the same judge."""
         if not trainer.has_own_proxy:
             return {}
         proxy = trainer.live_proxy or trainer.proxy_stages.loaded_proxy()
         return {PROXY: self.job.measure(proxy, temperatures=(1.0,))}
 
-    def stages(self, trainer: ProxyKDTrainer) -> list[dict]:
+    def stages(self, trainer: ProxyTargetTrainer) -> list[dict]:
         return trainer.stage_reports
 
-    def warnings(self, trainer: ProxyKDTrainer) -> list[dict]:
+    def calibration(self, trainer: ProxyTargetTrainer) -> dict:
+        return {}
+
+    def warnings(self, trainer: ProxyTargetTrainer) -> list[dict]:
         return trainer.warnings
 
 
-METHOD_RUNS = {"gad": GADRun, "proxykd": ProxyKDRun}
+class ProxyKDRun(ProxyTargetRun):
+    """A run of Proxy-KD."""
+
+    trainer_type = ProxyKDTrainer
+
+
+class BayesKDRun(ProxyTargetRun):
+    """A run of Bayes-KD."""
+
+    trainer_type = BayesKDTrainer
+
+    def calibration(self, trainer: BayesKDTrainer) -> dict:
+        return trainer.calibration or {}
+
+
+METHOD_RUNS = {"gad": GADRun, "proxykd": ProxyKDRun, "bayeskd": BayesKDRun}
 
 
 def _shared_arguments(job) -> dict:

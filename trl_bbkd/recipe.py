@@ -20,14 +20,15 @@ from trl.scripts.utils import DatasetConfig
 
 
 if TYPE_CHECKING:
+    from .bayeskd.bayeskd_config import BayesKDConfig
     from .gad.gad_config import GADConfig
     from .proxykd.proxykd_config import ProxyKDConfig
 
 
 # A recipe's first line when Python has to be able to start it; see `trl_bbkd.launch`.
 LAUNCH_KEY = 'if __import__("trl_bbkd").launch(__name__, __file__)'
-METHODS = ("gad", "proxykd")
-METHODS_NOT_BUILT_YET = ("bayeskd", "llkd")
+METHODS = ("gad", "proxykd", "bayeskd")
+METHODS_NOT_BUILT_YET = ("llkd",)
 INPUT_PATHS = {
     "model_name_or_path",
     "discriminator",
@@ -101,7 +102,7 @@ class Recipe:
     path: Path | None
     method: str
     script_args: RecipeArguments
-    training_args: "GADConfig | ProxyKDConfig"
+    training_args: "GADConfig | ProxyKDConfig | BayesKDConfig"
     model_args: ModelConfig
     dataset_args: DatasetMixtureConfig
 
@@ -369,6 +370,10 @@ def _config_type(method: str) -> type:
         from .proxykd.proxykd_config import ProxyKDConfig
 
         return ProxyKDConfig
+    if method == "bayeskd":
+        from .bayeskd.bayeskd_config import BayesKDConfig
+
+        return BayesKDConfig
     raise AssertionError(method)
 
 

@@ -56,6 +56,8 @@ class RunReport:
         stages (`list[dict]`):
             What the stages before and with the student's training did: `stage`, `rows`, `seconds` and `metrics`, a
             list of what was measured `at` which moment.
+        calibration (`dict`):
+            How well Bayes-KD's estimate predicts held-out teacher text, as of [`~bayeskd.calibration.calibration`].
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
     """
@@ -75,6 +77,7 @@ class RunReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     stages: list[dict] = field(default_factory=list)
+    calibration: dict = field(default_factory=dict)
     warnings: list[dict] = field(default_factory=list)
 
     @property
@@ -173,6 +176,9 @@ def render_markdown(report: RunReport) -> str:
         ]
     if report.stages:
         lines += ["## Stages", "", *stages_table(report.stages), "", STAGES_EXPLANATION, ""]
+    if report.calibration:
+        lines += ["## Calibration of the estimate", "", *calibration_table(report.calibration), ""]
+        lines += [calibration_explanation(report.calibration), ""]
     lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
     if report.command:
         lines += [fenced(report.command, "bash"), ""]
@@ -214,6 +220,27 @@ def stages_table(stages: list[dict]) -> list[str]:
         for stage in stages
     ]
     return table(["stage", "rows", "time", "proxy's top-1 agreement", "proxy's NLL"], rows)
+
+
+def calibration_table(calibration: dict) -> list[str]:
+    """Lines of a Markdown table: NLL of held-out teacher text by concentration κ (lines) and draws K (columns)."""
+    draws = sorted({entry["draws"] for entry in calibration["table"]})
+    values = {(entry["concentration"], entry["draws"]): entry["expected"] for entry in calibration["table"]}
+    rows = [
+        [f"κ = {kappa:g}", *(f"{values[kappa, count]:.3f}" for count in draws)]
+        for kappa in sorted({k for k, _ in values})
+    ]
+    return table(["posterior", *(f"K = {count}" for count in draws)], rows)
+
+
+def calibration_explanation(calibration: dict) -> str:
+    """What the calibration's numbers are, and those of prior and proxy."""
+    return (
+        f"NLL of {calibration['tokens']:,} held-out teacher tokens, in nats per token, that the estimate was not made from. "
+        f"The n-gram prior (γ = 1: an estimate must not know the token it is judged on) has {calibration['prior']:.3f}, the proxy "
+        f"{calibration['proxy']:.3f}, the posterior with K = {calibration['draws']} and κ = {calibration['concentration']:g} "
+        f"{calibration['posterior']:.3f} in expectation, as in the table, and {calibration['posterior_drawn']:.3f} as drawn."
+    )
 
 
 def explanation(report: RunReport) -> str:

@@ -213,6 +213,7 @@ class _Run:
             versions=library_versions(),
             seconds=seconds,
             stages=self.method.stages(trainer),
+            calibration=self.method.calibration(trainer),
             warnings=self.method.warnings(trainer),
         )
 

@@ -94,12 +94,8 @@ class ProxyConfig(SoftTargetConfig):
         self.stages = [stage for stage in self._stage_names if stage in self.stages]
         if self.target_top_k < 1:
             raise ValueError(f"target_top_k must be at least 1, got {self.target_top_k}.")
-        if (
-            self.stages != ["distil"]
-            and self.target_store is not None
-            and "distil" in self.stages
-            and self.needs_proxy
-        ):
+        replaces_stages = self.target_store is not None and "distil" in self.stages and self.needs_targets
+        if replaces_stages and self.stages != ["distil"]:
             raise ValueError(
                 f"target_store={self.target_store!r} takes the place of all stages before 'distil'. Set stages to ['distil'], or "
                 "leave target_store out."
@@ -109,3 +105,8 @@ class ProxyConfig(SoftTargetConfig):
     def needs_proxy(self) -> bool:
         """Whether anything asks for a proxy."""
         return True
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the loss has soft targets."""
+        return self.needs_proxy

@@ -123,6 +123,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
         teacher_rows = tokenize(train_dataset, "train")
         held_out = tokenize(eval_dataset, "test")
+        self._check_rows(teacher_rows, processing_class, config.get_text_config().vocab_size)
         stage_rows, student_teacher_rows = self._divide(teacher_rows, args)
         for part in stage_rows:
             if part is not student_teacher_rows:
@@ -157,6 +158,9 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
     def _check_setup(self, args: ProxyConfig, eval_dataset: Dataset | None) -> None:
         """What the method asks of its configuration beside a proxy, before anything is loaded."""
+
+    def _check_rows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """What the method asks of tokenised teacher rows beside the contract, before any model is loaded."""
 
     def _divide(self, rows: Dataset, args: ProxyConfig) -> tuple[tuple[Dataset, ...], Dataset]:
         """The rows of each stage, as `ProxyStages.rows`, and those of the student."""

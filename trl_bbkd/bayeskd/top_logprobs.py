@@ -1,0 +1,130 @@
+"""
+Log-probabilities that an API shows: the column `top_logprobs`.
+
+A row's value is `{"ids": [[...], ...], "logprobs": [[...], ...]}`, one inner list per token of the answer (its end
+included or not): ids of tokens in the student's vocabulary, and the teacher's log-probabilities of them. A position of
+which nothing is known has empty lists, a row of which nothing is known is null.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..teacher_data import TeacherDataError
+
+
+TOP_LOGPROBS = "top_logprobs"
+MISSING = -9999.0  # and below: what APIs write for "no value"
+ROUNDING = 1e-3  # by which an API's probabilities may sum to more than 1
+
+
+class KnownProbs(NamedTuple):
+    """
+    Known probabilities of the tokens of some answers.
+
+    Args:
+        ids (`np.ndarray`):
+            `(N, m)` int64; 0 where fewer than m are known.
+        probs (`np.ndarray`):
+            `(N, m)` float64.
+        is_known (`np.ndarray`):
+            `(N, m)` bool.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+    is_known: np.ndarray
+
+
+def check_top_logprobs(values: list[dict | None], answers: list[list[int]], vocab_size: int, eos_id: int) -> None:
+    """
+    Check a column of log-probabilities.
+
+    Args:
+        values (`list[dict]`):
+            The column.
+        answers (`list[list[int]]`):
+            The rows' answers in the student's tokens, ending in `eos_id` unless they were cut.
+        vocab_size (`int`):
+            Size of the vocabulary.
+        eos_id (`int`):
+            The end-of-sequence token.
+
+    Raises:
+        [`~teacher_data.TeacherDataError`]: at the first problem, naming row, position and value.
+    """
+    for row, (value, answer) in enumerate(zip(values, answers, strict=True)):
+        if value is None:
+            continue
+        place = f"Row {row}: `{TOP_LOGPROBS}`"
+        if not isinstance(value, dict) or not {"ids", "logprobs"} <= value.keys():
+            raise TeacherDataError(
+                f'{place} must be {{"ids": [[...], ...], "logprobs": [[...], ...]}}, a list of both per token of the answer, '
+                "or null."
+            )
+        ids, log_probs = value["ids"], value["logprobs"]
+        if len(ids) != len(log_probs):
+            raise TeacherDataError(f"{place} has `ids` of {len(ids)} positions and `logprobs` of {len(log_probs)}.")
+        was_cut = answer[-1] != eos_id
+        fits = len(ids) >= len(answer) if was_cut else len(ids) in (len(answer) - 1, len(answer))
+        if not fits:
+            wanted = f"at least {len(answer)}" if was_cut else f"{len(answer) - 1}, or {len(answer)} with its end"
+            raise TeacherDataError(
+                f"{place} has {len(ids)} positions, but the student's tokenizer makes {wanted} tokens of the answer. The column "
+                "only helps where the teacher's tokens are the student's; take it out otherwise."
+            )
+        for position, (tokens, numbers) in enumerate(zip(ids, log_probs, strict=True)):
+            _check_position(f"{place}, position {position}", tokens, numbers, vocab_size)
+
+
+def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_size: int) -> None:
+    if len(tokens) != len(numbers):
+        raise TeacherDataError(f"{place} has {len(tokens)} ids and {len(numbers)} log-probabilities.")
+    if not tokens:
+        return
+    outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise TeacherDataError(
+            f"{place} names token {outside}, which is outside of the student's vocabulary of {vocab_size:,} tokens."
+        )
+    if len(set(tokens)) < len(tokens):
+        raise TeacherDataError(f"{place} names a token twice: {tokens}.")
+    values = np.asarray(numbers, dtype=np.float64)
+    if (values <= MISSING).any():
+        raise TeacherDataError(
+            f"{place} has a log-probability of {values.min():g}, by which an API says that it has none. Take the token out "
+            "of both lists."
+        )
+    if not (values <= ROUNDING).all():
+        raise TeacherDataError(f"{place} has a log-probability of {values.max():g}; it must be a number of at most 0.")
+    total = np.exp(values).sum()
+    if total > 1 + ROUNDING:
+        raise TeacherDataError(f"{place} has probabilities that sum to {total:.3f}; they must be natural logarithms.")
+
+
+def known_probs(values: list[dict | None], lengths: list[int]) -> KnownProbs:
+    """
+    What is known of each answer token of some rows.
+
+    Args:
+        values (`list[dict]`):
+            Checked values of the column.
+        lengths (`list[int]`):
+            Answer tokens of each row, N in sum. Positions beyond are left out, missing ones are unknown.
+
+    Returns:
+        [`KnownProbs`]
+    """
+    most = max((len(tokens) for value in values if value for tokens in value["ids"]), default=0)
+    shape = (sum(lengths), most)
+    found = KnownProbs(np.zeros(shape, dtype=np.int64), np.zeros(shape), np.zeros(shape, dtype=bool))
+    start = 0
+    for value, length in zip(values, lengths, strict=True):
+        pairs = zip(value["ids"], value["logprobs"], strict=True) if value else ()
+        for position, (tokens, numbers) in enumerate(pairs):
+            if position < length:
+                found.ids[start + position, : len(tokens)] = tokens
+                found.probs[start + position, : len(tokens)] = np.exp(np.minimum(numbers, 0.0))
+                found.is_known[start + position, : len(tokens)] = True
+        start += length
+    return found
