@@ -4,11 +4,12 @@ Counting contexts of 3 tokens and their next tokens (4-grams), and asking for th
     OMP_NUM_THREADS=2 python benchmarks/ngram.py
     OMP_NUM_THREADS=2 python benchmarks/ngram.py --vocab_size 151936
 
-Random text of Zipf's law in answers of about 200 tokens. Every row is a process of its own, which makes the text, notes
-its peak memory, and then counts: memory is what counting adds to that peak (`ru_maxrss`), under a limit of the
-addresses of 8 GiB more than there are (`RLIMIT_AS`). The baseline is `Counter(zip(t, t[1:], t[2:], t[3:]))` on a list of
-the same tokens, whose making is not timed; it is one dictionary in memory, without start symbols, and counts across the
-answers' ends. If it does not fit into the limit, it counts fewer of the tokens: rates are tokens/s of what was counted.
+Random text of Zipf's law in answers of about 200 tokens. Every row is a process of its own, which makes the text,
+notes its peak memory, and then counts. Memory is what counting adds to that peak (`ru_maxrss`); the process may have
+8 GiB of addresses more than before (`RLIMIT_AS`). The baseline is `Counter(zip(t, t[1:], t[2:], t[3:]))` on a list of
+the same tokens, whose making is not timed; it is one dictionary in memory, without start symbols, and counts across
+the ends of answers. Where it does not fit into the limit, it counts fewer of the tokens: rates are of the tokens that
+were counted.
 
 Times are the clock's. The tables are written to a temporary folder, not forced to disk. Queries are contexts of the
 corpus in random order.
@@ -186,7 +187,7 @@ def main() -> None:
         if counter["tokens"] < tokens:
             rows = {f"Counter, as many of the {tokens:,} as fit": counter}
         limits = {"table": {}}
-        if tokens == max(arguments.sizes):
+        if tokens == max(arguments.sizes) and 8 * tokens > arguments.small_limit // 2:
             limits[f"table, limit of {arguments.small_limit // 2**20} MiB"] = {"memory_limit": arguments.small_limit}
         for name, limit in limits.items():
             last = {"queries": 1} if not limit else {}

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from trl_bbkd import GADConfig
-from trl_bbkd.recipe import RecipeError, check_recipe, import_callable, load_recipe
+from trl_bbkd.recipe import METHODS, RecipeError, check_recipe, import_callable, load_recipe
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -166,7 +166,7 @@ class TestErrors:
         [
             ("learning_rate: 1e-6", "`method` is missing. Add a line `method: gad`"),
             ("method: gda", "line 1: unknown method 'gda'; available: gad"),
-            ("\nmethod: bayeskd", "line 2: method 'bayeskd' is not built yet; available: gad"),
+            ("\nmethod: llkd", "line 2: method 'llkd' is not built yet; available: gad"),
             ("", "a recipe is a YAML mapping"),
             ("- method: gad", "a recipe is a YAML mapping"),
         ],
@@ -249,7 +249,7 @@ class TestImportCallable:
             import_callable(spec)
 
 
-SHIPPED = sorted([*RECIPES.rglob("gad.yaml"), *RECIPES.rglob("proxykd.yaml")])
+SHIPPED = sorted(file for method in METHODS for file in RECIPES.rglob(f"{method}.yaml"))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(RECIPES)))
@@ -269,7 +269,9 @@ class TestShippedRecipes:
         assert str(file.relative_to(RECIPES.parent)) in header
 
 
-@pytest.mark.parametrize(("method", "second_model"), [("gad", "discriminator"), ("proxykd", "proxy_model")])
+@pytest.mark.parametrize(
+    ("method", "second_model"), [("gad", "discriminator"), ("proxykd", "proxy_model"), ("bayeskd", "proxy_model")]
+)
 def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch, method, second_model):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(RECIPES / f"{method}.yaml")
@@ -379,3 +381,30 @@ class TestProxyKD:
         recipe = load_recipe(path, ["--stages", "distil", "cache", "--proxy_lora_kwargs", '{"r": 4}'])
         assert recipe.training_args.stages == ["cache", "distil"]
         assert recipe.training_args.proxy_lora_kwargs == {"r": 4}
+
+
+class TestBayesKD:
+    def test_the_recipe_at_the_size_of_the_paper(self):
+        file = RECIPES / "llama-2-7b-gpt4" / "bayeskd.yaml"
+        recipe = load_recipe(file, ["--bf16", "false", "--use_cpu", "true"])
+        args = recipe.training_args
+        assert (args.prior_gamma, args.ngram_context_length) == (3.0, 3)
+        assert args.prior_weight > 0 and args.posterior_weight > 0 and args.posterior_draws > 0
+        assert args.proxy_lora_kwargs["r"] == recipe.model_args.lora_r == 64 and recipe.model_args.use_peft
+        assert "NOT RUN BY US" in file.read_text()
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("prior_gama: 3", "line 4: unknown key 'prior_gama'; did you mean 'prior_gamma'"),
+            ("prior_gamma: 0.5", "prior_gamma must be at least 1, got 0.5"),
+            ("ngram_context_length: 0", "ngram_context_length must be at least 1, got 0"),
+            ("posterior_draws: -1", "posterior_draws must be at least 0, got -1"),
+            ("posterior_sampling: maybe", "posterior_sampling: expected one of drawn, expected, got 'maybe'"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, tmp_path, line, message):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"method: bayeskd\n{ON_CPU}{line}\n")
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)

@@ -136,9 +136,26 @@ class BayesKDConfig(ProxyConfig):
             )
         if self.posterior_grid_points is not None:
             self._check_grid()
-        if self.needs_targets and self.stages == ["distil"] and self.target_store is None:
+        self._check_stages()
+
+    def _check_stages(self):
+        if (
+            self.needs_targets
+            and "estimate" not in self.stages
+            and "distil" in self.stages
+            and self.target_store is None
+        ):
             raise ValueError(
                 "stages leaves out 'estimate', so target_store has to name a folder with the targets it would make."
+            )
+        if self.target_store is not None and "distil" not in self.stages:
+            raise ValueError(
+                f"target_store={self.target_store!r} is what the student learns from, and stages leaves out 'distil'. Take one of "
+                "the two back."
+            )
+        if self.stages == ["warmup"] and not self.needs_proxy:
+            raise ValueError(
+                "stages=['warmup'] has nothing to do: without posterior_weight and posterior_draws there is no proxy."
             )
 
     def _check_grid(self):
@@ -148,8 +165,11 @@ class BayesKDConfig(ProxyConfig):
             raise ValueError(
                 "posterior_grid_points goes with posterior_sampling='drawn': a grid's mean is not linear in the draws."
             )
-        if self.posterior_concentration == 0:
-            raise ValueError("posterior_grid_points needs a prior density: set posterior_concentration above 0.")
+        if self.posterior_concentration == 0 or self.posterior_draws == 0:
+            raise ValueError(
+                "posterior_grid_points needs a prior density and draws to update it with: set posterior_concentration and "
+                "posterior_draws above 0."
+            )
 
     @property
     def needs_targets(self) -> bool:

@@ -65,7 +65,9 @@ class BayesKDStages(ProxyStages):
             rows = rows.add_column(TOP_LOGPROBS, self.rows.estimate[TOP_LOGPROBS][:])
         folder = self.folder / "targets"
         specs = [StoreSpec(folder / name, k, self._fingerprint(name, rows)) for name in names]
-        fingerprint = {spec.folder.name: spec.fingerprint for spec in specs} | {"k": k}
+        fingerprint = {"targets": names, "k": k} | {
+            key: value for spec in specs for key, value in spec.fingerprint.items()
+        }
         report = finished_stage(folder, fingerprint)
         if report is None:
             report = self._estimated(rows, specs)

@@ -26,6 +26,10 @@ from .ngram import NGramModel, answer_contexts
 from .top_logprobs import TOP_LOGPROBS, KnownProbs, known_probs
 
 
+# The likeliest tokens of an estimate are looked for among so many times as many of its sources
+CANDIDATES = 4
+
+
 class ProxyDistributions:
     """
     The proxy's distributions over the answers of some rows.
@@ -106,11 +110,9 @@ class TargetEstimator:
         answers = [[token for token in row["labels"][1:] if token != -100] for row in rows]
         lengths = [len(answer) for answer in answers]
         tokens = np.concatenate([np.asarray(answer, dtype=np.int64) for answer in answers])
-        observed = torch.from_numpy(tokens)[:, None]
-        ids, ngram_probs = self._ngram_candidates(tokens, lengths)
         known = known_probs([row.get(TOP_LOGPROBS) for row in rows], lengths)
-        ids = torch.cat([ids, observed, torch.from_numpy(known.ids)], dim=1)
-        ids, values = self._with_evidence(rows, ids, ngram_probs, known)
+        contexts = answer_contexts(tokens, np.asarray(lengths), self.ngrams.context_length, self.ngrams.vocab_size)
+        ids, values = self._candidates(rows, tokens, contexts, known)
         ngram_probs, is_observed, evidence, known_values, is_known = values
 
         prior = observed_token_prior(ngram_probs, is_observed, args.prior_gamma)
@@ -126,39 +128,39 @@ class TargetEstimator:
             estimates["posterior"] = with_known_probs(posterior, known_values, is_known)
         return [self._stored(ids, estimates[name], is_observed, lengths) for name in args.target_weights]
 
-    def _ngram_candidates(self, tokens: np.ndarray, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Likeliest next tokens by count, `(N, k)`, and count ratios of them and of the observed token, `(N, k + 1)`."""
-        model, args = self.ngrams, self.args
-        contexts = answer_contexts(tokens, np.asarray(lengths), model.context_length, model.vocab_size)
-        ids, probs, _ = model.top(contexts, args.target_top_k, args.ngram_min_count)
-        of_observed = model.probability(contexts, tokens, args.ngram_min_count)
-        # Candidates that are named twice are summed up
-        is_listed = ((ids == tokens[:, None]) & (probs > 0)).any(axis=1)
-        probs = np.concatenate([probs, np.where(is_listed, 0.0, of_observed)[:, None]], axis=1)
-        return torch.from_numpy(ids), torch.from_numpy(probs)
-
-    def _with_evidence(self, rows: list[dict], ids: torch.Tensor, ngram_probs: torch.Tensor, known: KnownProbs):
+    def _candidates(self, rows: list[dict], tokens: np.ndarray, contexts: np.ndarray, known: KnownProbs):
         """
-        All candidates, each once, and of each: its n-gram ratio, whether it is the observed token, how often the proxy
-        drew it, its known probability and whether it has one.
+        Tokens that may have probability, each once: the likeliest ones by count, the observed one, those that an API or
+        the proxy names. Of each its n-gram ratio, whether it is the observed token, how often the proxy drew it, its
+        known probability and whether it has one.
         """
-        listed = ngram_probs.size(1)
+        args = self.args
+        ngram_ids, ratios, _ = self.ngrams.top(contexts, CANDIDATES * args.target_top_k, args.ngram_min_count)
+        listed = ngram_ids.shape[1] + 1
+        ids = torch.from_numpy(np.concatenate([ngram_ids, tokens[:, None], known.ids], axis=1))
         evidence, more_ids = self._evidence(rows, ids)
         ids = torch.cat([ids, more_ids], dim=1)
         width = ids.size(1)
         values = [
-            _widened(ngram_probs, 0, width),
-            _widened(torch.ones_like(ngram_probs[:, :1]), listed - 1, width),
+            _widened(torch.from_numpy(ratios), 0, width),
+            _widened(torch.ones(len(tokens), 1, dtype=torch.float64), listed - 1, width),
             evidence,
             _widened(torch.from_numpy(known.probs), listed, width),
             _widened(torch.from_numpy(known.is_known).double(), listed, width),
             torch.ones_like(evidence),
         ]
-        merged_ids, merged = merge_candidates(ids, torch.stack(values))
-        if self.args.posterior_sampling == "expected":
+        ids, merged = merge_candidates(ids, torch.stack(values))
+        if args.posterior_sampling == "expected":
             # A draw is mentioned once; an expectation at each mention of its candidate
             merged[2] /= merged[-1].clamp(min=1.0)
-        return merged_ids, merged[:-1]
+        # More tokens were seen after a context than are likeliest: candidates named by others may be among them
+        is_cut = torch.from_numpy(ratios.sum(axis=1) < 1.0 - 1e-9)
+        position, column = ((merged[0] == 0) & (merged[-1] > 0) & is_cut[:, None]).nonzero(as_tuple=True)
+        unlisted = self.ngrams.probability(
+            contexts[position.numpy()], ids[position, column].numpy(), args.ngram_min_count
+        )
+        merged[0, position, column] = torch.from_numpy(unlisted)
+        return ids, merged[:-1]
 
     def _evidence(self, rows: list[dict], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -172,7 +174,7 @@ class TargetEstimator:
         if self.args.posterior_sampling == "drawn":
             more_ids = self.proxy.draws(rows, draws)
             return torch.cat([none, torch.ones(more_ids.shape, dtype=torch.float64)], dim=1), more_ids
-        more_ids, more_probs, probs = self.proxy.probabilities(rows, ids, self.args.target_top_k)
+        more_ids, more_probs, probs = self.proxy.probabilities(rows, ids, CANDIDATES * self.args.target_top_k)
         return draws * torch.cat([probs, more_probs], dim=1), more_ids
 
     def _stored(
@@ -180,7 +182,8 @@ class TargetEstimator:
     ) -> list[RowTargets]:
         k = self.args.target_top_k
         of_observed = (probs * is_observed).sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        values, order = probs.topk(min(k, probs.size(1)), dim=1)
+        # Stable: which of two equally likely tokens is kept must not depend on the batch
+        values, order = (value[:, :k] for value in probs.sort(dim=1, descending=True, stable=True))
         missing = k - values.size(1)
         values = torch.nn.functional.pad(values, (0, missing))
         top_ids = torch.nn.functional.pad(ids.gather(1, order), (0, missing))

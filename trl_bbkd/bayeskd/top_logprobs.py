@@ -57,15 +57,15 @@ def check_top_logprobs(values: list[dict | None], answers: list[list[int]], voca
         if value is None:
             continue
         place = f"Row {row}: `{TOP_LOGPROBS}`"
-        if not isinstance(value, dict) or not {"ids", "logprobs"} <= value.keys():
+        ids, log_probs = (value.get(name) if isinstance(value, dict) else None for name in ("ids", "logprobs"))
+        if not _is_list_of_lists(ids) or not _is_list_of_lists(log_probs):
             raise TeacherDataError(
-                f'{place} must be {{"ids": [[...], ...], "logprobs": [[...], ...]}}, a list of both per token of the answer, '
-                "or null."
+                f'{place} must be {{"ids": [[...], ...], "logprobs": [[...], ...]}}, a list of both per token of the answer '
+                "(empty where nothing is known), or null."
             )
-        ids, log_probs = value["ids"], value["logprobs"]
         if len(ids) != len(log_probs):
             raise TeacherDataError(f"{place} has `ids` of {len(ids)} positions and `logprobs` of {len(log_probs)}.")
-        was_cut = answer[-1] != eos_id
+        was_cut = answer[-1:] != [eos_id]
         fits = len(ids) >= len(answer) if was_cut else len(ids) in (len(answer) - 1, len(answer))
         if not fits:
             wanted = f"at least {len(answer)}" if was_cut else f"{len(answer) - 1}, or {len(answer)} with its end"
@@ -80,6 +80,10 @@ def check_top_logprobs(values: list[dict | None], answers: list[list[int]], voca
 def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_size: int) -> None:
     if len(tokens) != len(numbers):
         raise TeacherDataError(f"{place} has {len(tokens)} ids and {len(numbers)} log-probabilities.")
+    if not all(type(token) is int for token in tokens) or not all(type(number) in (int, float) for number in numbers):
+        raise TeacherDataError(
+            f"{place} has {tokens} and {numbers}: `ids` are whole numbers, the student's, and `logprobs` are numbers."
+        )
     if not tokens:
         return
     outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
@@ -100,6 +104,10 @@ def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_s
     total = np.exp(values).sum()
     if total > 1 + ROUNDING:
         raise TeacherDataError(f"{place} has probabilities that sum to {total:.3f}; they must be natural logarithms.")
+
+
+def _is_list_of_lists(value) -> bool:
+    return isinstance(value, list) and all(isinstance(inner, list) for inner in value)
 
 
 def known_probs(values: list[dict | None], lengths: list[int]) -> KnownProbs:

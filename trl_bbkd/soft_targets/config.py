@@ -1,5 +1,6 @@
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
@@ -71,6 +72,7 @@ class SoftTargetConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_types()
         for name, reason in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is not possible with soft targets: {reason}")
@@ -89,6 +91,19 @@ class SoftTargetConfig(SFTConfig):
                 f"distillation_temperature={self.distillation_temperature} needs target_tail='renormalize': how likely the "
                 "bucket of all other tokens is at another temperature, the tokens kept do not tell."
             )
+
+    def _check_types(self):
+        """Of the parameters that are not TRL's: a number that is none would be found out by no comparison."""
+        trl_names = {each.name for each in fields(SFTConfig)}
+        hints = get_type_hints(type(self))
+        for name in (each.name for each in fields(self) if each.name not in trl_names):
+            value, hint = getattr(self, name), hints[name]
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
+            if isinstance(value, float) and hint in (int, int | None):
+                raise ValueError(f"{name} must be a whole number, got {value}.")
 
 
 REFUSED = {

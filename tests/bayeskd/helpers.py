@@ -1,0 +1,41 @@
+import numpy as np
+from datasets import Dataset
+
+from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
+from tests.processes import run_processes  # noqa: F401
+from tests.proxykd.helpers import LORA, ON_CPU, make_rows  # noqa: F401
+from trl_bbkd.bayeskd.bayeskd_config import BayesKDConfig
+from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
+
+
+SETTINGS = {
+    "learning_rate": 1e-3,
+    "proxy_learning_rate": 1e-3,
+    "per_device_eval_batch_size": 4,
+    "ngram_context_length": 2,
+}
+
+
+def make_trainer(output_dir, student, proxy, rows=None, held_out=8, trainer_kwargs=None, **config):
+    """Bayes-KD on 16 rows, hence 4 steps, with 8 held-out ones."""
+    rows = make_rows(24) if rows is None else rows
+    return BayesKDTrainer(
+        student,
+        proxy,
+        BayesKDConfig(str(output_dir), **{**ON_CPU, **SETTINGS, **config}),
+        train_dataset=Dataset.from_list(rows[held_out:]),
+        eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
+        **(trainer_kwargs or {}),
+    )
+
+
+def stored_targets(store):
+    """Of each row of a store, of each of its tokens: probabilities by token id."""
+    found = {}
+    for key in store.keys.tolist():
+        targets = store[key]
+        found[key] = [
+            {int(id_): float(p) for id_, p in zip(ids, probs, strict=True) if p > 0}
+            for ids, probs in zip(targets.ids, np.exp(targets.log_probs.astype(np.float64)), strict=True)
+        ]
+    return found
