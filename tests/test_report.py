@@ -3,9 +3,11 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
+from trl_bbkd.bayeskd.calibration import DRAWS, HeldOutTokens, calibration
 from trl_bbkd.report import (
     RunReport,
     arguments_without_secrets,
@@ -149,6 +151,50 @@ class TestStages:
         write_report(make_proxykd_report(stages, judged), tmp_path)
         assert (tmp_path / "curves.png").stat().st_size > 20_000
         assert json.loads((tmp_path / "metrics.json").read_text())["stages"] == stages
+
+
+def make_calibration():
+    generator = torch.Generator().manual_seed(0)
+    proxy = torch.rand(200, generator=generator, dtype=torch.float64)
+    draws = (torch.rand(200, 50, generator=generator) < proxy[:, None]).cumsum(dim=1)
+    times_drawn = {count: draws[:, count - 1] if count else torch.zeros(200) for count in DRAWS}
+    tokens = HeldOutTokens(ngram=0.5 * proxy, proxy=proxy, times_drawn=times_drawn)
+    return calibration(tokens, draws=10, concentration=10.0, vocab_size=100)
+
+
+class TestCalibration:
+    def make(self, found, judged=True):
+        report = make_report(judged, method="Bayes-KD", calibration=found)
+        for values in (report.results, report.curves):
+            values["Bayes-KD"] = values.pop("GAD")
+        losses = {"nll": 1.0, "kl_prior": 0.5, "kl_posterior": 0.3, "entropy": 0.9}
+        report.log_history = [{"step": step, **losses} for step in range(10, 601, 10)]
+        return report
+
+    def test_its_table_is_in_the_report(self):
+        found = make_calibration()
+        text = render_markdown(self.make(found))
+        assert f"| posterior | {' | '.join(f'K = {count}' for count in DRAWS)} |" in text
+        of_ten = [entry for entry in found["table"] if entry["concentration"] == 10]
+        assert f"| κ = 10 | {' | '.join(format(entry['expected'], '.3f') for entry in of_ten)} |" in text
+        assert f"has {found['prior']:.3f}, the proxy {found['proxy']:.3f}" in text
+        assert "Calibration" not in render_markdown(make_report())
+
+    def test_its_ends_are_prior_and_proxy(self):
+        found = make_calibration()
+        of_one = {entry["draws"]: entry["expected"] for entry in found["table"] if entry["concentration"] == 1}
+        assert of_one[0] == found["prior"] > of_one[1] > of_one[50] > found["proxy"]
+        assert of_one[50] == pytest.approx(found["proxy"], abs=0.02)
+        assert found["posterior"] == next(
+            entry["expected"] for entry in found["table"] if (entry["draws"], entry["concentration"]) == (10, 10.0)
+        )
+
+    @pytest.mark.parametrize("judged", [True, False])
+    @pytest.mark.parametrize("found", [make_calibration(), {}], ids=["measured", "no held-out rows"])
+    def test_files(self, tmp_path, found, judged):
+        write_report(self.make(found, judged), tmp_path)
+        assert (tmp_path / "curves.png").stat().st_size > 20_000
+        assert json.loads((tmp_path / "metrics.json").read_text())["calibration"] == found
 
 
 class TestTable:
