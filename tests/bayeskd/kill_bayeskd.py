@@ -3,12 +3,13 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 from trl import SFTTrainer
 
 from tests.bayeskd.helpers import make_trainer
 from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
-from trl_bbkd.soft_targets.store import TargetStoreWriter
+from trl_bbkd.soft_targets import store
 
 
 output, student, proxy, moment = sys.argv[1:]
@@ -30,7 +31,14 @@ elif moment == "distil":
         BayesKDTrainer.training_step, lambda trainer: trainer.state.global_step == 2
     )
 else:
-    TargetStoreWriter.append = killing(
-        TargetStoreWriter.append, lambda writer: writer.folder.name == moment and writer._offset > 0
-    )
+    flush, flushed = store._flush, []
+
+    def killed_flush(file):
+        """Within the second batch's `append`: its targets are on disk, its index is not."""
+        flush(file)
+        flushed.append(Path(file.name).parts[-2:])
+        if flushed.count((moment, "part-00000.targets")) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store._flush = killed_flush
 make_trainer(output, student, proxy, save_strategy="steps", save_steps=1).train()

@@ -21,7 +21,7 @@ from .bayeskd_config import BayesKDConfig
 from .calibration import DRAWS, HeldOutTokens, calibration, hits
 from .ngram import NGramModel, answer_contexts, build_ngram_model
 from .targets import ProxyDistributions, TargetEstimator
-from .top_logprobs import TOP_LOGPROBS
+from .top_logprobs import TOP_LOGPROBS, shared_by_equal_rows
 
 
 GIB = 2**30
@@ -62,7 +62,8 @@ class BayesKDStages(ProxyStages):
             folder = Path(self.args.target_store)
             return [self._handed_in_store(folder / name, rows, k, "estimate") for name in names]
         if TOP_LOGPROBS in self.rows.estimate.column_names:
-            rows = rows.add_column(TOP_LOGPROBS, self.rows.estimate[TOP_LOGPROBS][:])
+            shown = shared_by_equal_rows(self.rows.estimate[TOP_LOGPROBS][:], rows["row_key"])
+            rows = rows.add_column(TOP_LOGPROBS, shown)
         folder = self.folder / "targets"
         specs = [StoreSpec(folder / name, k, self._fingerprint(name, rows)) for name in names]
         fingerprint = {"targets": names, "k": k} | {

@@ -184,9 +184,9 @@ class TargetEstimator:
         of_observed = (probs * is_observed).sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         # Stable: which of two equally likely tokens is kept must not depend on the batch
         values, order = (value[:, :k] for value in probs.sort(dim=1, descending=True, stable=True))
+        top_ids = ids.gather(1, order).masked_fill(values == 0, 0)
         missing = k - values.size(1)
-        values = torch.nn.functional.pad(values, (0, missing))
-        top_ids = torch.nn.functional.pad(ids.gather(1, order), (0, missing))
+        values, top_ids = (torch.nn.functional.pad(value, (0, missing)) for value in (values, top_ids))
         parts = (top_ids.split(lengths), values.log().split(lengths), of_observed.log().split(lengths))
         return row_targets(*parts)
 

@@ -106,6 +106,15 @@ def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_s
         raise TeacherDataError(f"{place} has probabilities that sum to {total:.3f}; they must be natural logarithms.")
 
 
+def shared_by_equal_rows(values: list[dict | None], row_keys: list[int]) -> list[dict | None]:
+    """The column, with the first value that rows of the same tokens have for all of them: they have one target."""
+    shown = {}
+    for key, value in zip(row_keys, values, strict=True):
+        if value is not None:
+            shown.setdefault(key, value)
+    return [shown.get(key) for key in row_keys]
+
+
 def _is_list_of_lists(value) -> bool:
     return isinstance(value, list) and all(isinstance(inner, list) for inner in value)
 
