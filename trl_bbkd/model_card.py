@@ -16,10 +16,10 @@ from . import __version__
 from .markdown import code, escape, fenced, table
 from .redaction import public_text
 from .report import (
-    STAGES_EXPLANATION,
     RunReport,
     counts_table,
     explanation,
+    stages_explanation,
     stages_table,
     summary,
     table_models,
@@ -194,7 +194,7 @@ def _results(card: StudentCard) -> str:
     lines += table(["", *table_models(report)], table_rows(report))
     lines += ["", explanation(report), "", "![Curves of the run](curves.png)"]
     if report.stages:
-        lines += ["", "### Stages", "", *stages_table(report.stages), "", STAGES_EXPLANATION]
+        lines += ["", "### Stages", "", *stages_table(report.stages), "", stages_explanation(report.stages)]
     if report.warnings:
         first = report.warnings[0]["step"]
         lines += [

@@ -175,7 +175,7 @@ def render_markdown(report: RunReport) -> str:
             "",
         ]
     if report.stages:
-        lines += ["## Stages", "", *stages_table(report.stages), "", STAGES_EXPLANATION, ""]
+        lines += ["## Stages", "", *stages_table(report.stages), "", stages_explanation(report.stages), ""]
     if report.calibration:
         lines += ["## Calibration of the estimate", "", *calibration_table(report.calibration), ""]
         lines += [calibration_explanation(report.calibration), ""]
@@ -201,6 +201,19 @@ STAGES_EXPLANATION = (
     "Top-1 agreement is the share of held-out answer tokens that are the proxy's likeliest ones, and NLL its negative "
     "log-likelihood of them, in nats per token: before the stage, after each round, after the stage."
 )
+
+
+def stages_explanation(stages: list[dict]) -> str:
+    """What the table of stages says, and what of a stage it has no room for."""
+    seen_once = [
+        entry["contexts_seen_once"] for stage in stages for entry in stage["metrics"] if "contexts_seen_once" in entry
+    ]
+    text = [STAGES_EXPLANATION]
+    text += [
+        f"{share:.1%} of the answer tokens have an n-gram context that was seen once: there the prior is the token itself."
+        for share in seen_once
+    ]
+    return " ".join(text)
 
 
 def stages_table(stages: list[dict]) -> list[str]:

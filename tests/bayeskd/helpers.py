@@ -13,6 +13,10 @@ SETTINGS = {
     "proxy_learning_rate": 1e-3,
     "per_device_eval_batch_size": 4,
     "ngram_context_length": 2,
+    "prior_weight": 1.0,
+    "posterior_draws": 10,
+    "posterior_concentration": 10.0,
+    "posterior_sampling": "drawn",
 }
 
 

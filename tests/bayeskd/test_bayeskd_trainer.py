@@ -77,7 +77,7 @@ class TestStages:
         (metrics,) = trainer.stage_reports[1]["metrics"]
         assert metrics["tokens"] == sum(len(row) for row in stored_targets(trainer.data_collator.stores[0]).values())
         assert 0 < metrics["contexts_seen_once"] < 1
-        for name in ("warmup", "targets"):
+        for name in ("warmup", "targets/prior", "targets/posterior"):
             assert (folder / "proxy" / name / "stage.json").is_file()
 
     def test_a_second_run_does_nothing_twice(self, finished, tmp_path, tiny_model_dir, other_model_dir, monkeypatch):
@@ -95,7 +95,7 @@ class TestStages:
         arguments = (folder, tiny_model_dir, other_model_dir, moment)
         killed = run_processes(1, "tests/bayeskd/kill_bayeskd.py", *arguments, check=False)
         assert killed.returncode == -9, killed.stderr[-2000:]
-        files = [folder / "proxy" / name / "stage.json" for name in ("warmup", "targets")]
+        files = [folder / "proxy" / name / "stage.json" for name in ("warmup", "targets/posterior")]
         done = [file for file in files if file.is_file() and "report" in json.loads(file.read_text())]
         assert len(done) == {"warmup": 0, "prior": 1, "posterior": 1, "distil": 2}[moment]
         stamps = [file.stat().st_mtime_ns for file in done]
@@ -113,11 +113,14 @@ class TestStages:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ({"posterior_concentration": 5.0}, r"targets .* \(posterior_concentration: '10.0' there, '5.0' here\)"),
-            ({"prior_gamma": 2.0}, r"targets .* \(prior_gamma: '3.0' there, '2.0' here\)"),
-            ({"ngram_context_length": 1}, r"targets .* \(ngram_context_length: '2' there, '1' here\)"),
-            ({"posterior_sampling": "expected"}, r"targets .* \(posterior_sampling: 'drawn' there, 'expected' here\)"),
-            ({"target_top_k": 4}, r"targets .* \(k: 16 there, 4 here\)"),
+            ({"posterior_concentration": 5.0}, r"targets/p.* \(posterior_concentration: '10.0' there, '5.0' here\)"),
+            ({"prior_gamma": 2.0}, r"targets/p.* \(prior_gamma: '3.0' there, '2.0' here\)"),
+            ({"ngram_context_length": 1}, r"targets/p.* \(ngram_context_length: '2' there, '1' here\)"),
+            (
+                {"posterior_sampling": "expected"},
+                r"targets/p.* \(posterior_sampling: 'drawn' there, 'expected' here\)",
+            ),
+            ({"target_top_k": 4}, r"targets/p.* \(k: 16 there, 4 here\)"),
             ({"seed": 1}, r"warmup .* \(seed: 42 there, 1 here\)"),
             ({"proxy_warmup_epochs": 2.0}, r"warmup .* \(proxy_warmup_epochs: 1.0 there, 2.0 here\)"),
         ],
@@ -131,7 +134,8 @@ class TestStages:
             trainer.train()
 
     def test_other_settings_of_half_an_estimate_are_refused(self, finished, tmp_path, tiny_model_dir, other_model_dir):
-        (reuse(finished, tmp_path) / "proxy/targets/stage.json").unlink()
+        for stage in (reuse(finished, tmp_path) / "proxy/targets").glob("*/stage.json"):
+            stage.unlink()
         for name, value, found in [("prior_gamma", 2.0, "3.0"), ("posterior_concentration", 5.0, "10.0")]:
             trainer = make_trainer(tmp_path, tiny_model_dir, other_model_dir, **{name: value})
             with pytest.raises(TargetStoreError, match=rf"stale \({name}: {found} there, {value} here\)"):
@@ -201,6 +205,42 @@ class TestStages:
             make_trainer(tmp_path / "rows", tiny_model_dir, None, rows=make_rows(48), **config).train()
         with pytest.raises(TargetStoreError, match="prior is no store of soft targets: store.json is missing"):
             make_trainer(tmp_path / "no", tiny_model_dir, None, **config | {"target_store": str(tmp_path)}).train()
+
+    def test_targets_of_other_settings_or_in_each_others_place(self, finished, tmp_path, tiny_model_dir):
+        config = {"stages": ["distil"], "target_store": str(finished[1] / "proxy/targets")}
+        with pytest.raises(TargetStoreError, match="stale .prior_gamma: 3.0 there, 9.0 here"):
+            make_trainer(tmp_path / "gamma", tiny_model_dir, None, prior_gamma=9.0, **config).train()
+        with pytest.raises(TargetStoreError, match="posterior_concentration: 10.0 there, 1.0 here"):
+            make_trainer(tmp_path / "kappa", tiny_model_dir, None, posterior_concentration=1.0, **config).train()
+        for name, other in zip(NAMES, reversed(NAMES), strict=True):
+            shutil.copytree(finished[1] / "proxy/targets" / name, tmp_path / "swapped" / other)
+        config["target_store"] = str(tmp_path / "swapped")
+        with pytest.raises(TargetStoreError, match="target: posterior there, prior here"):
+            make_trainer(tmp_path / "run", tiny_model_dir, None, **config).train()
+
+    def test_a_target_less_or_more_needs_no_other_estimate(self, finished, tmp_path, tiny_model_dir, other_model_dir):
+        folder = reuse(finished, tmp_path)
+        for weight in ("prior_weight", "posterior_weight"):
+            trainer = make_trainer(folder, tiny_model_dir, other_model_dir, **{weight: 0.0})
+            trainer.proxy_stages._estimated = None
+            trainer.train()
+            assert len(trainer.data_collator.stores) == 1
+        shutil.rmtree(folder / "proxy/targets/posterior")
+        make_trainer(folder, tiny_model_dir, other_model_dir).train()
+        assert store_files(folder) == store_files(finished[1])
+
+    def test_a_tail_as_a_bucket_where_the_targets_are_whole(self, finished, tmp_path, tiny_model_dir, other_model_dir):
+        """In float32 probabilities may sum to a little more than 1: what is left is 0, and not below."""
+        trainer = make_trainer(
+            reuse(finished, tmp_path),
+            tiny_model_dir,
+            other_model_dir,
+            target_tail="bucket",
+            logging_nan_inf_filter=False,
+        )
+        trainer.train()
+        losses = [entry for entry in trainer.state.log_history if "kl_prior" in entry]
+        assert all(0 < entry[name] < 100 for entry in losses for name in ("loss", "kl_prior", "kl_posterior"))
 
     def test_targets_of_another_proxy(self, finished, tmp_path, tiny_model_dir, other_model_dir):
         config = {"stages": ["distil"], "target_store": str(finished[1] / "proxy/targets")}
@@ -359,7 +399,7 @@ class TestTwoProcesses:
     def test_one_process_goes_on_with_what_two_have_begun(self, finished, both, tmp_path, tiny_model_dir):
         """The second process was killed before its first batch."""
         shutil.copytree(both[0] / "proxy", tmp_path / "proxy")
-        (tmp_path / "proxy/targets/stage.json").unlink()
+        (tmp_path / "proxy/targets/posterior/stage.json").unlink()
         for name in NAMES:
             for file in (tmp_path / "proxy/targets" / name).glob("part-00001.*"):
                 file.unlink()
@@ -390,8 +430,26 @@ class TestKnownLogProbs:
                 assert stored[token] == pytest.approx(0.5, abs=1e-4)
                 assert stored[(token + 9) % 330] == pytest.approx(0.1, abs=1e-4)
         changed = [row | {"top_logprobs": None} for row in rows]
-        with pytest.raises(StageError, match=r"targets was made from something else \(top_logprobs: "):
+        with pytest.raises(StageError, match=r"targets/posterior was made from something else \(top_logprobs: "):
             make_trainer(tmp_path, tiny_model_dir, other_model_dir, changed, held_out=0).train()
+
+    def test_of_rows_of_the_same_tokens_one_that_has_them_counts(self, tmp_path, tiny_model_dir, other_model_dir):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        row = make_rows(1)[0]
+        answers = tokenize_teacher_data(Dataset.from_list([row]), tokenizer, max_completion_length=16)[0][
+            "teacher_ids"
+        ]
+        known = {"ids": [[11]] * len(answers[0]), "logprobs": [[-0.5]] * len(answers[0])}
+        rows = [row | {"top_logprobs": value} for value in (None, known, None)]
+        config = {"stages": ["estimate"], "held_out": 0}
+        trainer = make_trainer(tmp_path / "a", tiny_model_dir, other_model_dir, rows, **config)
+        trainer.train()
+        (targets,) = stored_targets(trainer.data_collator.stores[1]).values()
+        assert all(stored[11] == pytest.approx(np.exp(-0.5), abs=1e-4) for stored in targets)
+        # In another order the targets are the same, and are not made again
+        again = make_trainer(tmp_path / "a", tiny_model_dir, other_model_dir, rows[1:] + rows[:1], **config)
+        again.proxy_stages._estimated = None
+        again.train()
 
 
 class TestCalibration:

@@ -5,6 +5,7 @@ from ..proxy.config import ProxyConfig
 
 
 STAGE_NAMES = ("warmup", "estimate", "distil")
+MOST_CONTEXT = 16
 
 
 @dataclass
@@ -128,6 +129,11 @@ class BayesKDConfig(ProxyConfig):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.proxy_top_k is not None and self.proxy_top_k < 1:
             raise ValueError(f"proxy_top_k must be at least 1, got {self.proxy_top_k}. Leave it out for all tokens.")
+        if self.ngram_context_length > MOST_CONTEXT:
+            raise ValueError(
+                f"ngram_context_length must be at most {MOST_CONTEXT}, got {self.ngram_context_length}: longer contexts are "
+                "hardly ever seen twice."
+            )
         if self.hard_weight == 0 and not self.needs_targets:
             raise ValueError("hard_weight, prior_weight and posterior_weight are all 0: there is no loss. Set one.")
         if self.posterior_draws == 0 and self.posterior_concentration == 0:
@@ -139,6 +145,10 @@ class BayesKDConfig(ProxyConfig):
         self._check_stages()
 
     def _check_stages(self):
+        if not self.needs_targets and ("distil" not in self.stages or self.target_store is not None):
+            raise ValueError(
+                "prior_weight and posterior_weight are both 0: nothing asks for the targets of stages or target_store. Set one."
+            )
         if (
             self.needs_targets
             and "estimate" not in self.stages

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,19 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from ..proxy.stage import finish_stage, finished_stage
 from ..proxy.stages import ProxyStages, release_memory, store_metrics
 from ..soft_targets.caching import StoreSpec, fill_stores
-from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import TargetStore, check_description
 from .bayeskd_config import BayesKDConfig
 from .calibration import DRAWS, HeldOutTokens, calibration, hits
 from .ngram import NGramModel, answer_contexts, build_ngram_model
 from .targets import ProxyDistributions, TargetEstimator
-from .top_logprobs import TOP_LOGPROBS, shared_by_equal_rows
+from .top_logprobs import TOP_LOGPROBS
 
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 ANSWERS_PER_CHUNK = 10_000
@@ -60,26 +62,27 @@ class BayesKDStages(ProxyStages):
         k, names = self.args.target_top_k, list(self.args.target_weights)
         if self.args.target_store is not None:
             folder = Path(self.args.target_store)
-            return [self._handed_in_store(folder / name, rows, k, "estimate") for name in names]
-        if TOP_LOGPROBS in self.rows.estimate.column_names:
-            shown = shared_by_equal_rows(self.rows.estimate[TOP_LOGPROBS][:], rows["row_key"])
-            rows = rows.add_column(TOP_LOGPROBS, shown)
+            return [
+                self._handed_in_store(folder / name, rows, k, "estimate", self._settings_of(name)) for name in names
+            ]
+        corpus = _digest(sorted(rows["row_key"]))
+        if "posterior" in names and TOP_LOGPROBS in self.rows.estimate.column_names:
+            rows = self._with_top_logprobs(rows)
         folder = self.folder / "targets"
-        specs = [StoreSpec(folder / name, k, self._fingerprint(name, rows)) for name in names]
-        fingerprint = {"targets": names, "k": k} | {
-            key: value for spec in specs for key, value in spec.fingerprint.items()
-        }
-        report = finished_stage(folder, fingerprint)
-        if report is None:
-            report = self._estimated(rows, specs)
+        specs = [StoreSpec(folder / name, k, self._fingerprint(name, rows, corpus)) for name in names]
+        reports = [finished_stage(spec.folder, spec.fingerprint | {"k": k}) for spec in specs]
+        if None in reports:
+            report = self._estimated(rows, specs, corpus)
             if self.accelerator.is_main_process:
-                finish_stage(folder, fingerprint, report)
+                for spec in specs:
+                    finish_stage(spec.folder, spec.fingerprint | {"k": k}, report)
             self.accelerator.wait_for_everyone()
-            # As it is read back by a run that goes on
-            report = finished_stage(folder, fingerprint)
+            # As they are read back by a run that goes on
+            reports = [finished_stage(spec.folder, spec.fingerprint | {"k": k}) for spec in specs]
         for spec in specs:
             check_description(spec.folder, k, spec.fingerprint)
-        self.reports.append(report)
+        # The posterior's, if there is one
+        self.reports.append(reports[-1])
         return [TargetStore(spec.folder) for spec in specs]
 
     @property
@@ -87,16 +90,22 @@ class BayesKDStages(ProxyStages):
         """[`~calibration.calibration`] of the estimate; `None` without held-out rows or without a proxy."""
         return next((report["calibration"] for report in self.reports if "calibration" in report), None)
 
-    def _estimated(self, rows: Dataset, specs: list[StoreSpec]) -> dict:
+    def _estimated(self, rows: Dataset, specs: list[StoreSpec], corpus: str) -> dict:
         started = time.perf_counter()
-        ngrams = self._ngrams()
+        ngrams = self._ngrams(corpus)
         distributions = None
         if self.args.needs_proxy:
             distributions = ProxyDistributions(self.loaded_proxy(), self.args, self.vocab_size, self._pad_id)
         estimator = TargetEstimator(ngrams, distributions, self.args)
         batch_size = self.args.per_device_eval_batch_size
         stores = fill_stores(specs, rows, estimator, batch_size=batch_size, description="Estimate of the teacher")
-        metrics = store_metrics(*stores) | {"contexts_seen_once": ngrams.tables[0].singleton_share}
+        seen_once = ngrams.singleton_share
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"{seen_once:.1%} of the answer tokens have a context of {ngrams.context_length} tokens that was seen once: "
+                "there the prior is the token itself."
+            )
+        metrics = store_metrics(*stores) | {"contexts_seen_once": seen_once}
         report = {"stage": self.labels["estimate"], "rows": len(stores[0]), "metrics": [metrics]}
         if self.held_out is not None and distributions is not None:
             report["calibration"] = self._calibration(ngrams, distributions)
@@ -104,7 +113,7 @@ class BayesKDStages(ProxyStages):
         release_memory()
         return report | {"seconds": time.perf_counter() - started}
 
-    def _ngrams(self) -> NGramModel:
+    def _ngrams(self, corpus: str) -> NGramModel:
         answers = self.rows.estimate.select_columns("teacher_ids").with_format("arrow")
 
         def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -120,7 +129,7 @@ class BayesKDStages(ProxyStages):
                 vocab_size=self.vocab_size,
                 context_length=self.args.ngram_context_length,
                 memory_limit=int(self.args.ngram_memory_limit * GIB),
-                fingerprint={"corpus": self._corpus_fingerprint()},
+                fingerprint={"corpus": corpus},
             )
 
     def _calibration(self, ngrams: NGramModel, distributions: ProxyDistributions) -> dict:
@@ -150,24 +159,49 @@ class BayesKDStages(ProxyStages):
 
     # What targets depend on
 
-    def _corpus_fingerprint(self) -> str:
-        """Of all answers that were counted: a row that is there twice counts twice."""
-        keys = soft_target_rows(self.rows.estimate, self.tokenizer, self.args.chat_template_kwargs)["row_key"]
-        return _digest(sorted(keys))
+    def _with_top_logprobs(self, rows: Dataset) -> Dataset:
+        """The rows with what an API showed of them. Of rows of the same tokens the last one counts: one that has it."""
+        shown = self.rows.estimate.select_columns(TOP_LOGPROBS)
+        rows = concatenate_datasets([rows, shown], axis=1)
+        is_null = [
+            batch[TOP_LOGPROBS].is_null().to_numpy()
+            for batch in shown.with_format("arrow").iter(batch_size=ANSWERS_PER_CHUNK)
+        ]
+        is_null = np.concatenate(is_null)
+        return rows.select(np.argsort(~is_null, kind="stable")) if is_null.any() else rows
 
-    def _fingerprint(self, name: str, rows: Dataset) -> dict[str, str]:
+    def _fingerprint(self, name: str, rows: Dataset, corpus: str) -> dict[str, str]:
+        fingerprint = self._targets_fingerprint(rows) | {"corpus": corpus} | self._settings_of(name)
+        uses_proxy = name == "posterior" and self.args.needs_proxy
+        if not uses_proxy:
+            del fingerprint["dtype"]
+        else:
+            fingerprint["proxy"] = self._proxy_fingerprint()
+            fingerprint["proxy_model_init_kwargs"] = str(self.args.proxy_model_init_kwargs)
+        if uses_proxy and self.args.posterior_sampling == "drawn":
+            fingerprint["seed"] = str(self.args.seed)
+        if TOP_LOGPROBS in rows.column_names and name == "posterior":
+            fingerprint[TOP_LOGPROBS] = _rows_digest(rows.select_columns(["row_key", TOP_LOGPROBS]))
+        return fingerprint
+
+    def _settings_of(self, name: str) -> dict[str, str]:
         args = self.args
-        settings = ["ngram_context_length", "ngram_min_count", "prior_gamma"]
-        fingerprint = self._targets_fingerprint(rows) | {"corpus": self._corpus_fingerprint()}
+        names = ["ngram_context_length", "ngram_min_count", "prior_gamma"]
         if name == "posterior":
-            settings += ["posterior_draws", "posterior_concentration", "posterior_sampling", "posterior_grid_points"]
-            settings += ["proxy_temperature", "proxy_top_k", "seed"]
-            if self.args.needs_proxy:
-                fingerprint = {"proxy": self._proxy_fingerprint(), **fingerprint}
-            if TOP_LOGPROBS in rows.column_names:
-                fingerprint[TOP_LOGPROBS] = _digest(rows[TOP_LOGPROBS][:])
-        return fingerprint | {name: str(getattr(args, name)) for name in settings}
+            names += ["posterior_draws", "posterior_concentration", "posterior_grid_points"]
+            names += ["posterior_sampling", "proxy_temperature", "proxy_top_k"] if args.needs_proxy else []
+        return {"target": name} | {name: str(getattr(args, name)) for name in names}
 
 
 def _digest(values: list) -> str:
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+
+
+def _rows_digest(rows: Dataset) -> str:
+    """A hash of some rows, whatever their order."""
+    digests = [_digest(list(row.values())) for batch in rows.iter(ANSWERS_PER_CHUNK) for row in _as_rows(batch)]
+    return _digest(sorted(digests))
+
+
+def _as_rows(batch: dict[str, list]) -> Iterator[dict]:
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

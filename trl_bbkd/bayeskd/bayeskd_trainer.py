@@ -80,6 +80,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
         "prior_weight",
         "posterior_weight",
         "distillation_temperature",
+        "target_store",
         "target_top_k",
         "target_tail",
         "stages",

@@ -28,6 +28,8 @@ from .top_logprobs import TOP_LOGPROBS, KnownProbs, known_probs
 
 # The likeliest tokens of an estimate are looked for among so many times as many of its sources
 CANDIDATES = 4
+# Of a posterior on a grid: positions, candidates and points that are in memory at once
+GRID_ELEMENTS = 2**23
 
 
 class ProxyDistributions:
@@ -119,14 +121,17 @@ class TargetEstimator:
         estimates = {"prior": prior}
         if "posterior" in args.target_weights:
             draws = args.posterior_draws if self.proxy is not None else 0
-            if args.posterior_grid_points is None:
-                posterior = beta_posterior(prior, evidence, draws, args.posterior_concentration)
-            else:
-                posterior = grid_posterior(
-                    prior, evidence, draws, args.posterior_concentration, args.posterior_grid_points
-                )
+            posterior = self._updated(prior, evidence, draws)
             estimates["posterior"] = with_known_probs(posterior, known_values, is_known)
         return [self._stored(ids, estimates[name], is_observed, lengths) for name in args.target_weights]
+
+    def _updated(self, prior: torch.Tensor, evidence: torch.Tensor, draws: int) -> torch.Tensor:
+        concentration, points = self.args.posterior_concentration, self.args.posterior_grid_points
+        if points is None:
+            return beta_posterior(prior, evidence, draws, concentration)
+        size = max(1, GRID_ELEMENTS // (prior.size(1) * points))
+        parts = zip(prior.split(size), evidence.split(size), strict=True)
+        return torch.cat([grid_posterior(*part, draws, concentration, points) for part in parts])
 
     def _candidates(self, rows: list[dict], tokens: np.ndarray, contexts: np.ndarray, known: KnownProbs):
         """

@@ -89,7 +89,8 @@ def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_s
     outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise TeacherDataError(
-            f"{place} names token {outside}, which is outside of the student's vocabulary of {vocab_size:,} tokens."
+            f"{place} names token {outside}, which is outside of the student's vocabulary, or the proxy's, of "
+            f"{vocab_size:,} tokens."
         )
     if len(set(tokens)) < len(tokens):
         raise TeacherDataError(f"{place} names a token twice: {tokens}.")
@@ -104,15 +105,6 @@ def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_s
     total = np.exp(values).sum()
     if total > 1 + ROUNDING:
         raise TeacherDataError(f"{place} has probabilities that sum to {total:.3f}; they must be natural logarithms.")
-
-
-def shared_by_equal_rows(values: list[dict | None], row_keys: list[int]) -> list[dict | None]:
-    """The column, with the first value that rows of the same tokens have for all of them: they have one target."""
-    shown = {}
-    for key, value in zip(row_keys, values, strict=True):
-        if value is not None:
-            shown.setdefault(key, value)
-    return [shown.get(key) for key in row_keys]
 
 
 def _is_list_of_lists(value) -> bool:

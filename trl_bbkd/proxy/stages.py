@@ -246,10 +246,13 @@ class ProxyStages:
         batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
         return settings | {"rows per step": batch * self.accelerator.num_processes}
 
-    def _handed_in_store(self, folder: Path, rows: Dataset, k: int, stage: str) -> TargetStore:
-        """A store that another run made: of these rows, this vocabulary and, if there is one, this proxy."""
+    def _handed_in_store(
+        self, folder: Path, rows: Dataset, k: int, stage: str, settings: dict[str, str] | None = None
+    ) -> TargetStore:
+        """A store that another run made: of these rows, this vocabulary, these settings and, if there is one, this proxy."""
         found = read_description(folder)["fingerprint"]
         expected = {"tokenizer": tokenizer_fingerprint(self.tokenizer), "vocab_size": str(self.vocab_size)}
+        expected |= settings or {}
         check_description(folder, k, found | expected)
         if self.proxy is not None and "proxy" in found and found["proxy"] != self._proxy_fingerprint():
             raise TargetStoreError(

@@ -123,7 +123,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
         teacher_rows = tokenize(train_dataset, "train")
         held_out = tokenize(eval_dataset, "test")
-        self._check_rows(teacher_rows, processing_class, config.get_text_config().vocab_size)
+        shared_size = min(each.get_text_config().vocab_size for each in configs)
+        self._check_rows(teacher_rows, processing_class, shared_size)
         stage_rows, student_teacher_rows = self._divide(teacher_rows, args)
         for part in stage_rows:
             if part is not student_teacher_rows:

@@ -85,6 +85,7 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         "kl_weight",
         "distillation_temperature",
         "target_source",
+        "target_store",
         "target_top_k",
         "target_tail",
         "sample_weighting",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -21,6 +22,7 @@ from .store import RowTargets, TargetStore, TargetStoreWriter, bytes_per_token, 
 
 
 SAMPLED_ELEMENTS = 65536
+ROWS_READ = 10_000
 
 
 @dataclass
@@ -74,7 +76,7 @@ def fill_stores(
     """
     state = PartialState()
     keys = list(rows["row_key"])
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths, answer_tokens = row_lengths(rows)
     # Neighbours of like length need little padding; the order does not depend on how often writing was interrupted
     order = sorted({key: index for index, key in enumerate(keys)}.values(), key=lambda i: (lengths[i], keys[i]))
     with contextlib.ExitStack() as stack:
@@ -94,9 +96,8 @@ def fill_stores(
             for number, batch in enumerate(batches)
         ]
         own = [(number, batch) for number, batch in missing[state.process_index :: state.num_processes] if batch]
-        answer_tokens = {index: answer_length(rows[index]["labels"]) for _, batch in own for index in batch}
         size = sum(bytes_per_token(spec.k) for spec in specs)
-        total = sum(answer_tokens.values())
+        total = int(sum(answer_tokens[batch].sum() for _, batch in own))
         progress = tqdm(total=total, unit="tok", desc=description, disable=not state.is_main_process)
         stack.enter_context(progress)
         for number, batch in own:
@@ -105,10 +106,22 @@ def fill_stores(
                 new = [(keys[i], target) for i, target in zip(batch, targets, strict=True) if keys[i] not in stored]
                 if new:
                     writer.append(number, *map(list, zip(*new, strict=True)))
-            progress.update(sum(answer_tokens[index] for index in batch))
+            progress.update(int(answer_tokens[batch].sum()))
             progress.set_postfix_str(f"{progress.n * size / 1e6:.1f} of {total * size / 1e6:.1f} MB")
     state.wait_for_everyone()
     return [TargetStore(spec.folder) for spec in specs]
+
+
+def row_lengths(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row with `labels`, its tokens and its answer tokens as of [`answer_length`], without Python lists."""
+    found = [(np.zeros(0, dtype=np.int64),) * 2]
+    for batch in rows.select_columns("labels").with_format("arrow").iter(batch_size=ROWS_READ):
+        column = batch["labels"].combine_chunks()
+        lengths = column.value_lengths().to_numpy().astype(np.int64)
+        scored = np.append(column.flatten().to_numpy() != -100, False)
+        starts, before = np.cumsum(lengths) - lengths, np.append(0, np.cumsum(scored))
+        found.append((lengths, before[starts + lengths] - before[starts] - (scored[starts] & (lengths > 0))))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
 def answer_length(labels: list[int]) -> int:

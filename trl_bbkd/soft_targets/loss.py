@@ -115,7 +115,7 @@ def sparse_target(ids: torch.Tensor, log_probs: torch.Tensor, tail: str = "renor
     probs = log_probs.exp()
     # Quantised probabilities may sum to a little more than 1
     probs = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    return SparseTarget(ids, probs, 1.0 - probs.sum(dim=-1))
+    return SparseTarget(ids, probs, (1.0 - probs.sum(dim=-1)).clamp(min=0.0))
 
 
 def project(hidden: torch.Tensor, head: LMHead) -> torch.Tensor:
