@@ -41,7 +41,7 @@ def run(command, cwd, timeout=900):
 
 
 def test_every_block_has_a_test():
-    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash", "bash"]
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash", "bash", "bash"]
 
 
 def test_install_commands():
@@ -133,6 +133,42 @@ def test_proxykd_command_as_it_stands(tmp_path):
     run(f"{blocks('bash')[3].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
     results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
     assert results["Proxy-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+
+
+def test_bayeskd_command_in_small(tmp_path):
+    command = blocks("bash")[4].strip()
+    assert command == "accelerate launch recipes/bayeskd.yaml"
+    folder = tmp_path / "bayeskd"
+    small = f"--max_steps 4 --proxy_warmup_epochs 1 --prior_weight 1 --output_dir {shlex.quote(str(folder))}"
+    process = run(f"{command} {small}", ROOT)
+    assert "Bayes-KD: " in process.stdout and "SeqKD" in process.stdout
+    targets = [
+        f"proxy/targets/{name}/{file}" for name in ("prior", "posterior") for file in ("store.json", "stage.json")
+    ]
+    for name in ("model.safetensors", "README.md", "report.md", "curves.png", "metrics.json", *targets):
+        assert (folder / name).stat().st_size > 100, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["results"]) == {"undistilled", "proxy", "SeqKD", "Bayes-KD", "teacher"}
+    assert metrics["calibration"]["proxy"] < metrics["calibration"]["prior"]
+    report, card = ((folder / name).read_text() for name in ("report.md", "README.md"))
+    for stage in ("proxy warm-up", "estimate of the teacher", "distillation"):
+        assert f"| {stage} |" in report and f"| {stage} |" in card
+    assert "## Calibration of the estimate" in report and "context that was seen once" in report
+
+
+@pytest.mark.slow
+def test_bayeskd_command_as_it_stands(tmp_path):
+    run(f"{blocks('bash')[4].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
+    results = json.loads((tmp_path / "bayeskd/metrics.json").read_text())["results"]
+    assert results["Bayes-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+
+
+def test_code_of_the_bayeskd_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/bayeskd.md").read_text(), flags=re.DOTALL)
+    found = {}
+    exec(code, found)
+    assert found["ids"].tolist() == [[7, 8]] and found["ratios"][0] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_links_lead_somewhere():

@@ -8,15 +8,18 @@ from trl_bbkd.bayeskd.bayeskd_config import BayesKDConfig
 from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
 
 
-SETTINGS = {
-    "learning_rate": 1e-3,
-    "proxy_learning_rate": 1e-3,
-    "per_device_eval_batch_size": 4,
-    "ngram_context_length": 2,
+# Both targets, and a prior that counts as much as the draws
+BOTH = {
     "prior_weight": 1.0,
     "posterior_draws": 10,
     "posterior_concentration": 10.0,
     "posterior_sampling": "drawn",
+}
+SETTINGS = BOTH | {
+    "learning_rate": 1e-3,
+    "proxy_learning_rate": 1e-3,
+    "per_device_eval_batch_size": 4,
+    "ngram_context_length": 2,
 }
 
 

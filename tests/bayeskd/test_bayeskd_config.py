@@ -23,22 +23,23 @@ def without_weights(tmp_path_factory, tiny_model_dir, other_model_dir):
     return [str(shutil.copytree(path, folder / name, ignore=no_weights)) for name, path in pairs.items()]
 
 
-def test_defaults_are_those_of_the_method():
+def test_defaults_are_those_of_the_docs():
     args = BayesKDConfig(**ON_CPU)
     assert (args.ngram_context_length, args.ngram_min_count, args.prior_gamma) == (3, 1, 3.0)
-    assert (args.posterior_draws, args.posterior_concentration, args.proxy_temperature) == (10, 10.0, 1.0)
+    assert (args.posterior_draws, args.posterior_concentration, args.proxy_temperature) == (50, 1.0, 1.0)
     assert (args.posterior_sampling, args.posterior_grid_points, args.proxy_top_k) == ("drawn", None, None)
-    assert (args.hard_weight, args.prior_weight, args.posterior_weight) == (1.0, 1.0, 1.0)
+    assert (args.hard_weight, args.prior_weight, args.posterior_weight) == (1.0, 0.0, 1.0)
     assert args.stages == ["warmup", "estimate", "distil"] and args.max_length is None
 
 
 @pytest.mark.parametrize(
     ("config", "targets", "needs_proxy"),
     [
-        ({}, {"prior": 1.0, "posterior": 1.0}, True),
-        ({"posterior_weight": 0.0}, {"prior": 1.0}, False),
-        ({"prior_weight": 0.0, "posterior_weight": 2.0}, {"posterior": 2.0}, True),
-        ({"posterior_draws": 0}, {"prior": 1.0, "posterior": 1.0}, False),
+        ({}, {"posterior": 1.0}, True),
+        ({"prior_weight": 0.5}, {"prior": 0.5, "posterior": 1.0}, True),
+        ({"prior_weight": 1.0, "posterior_weight": 0.0}, {"prior": 1.0}, False),
+        ({"posterior_weight": 2.0}, {"posterior": 2.0}, True),
+        ({"prior_weight": 1.0, "posterior_draws": 0}, {"prior": 1.0, "posterior": 1.0}, False),
         ({"prior_weight": 0.0, "posterior_weight": 0.0}, {}, False),
     ],
     ids=str,
@@ -103,7 +104,7 @@ def test_settings_that_make_no_sense(tmp_path, without_weights, config, message)
         make_trainer(tmp_path, *without_weights, **config)
 
 
-@pytest.mark.parametrize("config", [{}, {"posterior_weight": 0.0}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"prior_weight": 1.0, "posterior_weight": 0.0}], ids=str)
 def test_distilling_without_an_estimate_and_without_targets(config):
     with pytest.raises(ValueError, match="stages leaves out 'estimate', so target_store has to name a folder"):
         BayesKDConfig(**ON_CPU, stages=["warmup", "distil"], **config)

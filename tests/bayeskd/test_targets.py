@@ -19,7 +19,7 @@ from trl_bbkd.soft_targets.rows import soft_target_rows
 from trl_bbkd.soft_targets.store import RowTargets, TargetStore, TargetStoreWriter
 from trl_bbkd.teacher_data import tokenize_teacher_data
 
-from .helpers import ON_CPU, make_rows
+from .helpers import BOTH, ON_CPU, make_rows
 
 
 N, H, V, K = 9, 6, 23, 5
@@ -207,7 +207,7 @@ def world(tmp_path_factory, tokenizer, other_model_dir):
 def estimates(world, rows, **config):
     """What the estimator says of some rows, and what the slow one does."""
     args = BayesKDConfig(
-        world.folder, **{**ON_CPU, "ngram_context_length": 1, "target_top_k": world.vocab_size, **config}
+        world.folder, **{**ON_CPU, **BOTH, "ngram_context_length": 1, "target_top_k": world.vocab_size, **config}
     )
     distributions = ProxyDistributions(world.proxy, args, world.vocab_size, 0) if args.needs_proxy else None
     found = TargetEstimator(world.ngrams[args.ngram_context_length], distributions, args)(rows)
@@ -440,7 +440,7 @@ class TestEstimator:
 
 
 def proxy_distributions(world, **config):
-    args = BayesKDConfig(world.folder, **{**ON_CPU, **config})
+    args = BayesKDConfig(world.folder, **{**ON_CPU, **BOTH, **config})
     return ProxyDistributions(world.proxy, args, world.vocab_size, 0)
 
 
