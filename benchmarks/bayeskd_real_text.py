@@ -27,12 +27,30 @@ from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
 from trl_bbkd.seqkd import CurveCallback, curve
 
 
-# What is estimated: BayesKDConfig's defaults but for this
+# Stated here so that it stays when BayesKDConfig's defaults do not
+PAPER = {
+    "hard_weight": 1.0,
+    "prior_weight": 1.0,
+    "posterior_weight": 1.0,
+    "prior_gamma": 3.0,
+    "ngram_context_length": 3,
+    "ngram_min_count": 1,
+    "posterior_draws": 10,
+    "posterior_concentration": 10.0,
+    "posterior_sampling": "drawn",
+    "target_tail": "renormalize",
+    "target_top_k": 16,
+}
+# What is estimated, where it differs
 ESTIMATES = {
-    "defaults": {},
+    "paper": {},
     "expected": {"posterior_sampling": "expected"},
     "trusting": {"posterior_concentration": 1.0, "posterior_draws": 50},
+    "trusting_expected": {"posterior_concentration": 1.0, "posterior_draws": 50, "posterior_sampling": "expected"},
     "proxy": {"posterior_concentration": 0.0, "posterior_sampling": "expected"},
+    "draws": {"posterior_concentration": 0.0},
+    "proxy_wide": {"posterior_concentration": 0.0, "posterior_sampling": "expected", "target_top_k": 128},
+    "gamma30": {"prior_gamma": 30.0},
     "n1": {"ngram_context_length": 1},
     "min_count": {"ngram_min_count": 5},
     "gamma1": {"prior_gamma": 1.0},
@@ -40,20 +58,26 @@ ESTIMATES = {
 # The estimate an arm learns from (`None`: none), and the weights of its loss
 ARMS = {
     "hard": (None, {"prior_weight": 0.0, "posterior_weight": 0.0}),
-    "hard + prior": ("defaults", {"posterior_weight": 0.0}),
-    "hard + posterior": ("defaults", {"prior_weight": 0.0}),
-    "hard + prior + posterior": ("defaults", {}),
+    "hard + prior": ("paper", {"posterior_weight": 0.0}),
+    "hard + posterior": ("paper", {"prior_weight": 0.0}),
+    "hard + prior + posterior": ("paper", {}),
     "h+post, expected": ("expected", {"prior_weight": 0.0}),
     "h+post, κ=1, K=50": ("trusting", {"prior_weight": 0.0}),
+    "h+post, κ=1, K=50, expected": ("trusting_expected", {"prior_weight": 0.0}),
+    "h+prior+post, κ=1, K=50, expected": ("trusting_expected", {}),
     "h+post, κ=0, expected (proxy)": ("proxy", {"prior_weight": 0.0}),
+    "h+post, κ=0 (proxy's draws)": ("draws", {"prior_weight": 0.0}),
+    "h+post, κ=0, expected, 128 tokens": ("proxy_wide", {"prior_weight": 0.0, "target_top_k": 128}),
+    "h+post, γ=30": ("gamma30", {"prior_weight": 0.0}),
     "h+post, κ=0, expected, bucket": ("proxy", {"prior_weight": 0.0, "target_tail": "bucket"}),
-    "h+post, β=3": ("defaults", {"prior_weight": 0.0, "posterior_weight": 3.0}),
+    "h+post, β=3": ("paper", {"prior_weight": 0.0, "posterior_weight": 3.0}),
     "h+prior+post, n=1": ("n1", {}),
     "h+prior+post, min_count=5": ("min_count", {}),
     "h+post, min_count=5": ("min_count", {"prior_weight": 0.0}),
     "h+post, γ=1": ("gamma1", {"prior_weight": 0.0}),
 }
-CALIBRATED = ("prior", "proxy", "posterior", "posterior_drawn")
+CALIBRATED = ("paper", "n1", "min_count")  # of different counts
+NLLS = ("prior", "proxy", "posterior", "posterior_drawn")
 
 
 def parse_args(argv=None):
@@ -97,7 +121,7 @@ class Seed:
         estimate, settings = ARMS[arm]
         folder = self.root / "arms" / arm.replace(" ", "-")
         if estimate is not None:
-            settings = {**settings, "target_store": str(self.targets(estimate))}
+            settings = {**ESTIMATES[estimate], **settings, "target_store": str(self.targets(estimate))}
         validation = self.data.scored["validation"]
         callback = CurveCallback(lambda model: shared.measure(model, validation), points=self.args.curve_points)
         trainer = self.trainer(folder, ["distil"], None, settings, [callback])
@@ -117,14 +141,14 @@ class Seed:
         if name not in self.results["estimates"]:
             proxy = self.warmed_up()
             start = time.perf_counter()
-            trainer = self.trainer(folder, ["estimate"], proxy, ESTIMATES[name])
+            # Without held-out rows there is no calibration, which is the same for all that have the same counts
+            trainer = self.trainer(folder, ["estimate"], proxy, ESTIMATES[name], held_out=name in CALIBRATED)
             trainer.train()
             (report,) = trainer.stage_reports
             found = {"calibration": trainer.calibration, **report["metrics"][0]}
             self.results["estimates"][name] = found | {"seconds": time.perf_counter() - start}
             self.save()
-            short = {key: trainer.calibration[key] for key in CALIBRATED}
-            print(f"seed {self.seed}, estimate {name}:", json.dumps(short | report["metrics"][0]), flush=True)
+            print(f"seed {self.seed}, estimate {name}:", json.dumps(self.results["estimates"][name]), flush=True)
         return folder / "proxy" / "targets"
 
     def warmed_up(self) -> str:
@@ -139,7 +163,7 @@ class Seed:
             print(f"seed {self.seed}, proxy:", json.dumps(self.results["proxy"]), flush=True)
         return str(folder / "proxy" / "warmup")
 
-    def trainer(self, folder: Path, stages: list[str], proxy, settings: dict, callbacks=None) -> BayesKDTrainer:
+    def trainer(self, folder: Path, stages: list[str], proxy, settings: dict, callbacks=None, held_out=True):
         args = self.args
         configuration = BayesKDConfig(
             **{
@@ -155,6 +179,7 @@ class Seed:
                 "proxy_learning_rate": args.proxy_learning_rate,
                 "proxy_warmup_epochs": args.proxy_warmup_epochs,
                 **shared.common_arguments(self.seed),
+                **PAPER,
                 **settings,
             }
         )
@@ -163,7 +188,7 @@ class Seed:
             proxy_model=proxy,
             args=configuration,
             train_dataset=self.data.train,
-            eval_dataset=self.data.held_out[args.report_on],
+            eval_dataset=self.data.held_out[args.report_on] if held_out else None,
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
@@ -188,23 +213,19 @@ def tables(args, results: list[dict]) -> str:
         cells = [shared.mean_and_seeds([entry[name] for entry in entries]) for name in ("top1_agreement", "nll")]
         lines.append(f"| {entries[0]['at']} warm-up | {' | '.join(cells)} |")
 
+    names = [name for name in CALIBRATED if all(name in result["estimates"] for result in results)]
     lines += [
         "",
         "Held-out NLL of the estimates, with γ=1; contexts: share of answer tokens whose context is there once",
         "",
     ]
     lines += ["| estimate | prior | proxy | posterior | posterior, drawn | contexts |", "|---|---|---|---|---|---|"]
-    names = [name for name in ESTIMATES if all(name in result["estimates"] for result in results)]
     for name in names:
         found = [result["estimates"][name] for result in results]
-        cells = [shared.mean_and_seeds([entry["calibration"][key] for entry in found]) for key in CALIBRATED]
+        cells = [shared.mean_and_seeds([entry["calibration"][key] for entry in found]) for key in NLLS]
         lines.append(f"| {name} | {' | '.join(cells)} | {found[0]['contexts_seen_once']:.3f} |")
-
     for name in names:
         grids = [result["estimates"][name]["calibration"]["table"] for result in results]
-        # The posterior depends on n and on when counts back off, and on nothing else of an estimate
-        if not {"ngram_context_length", "ngram_min_count"} & ESTIMATES[name].keys() and name != "defaults":
-            continue
         cells = {
             (entries[0]["draws"], entries[0]["concentration"]): [
                 statistics.mean(entry[key] for entry in entries) for key in ("drawn", "expected")
