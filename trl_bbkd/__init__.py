@@ -10,10 +10,15 @@ if TYPE_CHECKING:
     from .gad.discriminator import Discriminator
     from .gad.gad_config import GADConfig
     from .gad.gad_trainer import GADTrainer
+    from .llkd.llkd_config import LLKDConfig
+    from .llkd.llkd_trainer import LLKDTrainer
+    from .llkd.pseudo_labels import pseudo_label
     from .proxykd.alignment_config import ProxyAlignmentConfig
     from .proxykd.alignment_trainer import ProxyAlignmentTrainer
     from .proxykd.proxykd_config import ProxyKDConfig
     from .proxykd.proxykd_trainer import ProxyKDTrainer
+    from .selection.collator import LLKDDataCollator
+    from .selection.mixin import LLKDMixin
     from .teacher_data import load_teacher_data
 
 
@@ -24,12 +29,17 @@ __all__ = [
     "Discriminator",
     "GADConfig",
     "GADTrainer",
+    "LLKDConfig",
+    "LLKDDataCollator",
+    "LLKDMixin",
+    "LLKDTrainer",
     "ProxyAlignmentConfig",
     "ProxyAlignmentTrainer",
     "ProxyKDConfig",
     "ProxyKDTrainer",
     "launch",
     "load_teacher_data",
+    "pseudo_label",
 ]
 
 # Imported on first use, so that the command line answers before torch is loaded.
@@ -39,11 +49,16 @@ _LAZY_NAMES = {
     "Discriminator": ".gad.discriminator",
     "GADConfig": ".gad.gad_config",
     "GADTrainer": ".gad.gad_trainer",
+    "LLKDConfig": ".llkd.llkd_config",
+    "LLKDDataCollator": ".selection.collator",
+    "LLKDMixin": ".selection.mixin",
+    "LLKDTrainer": ".llkd.llkd_trainer",
     "ProxyAlignmentConfig": ".proxykd.alignment_config",
     "ProxyAlignmentTrainer": ".proxykd.alignment_trainer",
     "ProxyKDConfig": ".proxykd.proxykd_config",
     "ProxyKDTrainer": ".proxykd.proxykd_trainer",
     "load_teacher_data": ".teacher_data",
+    "pseudo_label": ".llkd.pseudo_labels",
 }
 
 

@@ -58,6 +58,8 @@ class StudentCard:
             Whether its prompts are messages.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest answer it learned.
+        labels (`list[str]`, *optional*):
+            Names of its classes, if it is a classifier.
         folders (`list[str]`, *optional*):
             Folders that are pushed with it.
         teacher (`str`, *optional*):
@@ -86,6 +88,7 @@ class StudentCard:
     note: str | None = None
     conversational: bool = False
     max_new_tokens: int = 256
+    labels: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     teacher: str | None = None
     datasets: list[str] = field(default_factory=list)
@@ -130,7 +133,7 @@ def render_card(card: StudentCard) -> str:
         datasets=[name for name in map(hub_id, card.datasets) if name] or None,
         library_name="peft" if card.is_adapter else "transformers",
         model_name=card.name,
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if card.labels else "text-generation",
         tags=list(dict.fromkeys(card.tags)),
     )
     sections = [
@@ -205,13 +208,17 @@ def _results(card: StudentCard) -> str:
 
 
 def _usage(card: StudentCard) -> str:
-    if card.conversational:
+    model_class = f"AutoModelFor{'SequenceClassification' if card.labels else 'CausalLM'}"
+    head = f", num_labels={len(card.labels)}" if card.labels else ""
+    if card.labels:
+        encode = 'inputs = tokenizer("Name a red fruit.", return_tensors="pt")'
+    elif card.conversational:
         encode = """messages = [{"role": "user", "content": "Name a red fruit."}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
     else:
         encode = 'inputs = tokenizer("Name a red fruit.", return_tensors="pt")'
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {model_class}, AutoTokenizer",
         "",
         f"student = {json.dumps(card.repo_id)}",
         "tokenizer = AutoTokenizer.from_pretrained(student)",
@@ -220,11 +227,14 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
     if card.is_adapter and not hub_id(card.base_model):
         base = json.dumps(Path(card.base_model).name if card.base_model else "base")
         lines.insert(0, "from peft import PeftModel")
-        lines.append(f"base = AutoModelForCausalLM.from_pretrained({base})")
+        lines.append(f"base = {model_class}.from_pretrained({base}{head})")
         lines.append("model = PeftModel.from_pretrained(base, student)")
         note = "The weights are an adapter, and the model it belongs to is not on the Hub: put its path in place of `base`'s.\n\n"
     else:
-        lines.append("model = AutoModelForCausalLM.from_pretrained(student)")
+        lines.append(f"model = {model_class}.from_pretrained(student{head if card.is_adapter else ''})")
+    if card.labels:
+        lines += [encode, f"print({json.dumps(card.labels)}[model(**inputs).logits.argmax().item()])"]
+        return f"## How to use it\n\n{note}" + fenced("\n".join(lines), "python") + _folders(card)
     lines += [
         encode,
         f"outputs = model.generate(**inputs, max_new_tokens={card.max_new_tokens}, do_sample=True)",

@@ -43,9 +43,14 @@ class StudentHubMixin:
             is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             conversational=_is_conversational(self.train_dataset),
             note=self._card_note,
-            max_new_tokens=self.args.max_completion_length,
+            max_new_tokens=getattr(self.args, "max_completion_length", 256),
+            labels=self._class_labels(),
             folders=self._hub_folders(),
         )
+
+    def _class_labels(self) -> list[str]:
+        """Names of the student's classes, if it is a classifier."""
+        return []
 
     def _hub_folders(self) -> list[str]:
         """Folders of `output_dir` that are sent beside the student."""
@@ -182,7 +187,9 @@ def hyperparameters(args, steps: int) -> dict:
         steps (`int`):
             Optimizer steps taken.
     """
-    ours = itertools.takewhile(lambda owner: not owner.__module__.startswith("trl."), type(args).__mro__)
+    ours = itertools.takewhile(
+        lambda owner: not owner.__module__.startswith(("trl.", "transformers.")), type(args).__mro__
+    )
     names = {name for owner in ours for name in vars(owner).get("__annotations__", {})}
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     first = {

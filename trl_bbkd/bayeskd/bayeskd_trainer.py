@@ -1,6 +1,7 @@
 from datasets import Dataset
 
 from ..proxy.trainer import ProxyTargetTrainer
+from ..selection.config import SELECTION_ARGUMENTS
 from ..teacher_data import TeacherDataError
 from .bayeskd_config import BayesKDConfig
 from .bayeskd_stages import BayesKDRows, BayesKDStages
@@ -84,6 +85,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
         "target_top_k",
         "target_tail",
         "stages",
+        *SELECTION_ARGUMENTS,
     )
     _config_type = BayesKDConfig
     _stages_type = BayesKDStages
@@ -130,7 +132,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
             return []
         text = (
             f"The posterior predicts held-out teacher text worse than the proxy alone: {found['posterior']:.3f} against "
-            f"{found['proxy']:.3f} nats per token. The n-gram prior makes the estimate worse: lower posterior_concentration, raise "
-            "posterior_draws, or see ngram_min_count."
+            f"{found['proxy']:.3f} nats per token, because of the n-gram prior. Try a lower posterior_concentration or more "
+            "posterior_draws, and compare the students."
         )
         return [{"step": 0, "text": text}]

@@ -5,6 +5,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..proxy.trainer import ProxyTargetTrainer
+from ..selection.config import SELECTION_ARGUMENTS
 from ..teacher_data import TeacherDataError
 from .proxykd_config import ProxyKDConfig
 from .proxykd_stages import ProxyKDStages
@@ -90,6 +91,7 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         "target_tail",
         "sample_weighting",
         "stages",
+        *SELECTION_ARGUMENTS,
     )
 
     _config_type = ProxyKDConfig

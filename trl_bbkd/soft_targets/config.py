@@ -4,14 +4,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
+from ..selection.config import SelectionConfig
+
 
 @dataclass
-class SoftTargetConfig(SFTConfig):
+class SoftTargetConfig(SelectionConfig, SFTConfig):
     r"""
     What every trainer on soft targets has: the student learns the teacher's text and, token by token, the distribution
     of a model that has weights.
 
-    This class includes only the parameters that are specific to soft targets. For the rest, see [`~trl.SFTConfig`].
+    This class includes only the parameters that are specific to soft targets. For the rest, see
+    [`~selection.config.SelectionConfig`] (which rows a step learns from) and [`~trl.SFTConfig`].
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:

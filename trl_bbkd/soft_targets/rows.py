@@ -1,7 +1,8 @@
 """Rows of teacher text as a student on soft targets reads them."""
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
+from ..selection.collator import CARRIED_COLUMNS
 from ..seqkd import sft_rows
 from .store import row_key
 
@@ -19,7 +20,8 @@ def soft_target_rows(dataset: Dataset, tokenizer, chat_template_kwargs: dict | N
             Passed to `apply_chat_template`.
 
     Returns:
-        [`~datasets.Dataset`]: `input_ids`, `labels` (-100 at the prompt) and `row_key`, the row's name in a store.
+        [`~datasets.Dataset`]: `input_ids`, `labels` (-100 at the prompt), `row_key`, the row's name in a store, and what
+        LLKD selects by, if the rows have it.
     """
     rows = sft_rows(dataset, tokenizer, chat_template_kwargs)
 
@@ -27,4 +29,6 @@ def soft_target_rows(dataset: Dataset, tokenizer, chat_template_kwargs: dict | N
         pairs = zip(batch["input_ids"], batch["labels"], strict=True)
         return {"row_key": [row_key(ids, labels.count(-100)) for ids, labels in pairs]}
 
-    return rows.map(name, batched=True, desc="Naming rows")
+    rows = rows.map(name, batched=True, desc="Naming rows")
+    carried = [column for column in CARRIED_COLUMNS if column in dataset.column_names]
+    return concatenate_datasets([rows, dataset.select_columns(carried)], axis=1) if carried else rows

@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from ..resume import ResumableRun
+from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
+from ..selection.signals import mean_token_entropy
 from ..trainer_hub import StudentHubMixin
 from .collator import SoftTargetCollator
 from .config import SoftTargetConfig
@@ -23,7 +25,7 @@ from .loss import DenseTarget, SparseTarget, sparse_target
 TARGET_COLUMNS = ("row_key", "sample_weight")
 
 
-class SoftTargetTrainer(ResumableRun, StudentHubMixin, SFTTrainer):
+class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
     """
     What trainers on soft targets share: an [`~trl.SFTTrainer`] whose loss is
 
@@ -81,6 +83,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, SFTTrainer):
         factor = torch.as_tensor((self.accelerator.num_processes if over_processes else 1) / tokens).to(rows.device)
         sample_weight = inputs.get("sample_weight")
         sample_weight = torch.ones(len(scored), device=rows.device) if sample_weight is None else sample_weight
+        selection_weight = inputs.get(SELECTION_WEIGHT, torch.ones(len(scored), device=rows.device))[rows]
         weights = torch.tensor(self.target_weights, dtype=factor.dtype, device=rows.device)
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -88,13 +91,30 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, SFTTrainer):
             soft_target_inputs={
                 "labels": inputs["labels"],
                 "targets": self._targets(inputs, scored),
-                "hard": (self.args.hard_weight * factor).expand(len(rows)),
-                "soft": weights[:, None] * factor * sample_weight[rows],
+                "hard": self.args.hard_weight * factor * selection_weight,
+                "soft": weights[:, None] * factor * sample_weight[rows] * selection_weight,
                 "temperature": self.args.distillation_temperature,
             },
         )
         self._log_token_metrics(outputs, inputs["attention_mask"], sample_weight)
         return outputs.loss
+
+    def _uncertainty(self, pool: dict) -> torch.Tensor:
+        scored = scored_positions(pool["labels"])
+        rows, none = scored.nonzero()[:, 0], torch.zeros(0, int(scored.sum()), device=scored.device)
+        outputs = self.model(
+            input_ids=pool["input_ids"],
+            attention_mask=pool["attention_mask"],
+            soft_target_inputs={
+                "labels": pool["labels"],
+                "targets": [],
+                "hard": torch.zeros(len(rows), device=scored.device),
+                "soft": none,
+                "temperature": 1.0,
+            },
+        )
+        vocab_size = lm_head(self.model).weight.size(0)
+        return mean_token_entropy(outputs.entropy, rows, len(scored), vocab_size)
 
     def _targets(self, inputs: dict, scored: torch.Tensor) -> list[SparseTarget | DenseTarget]:
         targets = [
