@@ -174,3 +174,10 @@ def test_code_of_the_bayeskd_docs_runs(tmp_path, monkeypatch):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_code_of_the_llkd_docs_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/llkd.md").read_text(), flags=re.DOTALL)
+    found = {"__name__": "docs"}
+    exec(code, found)
+    assert found["SelectiveSFTConfig"]("x", use_cpu=True, bf16=False, selection="llkd").pool_factor == 4
