@@ -11,7 +11,7 @@ MOST_CONTEXT = 16
 @dataclass
 class BayesKDConfig(ProxyConfig):
     r"""
-    Configuration class for [`BayesKDTrainer`], Bayes-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013v1),
+    Configuration class for [`BayesKDTrainer`], Bayes-KD ([arXiv 2401.07013](https://arxiv.org/abs/2401.07013v1),
     version 1). The paper's equations are our reading of public descriptions, and every choice in them is a parameter.
 
     This class includes only the parameters that are specific to Bayes-KD. For the rest, see

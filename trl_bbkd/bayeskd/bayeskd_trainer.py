@@ -10,13 +10,13 @@ from .top_logprobs import TOP_LOGPROBS, check_top_logprobs
 
 class BayesKDTrainer(ProxyTargetTrainer):
     r"""
-    Trainer for Bayes-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013v1), version 1), in our reading of
+    Trainer for Bayes-KD ([arXiv 2401.07013](https://arxiv.org/abs/2401.07013v1), version 1), in our reading of
     it: no public text has the paper's equations.
 
     The closed teacher's distribution over the next token is estimated, and the student learns from the teacher's text
     and from the estimate: a prior from n-gram counts of the teacher's answers, and a posterior that draws of an open
-    proxy refine it to. One call to `train` warms the proxy up on the teacher's text, estimates, and distils. Each stage
-    is kept on disk below `output_dir/proxy`: a second run goes on at the first one that is not finished.
+    proxy refine it to. One call to `train` warms the proxy up on the teacher's text, estimates, and distils. Each
+    stage is kept on disk below `output_dir/proxy`: a second run goes on at the first one that is not finished.
 
     Example:
 
@@ -65,7 +65,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
     )
     _paper = {
         "title": "Knowledge Distillation for Closed-Source Language Models",
-        "id": "2401.07013v1",
+        "id": "2401.07013",
         # docstyle-ignore
         "citation": """@article{bayeskd2024,
     title        = {{Knowledge Distillation for Closed-Source Language Models}},

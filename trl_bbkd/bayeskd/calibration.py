@@ -37,8 +37,8 @@ def calibration(tokens: HeldOutTokens, draws: int, concentration: float, vocab_s
     NLL of held-out teacher tokens under prior, proxy and posterior, in nats per token.
 
     The prior here is the n-gram ratio alone (γ = 1): of a token that it is judged on, an estimate must not know that
-    it was written. The posterior is equation (5') from draws, and in expectation over them. Every estimate is mixed with a
-    thousandth of a uniform distribution.
+    it was written. The posterior is equation (5') from draws, and in expectation over them. Every estimate is mixed
+    with a thousandth of a uniform distribution.
 
     Args:
         tokens ([`HeldOutTokens`]):

@@ -135,9 +135,9 @@ class TargetEstimator:
 
     def _candidates(self, rows: list[dict], tokens: np.ndarray, contexts: np.ndarray, known: KnownProbs):
         """
-        Tokens that may have probability, each once: the likeliest ones by count, the observed one, those that an API or
-        the proxy names. Of each its n-gram ratio, whether it is the observed token, how often the proxy drew it, its
-        known probability and whether it has one.
+        Tokens that may have probability, each once: the likeliest ones by count, the observed one, those that an API
+        or the proxy names. Of each its n-gram ratio, whether it is the observed token, how often the proxy drew it,
+        its known probability and whether it has one.
         """
         args = self.args
         ngram_ids, ratios, _ = self.ngrams.top(contexts, CANDIDATES * args.target_top_k, args.ngram_min_count)

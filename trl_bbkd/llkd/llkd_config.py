@@ -12,8 +12,8 @@ class LLKDConfig(SelectionConfig, TrainingArguments):
     Configuration class for [`LLKDTrainer`], LLKD ([arXiv 2411.08028](https://huggingface.co/papers/2411.08028), our
     reading).
 
-    This class includes only the parameters that are specific to a student with a classification head. For the rest, see
-    [`~selection.config.SelectionConfig`] (which rows a step learns from) and [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to a student with a classification head. For the rest,
+    see [`~selection.config.SelectionConfig`] (which rows a step learns from) and [`~transformers.TrainingArguments`].
 
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]:

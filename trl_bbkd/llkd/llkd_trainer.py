@@ -36,8 +36,8 @@ UNKNOWN = -1
 
 class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
     """
-    Trainer for LLKD ([arXiv 2411.08028](https://huggingface.co/papers/2411.08028), our reading), in the paper's setting: a
-    small student with a classification head, an encoder or a decoder, learns a teacher's pseudo-labels.
+    Trainer for LLKD ([arXiv 2411.08028](https://huggingface.co/papers/2411.08028), our reading), in the paper's
+    setting: a small student with a classification head, an encoder or a decoder, learns a teacher's pseudo-labels.
 
     Each step scores a pool of rows and learns from those of which the teacher is sure and the student is not (see
     [`~selection.mixin.LLKDMixin`]). Its loss, over the rows of all micro-batches and processes of the step, is
@@ -66,9 +66,9 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         data_collator (`Callable`, *optional*):
             Makes a batch of rows with `input_ids`. By default [`~transformers.DataCollatorWithPadding`].
         train_dataset ([`~datasets.Dataset`]):
-            Rows with `text` (or already `input_ids`), `label`, the teacher's, as a number, and `teacher_confidence`, as
-            `trl_bbkd.pseudo_label` makes them. With `gold`, the true label or `None` where it is not known, the teacher's
-            accuracy on rows that were kept and dropped is logged; nothing else looks at it.
+            Rows with `text` (or already `input_ids`), `label`, the teacher's, as a number, and `teacher_confidence`,
+            as `trl_bbkd.pseudo_label` makes them. With `gold`, the true label or `None` where it is not known, the
+            teacher's accuracy on rows that were kept and dropped is logged; nothing else looks at it.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Rows of which `label` is the true one.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -343,8 +343,8 @@ def check_labels(
     Refuse labels that are none of the classes.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: the column is missing, numbers its classes otherwise, or has a value that is
-        no class.
+        [`~selection.signals.LLKDDataError`]: the column is missing, numbers its classes otherwise, or has a value that
+        is no class.
     """
     if column not in rows.column_names:
         advice = "Make it with `trl_bbkd.pseudo_label`" if where == "training" else "It is the true one there"
@@ -452,8 +452,8 @@ def class_logits(outputs) -> torch.Tensor:
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
-    `accuracy`, and `macro_f1`: the mean over classes of F1 = 2 TP / (2 TP + FP + FN). A class that is neither a true label
-    of any row nor predicted has no F1, and is left out, as scikit-learn does.
+    `accuracy`, and `macro_f1`: the mean over classes of F1 = 2 TP / (2 TP + FP + FN). A class that is neither a true
+    label of any row nor predicted has no F1, and is left out, as scikit-learn does.
     """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     gold = torch.as_tensor(prediction.label_ids)

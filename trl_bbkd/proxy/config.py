@@ -7,8 +7,8 @@ from ..soft_targets.config import SoftTargetConfig
 @dataclass
 class ProxyConfig(SoftTargetConfig):
     r"""
-    What every trainer with a proxy has: an open model that learns the teacher's text first, and whose distributions the
-    student learns from.
+    What every trainer with a proxy has: an open model that learns the teacher's text first, and whose distributions
+    the student learns from.
 
     This class includes only the parameters that are specific to the proxy. For the rest, see
     [`~soft_targets.config.SoftTargetConfig`] and [`~trl.SFTConfig`], which are the student's. The proxy's batch,

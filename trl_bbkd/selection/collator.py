@@ -194,8 +194,8 @@ def integers(name: str, values: list, names: list) -> torch.Tensor:
 
 def blank_row(batch: Mapping) -> dict:
     """
-    The first row of a batch without anything to learn from: its `labels` are -100 and it has no soft targets. A process
-    of whose pool nothing is kept still takes part in the backward pass, for which the others wait.
+    The first row of a batch without anything to learn from: its `labels` are -100 and it has no soft targets. A
+    process of whose pool nothing is kept still takes part in the backward pass, for which the others wait.
     """
     keep = torch.zeros(_length(batch), dtype=torch.bool)
     keep[0] = True

@@ -43,8 +43,8 @@ class SelectionConfig:
         selection_use_student (`bool`, *optional*, defaults to `True`):
             Whether the student's uncertainty decides.
         selection_weighting (`str`, *optional*, defaults to `"product"`):
-            Weight of a kept row in the loss, from confidence c and uncertainty u and 1 on average: `"product"`, `"sum"`,
-            `"teacher"`, `"student"` or `"none"`.
+            Weight of a kept row in the loss, from confidence c and uncertainty u and 1 on average: `"product"`,
+            `"sum"`, `"teacher"`, `"student"` or `"none"`.
         selection_warmup_steps (`int`, *optional*, defaults to `50`):
             Optimizer steps at the beginning in which every row is kept: an untrained student's uncertainty says
             nothing.

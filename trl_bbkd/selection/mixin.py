@@ -28,8 +28,9 @@ class LLKDMixin:
     class SelectiveSFTTrainer(LLKDMixin, SFTTrainer): ...
     ```
 
-    A pool of `pool_factor` times the batch is scored without gradients, and what was not kept goes no further: it costs
-    no backward pass. The signals of all processes are gathered before the thresholds move, so that each has the same.
+    A pool of `pool_factor` times the batch is scored without gradients, and what was not kept goes no further: it
+    costs no backward pass. The signals of all processes are gathered before the thresholds move, so that each has the
+    same.
 
     Raises:
         [`~selection.signals.LLKDDataError`]: no rows, no confidence, or a pool larger than the data set.
