@@ -65,12 +65,7 @@ def _gad_panels(panels: list, report: RunReport) -> list:
     panels[2].axhline(1.0, color=INK, lw=0.8, ls=":")
     _title(panels[2], "Length, student / teacher")
 
-    if report.judged_metrics:
-        _comparison(panels[3], report, "teacher_nll")
-        _title(panels[3], "NLL of held-out teacher answers")
-    else:
-        _line(panels[3], log, "discriminator/group_std", STUDENT, None)
-        _title(panels[3], "Score's std within a group")
+    _coverage(panels[3], report, otherwise="discriminator/group_std", title="Score's std within a group")
     return panels
 
 
@@ -91,12 +86,7 @@ def _proxykd_panels(panels: list, report: RunReport) -> list:
     _line(panels[2], report.log_history, "nll", SECOND, "NLL")
     _title(panels[2], "The student's losses")
 
-    if report.judged_metrics:
-        _comparison(panels[3], report, "teacher_nll")
-        _title(panels[3], "NLL of held-out teacher answers")
-    else:
-        _line(panels[3], report.log_history, "entropy", STUDENT, None)
-        _title(panels[3], "The student's entropy")
+    _coverage(panels[3], report, otherwise="entropy", title="The student's entropy")
     return panels[2:]
 
 
@@ -124,12 +114,7 @@ def _bayeskd_panels(panels: list, report: RunReport) -> list:
     _line(panels[2], report.log_history, "nll", COLORS[SEQKD], "NLL")
     _title(panels[2], "The student's losses")
 
-    if report.judged_metrics:
-        _comparison(panels[3], report, "teacher_nll")
-        _title(panels[3], "NLL of held-out teacher answers")
-    else:
-        _line(panels[3], report.log_history, "mean_token_accuracy", STUDENT, None)
-        _title(panels[3], "Top-1 accuracy on teacher tokens")
+    _coverage(panels[3], report, otherwise="mean_token_accuracy", title="Top-1 accuracy on teacher tokens")
     return panels[1:]
 
 
@@ -141,6 +126,16 @@ def _calibration_lines(calibration: dict):
         entries = [entry for entry in calibration["table"] if entry["concentration"] == kappa]
         style = "-" if is_own else (0, (1 + number, 1))
         yield entries, STUDENT if is_own else SECOND, style, f"κ = {kappa:g}"
+
+
+def _coverage(axes, report: RunReport, otherwise: str, title: str) -> None:
+    """NLL of held-out teacher answers; without a judge that is the large picture already, and a logged series is here."""
+    if report.judged_metrics:
+        _comparison(axes, report, "teacher_nll")
+        _title(axes, "NLL of held-out teacher answers")
+    else:
+        _line(axes, report.log_history, otherwise, STUDENT, None)
+        _title(axes, title)
 
 
 def _stage_points(stage: dict, name: str) -> list[tuple[str, float]]:
