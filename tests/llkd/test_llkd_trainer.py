@@ -148,7 +148,7 @@ def test_two_processes_take_the_step_of_one_though_one_keeps_nothing(tmp_path):
     one = sequential_step(tmp_path / "one", 8)
     run_processes(2, "tests/llkd/helpers.py", tmp_path)
     for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt")
+        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert found["num_processes"] == 2
         assert_same_gradient(found["gradient"], one["gradient"])
         assert found["kept_share"] == one["kept_share"]
@@ -157,7 +157,7 @@ def test_two_processes_take_the_step_of_one_though_one_keeps_nothing(tmp_path):
             # What they were scored beside differs, and so does rounding
             torch.testing.assert_close(found["state"][name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
         if rank:
-            first = torch.load(tmp_path / "rank0.pt")["state"]
+            first = torch.load(tmp_path / "rank0.pt", weights_only=True)["state"]
             assert all(torch.equal(found["state"][name].nan_to_num(), first[name].nan_to_num()) for name in first)
 
 

@@ -37,7 +37,7 @@ def ranks(tmp_path_factory, tiny_model_dir, targets):
     """Each scenario on two processes: results of both."""
     folder = tmp_path_factory.mktemp("two")
     run_processes(2, "tests/selection/two_processes_selection.py", tiny_model_dir, targets, folder, timeout=240)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 class TestTwoProcesses:
