@@ -32,9 +32,10 @@ def test_losses_equal_a_loop_over_pairs(groups):
     pairs = [(t, s) for t, samples in groups for s in samples]
 
     expected = sum(-math.log(sigmoid(t - s)) for t, s in pairs) / len(pairs)
-    assert bradley_terry_loss(teacher, student, index).item() == pytest.approx(expected, abs=1e-9)
+    # PyTorch's softplus is linear above 20: off by up to log1p(exp(-20)) = 2.1e-9 a term
+    assert bradley_terry_loss(teacher, student, index).item() == pytest.approx(expected, abs=5e-9)
     expected = sum(-math.log(sigmoid(t)) - math.log(sigmoid(-s)) for t, s in pairs) / len(pairs)
-    assert cross_entropy_loss(teacher, student, index).item() == pytest.approx(expected, abs=1e-9)
+    assert cross_entropy_loss(teacher, student, index).item() == pytest.approx(expected, abs=5e-9)
     expected = sum((t > s) + 0.5 * (t == s) for t, s in pairs) / len(pairs)
     assert pair_accuracy(teacher, student, index).item() == pytest.approx(expected, abs=1e-6)
 
