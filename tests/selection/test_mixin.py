@@ -108,6 +108,16 @@ class TestGradient:
         plain.train()
         assert_same_gradient(weights(trainer.model), weights(plain.model))
 
+    def test_the_control_learns_from_random_rows_and_scores_none(self, tmp_path, tiny_model_dir, monkeypatch):
+        recorder, settings = Recorder(), {"selection_rule": "random", "selection_budget": 0.5, **ONE_STEP}
+        trainer = make_sft_trainer(tmp_path, tiny_model_dir, recorder=recorder, selection_weighting="none", **settings)
+        monkeypatch.setattr(trainer, "_uncertainty", lambda pool: pytest.fail("a row was scored"))
+        trainer.train()
+        assert len(recorder.rows) == 8 and set(recorder.rows.values()) == {1.0}
+        found = log(trainer)[0]
+        assert found["selection/kept_share"] == 0.5
+        assert not [name for name in found if "uncertainty" in name or "threshold_student" in name]
+
     def test_without_indicators_and_weights_it_is_plain_training_on_the_pools(self, tmp_path, tiny_model_dir):
         settings = {"selection_use_teacher": False, "selection_use_student": False, "selection_weighting": "none"}
         trainer = make_sft_trainer(tmp_path / "a", tiny_model_dir, num_train_epochs=3, **settings)
@@ -334,7 +344,7 @@ class TestBadInput:
             ({"selection_momentum": math.nan}, "selection_momentum is nan; it must be at least 0 and below 1"),
             ({"selection_rule": "quantile"}, "selection_budget is None; rule: quantile needs a share between 0 and 1"),
             ({"selection_rule": "quantile", "selection_budget": 1.0}, "selection_budget is 1.0; .*between 0 and 1"),
-            ({"selection_budget": 0.5}, "selection_budget is for rule: quantile only"),
+            ({"selection_budget": 0.5}, "selection_budget is for the rules quantile and random"),
             ({"selection_warmup_steps": -1}, "selection_warmup_steps is -1; it must be at least 0"),
             ({"pool_factor": 0}, "pool_factor must be a whole number of at least 1, got 0"),
             ({"pool_factor": 1.5}, "pool_factor must be a whole number of at least 1, got 1.5"),

@@ -14,7 +14,7 @@ from tests.proxykd.helpers import LORA, make_rows
 from trl_bbkd.recipe import RecipeError, load_recipe
 from trl_bbkd.run import run
 from trl_bbkd.selection.mixin import SELECTION_FILE, LLKDMixin
-from trl_bbkd.selection.thresholds import RULES
+from trl_bbkd.selection.thresholds import BUDGETED, RULES
 
 from .helpers import (
     RESUMED,
@@ -165,7 +165,7 @@ class TestRun:
     @pytest.mark.parametrize("rule", RULES)
     def test_lora_student_under_every_rule(self, make, tmp_path, rule):
         lora = {"trainer_kwargs": {"peft_config": LoraConfig(**LORA, lora_dropout=0.2)}}
-        budget = 0.5 if rule == "quantile" else None
+        budget = 0.5 if rule in BUDGETED else None
         settings = {"selection_rule": rule, "selection_budget": budget, "num_train_epochs": 3}
         trainer = make(tmp_path, **settings, **lora)
         before = weights(trainer.model)

@@ -9,17 +9,18 @@ from safetensors.torch import load_file, save_file
 from trl_bbkd.selection.signals import LLKDDataError
 from trl_bbkd.selection.thresholds import (
     EPS,
-    RULES,
     WEIGHTINGS,
     SelectionSettings,
     Selector,
     ema,
     group_thresholds,
+    random_rows,
     sample_weights,
 )
 
 
 GROUPS = 3
+RULES = ("class_mean", "maxnorm", "global", "quantile")  # "random" has tests of its own
 
 
 class SlowSelector:
@@ -391,3 +392,44 @@ def test_bad_batches():
 def test_settings_name_the_bad_field(name, arguments):
     with pytest.raises(ValueError, match=f"^{name} is "):
         SelectionSettings(**arguments)
+
+
+class TestRandomRows:
+    """The control."""
+
+    @pytest.mark.parametrize(("rows", "share"), [(8, 0.3), (7, 0.05), (32, 0.5)])
+    def test_share_is_exact_on_average_and_within_one_row_always(self, rows, share):
+        kept = [int(random_rows(rows, share, 0, step).sum()) for step in range(4000)]
+        assert set(kept) <= {math.floor(share * rows), math.floor(share * rows) + 1}
+        assert sum(kept) / len(kept) == pytest.approx(share * rows, abs=0.03)
+
+    def test_every_row_is_as_likely(self):
+        kept = torch.stack([random_rows(10, 0.3, 1, step) for step in range(4000)]).double().mean(dim=0)
+        assert kept.tolist() == pytest.approx([0.3] * 10, abs=0.03)
+
+    def test_draws_depend_on_seed_and_step_alone(self):
+        assert torch.equal(random_rows(64, 0.5, 3, 7), random_rows(64, 0.5, 3, 7))
+        assert not torch.equal(random_rows(64, 0.5, 3, 7), random_rows(64, 0.5, 3, 8))
+        assert not torch.equal(random_rows(64, 0.5, 3, 7), random_rows(64, 0.5, 4, 7))
+
+    def test_signals_do_not_matter(self):
+        settings = SelectionSettings(num_groups=1, rule="random", budget=0.25, weighting="none")
+        signals = [(torch.linspace(0, 1, 40), torch.ones(40)), (torch.zeros(40), torch.zeros(40))]
+        first, second = (Selector(settings).select(*pair, torch.zeros(40, dtype=torch.long)) for pair in signals)
+        assert torch.equal(first.keep, second.keep) and first.keep.sum() == 10
+        assert first.weight.tolist() == first.keep.double().tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "asks"),
+    [
+        ({}, True),
+        ({"use_student": False}, True),
+        ({"use_student": False, "weighting": "teacher"}, False),
+        ({"rule": "random", "budget": 0.5, "weighting": "none"}, False),
+        ({"rule": "random", "budget": 0.5}, True),
+        ({"rule": "quantile", "budget": 0.5, "use_student": False, "weighting": "none"}, False),
+    ],
+)
+def test_the_student_is_asked_only_where_it_matters(settings, asks):
+    assert SelectionSettings(**settings).asks_student is asks

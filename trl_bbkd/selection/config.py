@@ -35,7 +35,8 @@ class SelectionConfig:
         selection_rule (`str`, *optional*, defaults to `"class_mean"`):
             Threshold of a group: its own moving average (`"class_mean"`), the overall one scaled by the group's
             (`"maxnorm"`, FreeMatch's form), the overall one (`"global"`), or the score above which
-            `selection_budget` of the rows are (`"quantile"`).
+            `selection_budget` of the rows are (`"quantile"`). `"random"` keeps that share of the rows whatever they
+            are: the control to compare the others with.
         selection_momentum (`float`, *optional*, defaults to `0.99`):
             λ of the moving averages, which are corrected for their start.
         selection_use_teacher (`bool`, *optional*, defaults to `True`):
@@ -49,7 +50,7 @@ class SelectionConfig:
             Optimizer steps at the beginning in which every row is kept: an untrained student's uncertainty says
             nothing.
         selection_budget (`float`, *optional*):
-            Share of rows that the rule `"quantile"` keeps.
+            Share of rows that the rules `"quantile"` and `"random"` keep.
         selection_denominator (`str`, *optional*, defaults to `"selected"`):
             What the loss is divided by: the kept rows (`"selected"`), or the pool (`"pool"`, FreeMatch's), where steps
             become small with the share that is kept.
@@ -64,7 +65,7 @@ class SelectionConfig:
     pool_factor: int = field(
         default=4, metadata={"help": "Rows of a pool for each row of `per_device_train_batch_size`."}
     )
-    selection_rule: Literal["class_mean", "maxnorm", "global", "quantile"] = field(
+    selection_rule: Literal["class_mean", "maxnorm", "global", "quantile", "random"] = field(
         default="class_mean", metadata={"help": "What a group's thresholds are made of."}
     )
     selection_momentum: float = field(default=0.99, metadata={"help": "Momentum of the moving averages."})
@@ -77,7 +78,7 @@ class SelectionConfig:
         default=50, metadata={"help": "Optimizer steps at the beginning in which every row is kept."}
     )
     selection_budget: float | None = field(
-        default=None, metadata={"help": "Share of rows that the rule `quantile` keeps."}
+        default=None, metadata={"help": "Share of rows that the rules `quantile` and `random` keep."}
     )
     selection_denominator: Literal["selected", "pool"] = field(
         default="selected", metadata={"help": "What the loss is divided by: kept rows, or the pool."}
@@ -107,6 +108,7 @@ class SelectionConfig:
                 weighting=self.selection_weighting,
                 warmup_steps=self.selection_warmup_steps,
                 budget=self.selection_budget,
+                seed=self.seed,
             )
         except ValueError as error:
             # It starts with the setting's name

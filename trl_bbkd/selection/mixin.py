@@ -128,11 +128,7 @@ class LLKDMixin:
     @torch.no_grad()
     def _kept(self, pools: list[dict]) -> list[dict]:
         """What is kept of each pool of an optimizer step; of one of which nothing is, a row without a label."""
-        was_training = self.model.training
-        self.model.eval()
-        with self.compute_loss_context_manager():
-            uncertainty = [self._uncertainty(pool) for pool in pools]
-        self.model.train(was_training)
+        uncertainty = self._scored(pools)
         own = torch.cat(
             [self._signals(number, *pair) for number, pair in enumerate(zip(pools, uncertainty, strict=True))]
         )
@@ -156,6 +152,17 @@ class LLKDMixin:
             # As many on every process, whatever it kept: they exchange metrics with each
             batch[PIECES] = max(1, -(-int(rows) // self.args.per_device_train_batch_size))
         return kept
+
+    def _scored(self, pools: list[dict]) -> list[torch.Tensor]:
+        """u of each pool's rows; 0 where nothing depends on it."""
+        if not self.selector.settings.asks_student:
+            return [torch.zeros_like(pool["teacher_confidence"]) for pool in pools]
+        was_training = self.model.training
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            uncertainty = [self._uncertainty(pool) for pool in pools]
+        self.model.train(was_training)
+        return uncertainty
 
     def _signals(self, number: int, pool: dict, uncertainty: torch.Tensor) -> torch.Tensor:
         process = torch.full_like(uncertainty, self.accelerator.process_index, dtype=torch.float64)
@@ -225,15 +232,17 @@ class LLKDMixin:
             "distinct_rows": self._used.sum(),
             "confidence_kept": confidence[found.keep].mean(),
             "confidence_dropped": confidence[~found.keep].mean(),
-            "uncertainty_kept": uncertainty[found.keep].mean(),
-            "uncertainty_dropped": uncertainty[~found.keep].mean(),
         }
+        if self.selector.settings.asks_student:
+            metrics["uncertainty_kept"] = uncertainty[found.keep].mean()
+            metrics["uncertainty_dropped"] = uncertainty[~found.keep].mean()
         thresholds = self.selector.thresholds()
         metrics["threshold_score"] = thresholds.score
         for number in range(self.selector.settings.num_groups):
             metrics[f"kept_share_{number}"] = found.keep[group == number].double().mean()
             metrics[f"threshold_teacher_{number}"] = thresholds.teacher[number]
-            metrics[f"threshold_student_{number}"] = thresholds.student[number]
+            if self.selector.settings.asks_student:
+                metrics[f"threshold_student_{number}"] = thresholds.student[number]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

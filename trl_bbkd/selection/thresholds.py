@@ -14,7 +14,8 @@ import torch
 from .signals import LLKDDataError
 
 
-RULES = ("class_mean", "maxnorm", "global", "quantile")
+RULES = ("class_mean", "maxnorm", "global", "quantile", "random")
+BUDGETED = ("quantile", "random")
 WEIGHTINGS = ("product", "sum", "teacher", "student", "none")
 # A value is at its threshold when it is less than this below it: ties are kept
 EPS = 1e-6
@@ -60,7 +61,7 @@ class SelectionSettings:
         rule (`str`, *optional*, defaults to `"class_mean"`):
             `"class_mean"`: a group's own average. `"maxnorm"`: the overall average, scaled by the group's average over
             the largest group's. `"global"`: the overall average. `"quantile"`: the best rows by c · u, as many as
-            `budget` says.
+            `budget` says. `"random"`: any rows, as many as `budget` says: the control of all others.
         momentum (`float`, *optional*, defaults to `0.99`):
             λ of the moving averages.
         use_teacher (`bool`, *optional*, defaults to `True`):
@@ -72,9 +73,11 @@ class SelectionSettings:
         warmup_steps (`int`, *optional*, defaults to `0`):
             First updates, in which every row is kept.
         budget (`float`, *optional*):
-            Share of rows that `"quantile"` keeps.
+            Share of rows that `"quantile"` and `"random"` keep.
         history_size (`int`, *optional*, defaults to `4096`):
             Number of past scores of `"quantile"`. Fewer follow the student faster, more hold the budget closer.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of `"random"`; a batch's draw depends on it and on the number of the update.
     """
 
     num_groups: int = 1
@@ -86,6 +89,7 @@ class SelectionSettings:
     warmup_steps: int = 0
     budget: float | None = None
     history_size: int = 4096
+    seed: int = 0
 
     def __post_init__(self):
         for name, choices in (("rule", RULES), ("weighting", WEIGHTINGS)):
@@ -96,10 +100,20 @@ class SelectionSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1.")
-        if self.rule == "quantile" and not (self.budget is not None and 0.0 < self.budget < 1.0):
-            raise ValueError(f"budget is {self.budget}; rule: quantile needs a share between 0 and 1, such as 0.25.")
-        if self.rule != "quantile" and self.budget is not None:
-            raise ValueError(f"budget is for rule: quantile only; rule: {self.rule} keeps as many rows as it finds.")
+        if self.rule in BUDGETED and not (self.budget is not None and 0.0 < self.budget < 1.0):
+            raise ValueError(
+                f"budget is {self.budget}; rule: {self.rule} needs a share between 0 and 1, such as 0.25."
+            )
+        if self.rule not in BUDGETED and self.budget is not None:
+            raise ValueError(
+                f"budget is for the rules {' and '.join(BUDGETED)}; rule: {self.rule} keeps as many rows as it finds."
+            )
+
+    @property
+    def asks_student(self) -> bool:
+        """Whether u changes anything; where it does not, nobody has to score a row."""
+        decides = self.use_student and self.rule != "random"
+        return decides or self.weighting in ("product", "sum", "student")
 
 
 def group_means(values: torch.Tensor, group: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,6 +236,20 @@ def selection_mask(
     return keep
 
 
+def random_rows(rows: int, share: float, seed: int, step: int) -> torch.Tensor:
+    """
+    A random share of a batch: `⌊share · N + r⌋` of its N rows, with r uniform in [0, 1), which is `share · N` on average.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, boolean: the same in every process, and in a run that was resumed.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    number = int(share * rows + torch.rand((), generator=generator, dtype=torch.float64))
+    keep = torch.zeros(rows, dtype=torch.bool)
+    keep[torch.randperm(rows, generator=generator)[:number]] = True
+    return keep
+
+
 def sample_weights(
     confidence: torch.Tensor, uncertainty: torch.Tensor, keep: torch.Tensor, weighting: str
 ) -> torch.Tensor:
@@ -317,7 +345,7 @@ class Selector:
     def thresholds(self) -> Thresholds:
         """The thresholds that the last batch was compared with."""
         seen, rule = self.group_weight > 0, self.settings.rule
-        if rule == "quantile":
+        if rule in BUDGETED:
             unused = torch.full_like(self.group_weight, torch.nan)
             return Thresholds(unused, unused.clone(), self.score_threshold)
         teacher, student = (group_thresholds(self.mean[i], self.group_mean[i], seen, rule) for i in range(2))
@@ -339,8 +367,11 @@ class Selector:
         settings = self.settings
         keep = torch.ones(len(group), dtype=torch.bool)
         if self.step > settings.warmup_steps:
-            used = settings.use_teacher, settings.use_student
-            keep = selection_mask(confidence, uncertainty, group, self.thresholds(), *used)
+            if settings.rule == "random":
+                keep = random_rows(len(group), settings.budget, settings.seed, int(self.step))
+            else:
+                used = settings.use_teacher, settings.use_student
+                keep = selection_mask(confidence, uncertainty, group, self.thresholds(), *used)
         return Selection(keep, sample_weights(confidence, uncertainty, keep, settings.weighting))
 
     def _checked(self, confidence, uncertainty, group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
