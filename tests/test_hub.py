@@ -23,11 +23,11 @@ from tests.hub_server import TOKEN, HubServer
 from tests.test_report import make_report
 from trl_bbkd import Discriminator
 from trl_bbkd.hub import HubError, push_student, stage_student
+from trl_bbkd.job import dataset_names
 from trl_bbkd.model_card import StudentCard, hub_id, render_card
 from trl_bbkd.recipe import load_recipe
 from trl_bbkd.redaction import public_text
 from trl_bbkd.report import render_markdown, without_secrets
-from trl_bbkd.run import dataset_names
 
 
 STUDENT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -9,19 +9,15 @@ from rich.console import Console
 
 from trl_bbkd.bayeskd.calibration import DRAWS, HeldOutTokens, calibration
 from trl_bbkd.report import (
-    RunReport,
     arguments_without_secrets,
     metrics_dict,
     print_table,
     render_markdown,
-    summary,
-    table_metrics,
-    table_models,
-    table_rows,
     without_secrets,
     write_report,
 )
 from trl_bbkd.teacher_data import TeacherDataCounts
+from trl_bbkd.text_report import TextReport, table_metrics
 
 
 def metrics(valid, nll):
@@ -72,7 +68,7 @@ def make_report(judged=True, **changes):
         "train": TeacherDataCounts(4000, 12, 3, 7, 3997),
         "test": TeacherDataCounts(256, 0, 0, 0, 256),
     }
-    report = RunReport(
+    report = TextReport(
         method="GAD",
         student="recipes/tinyworld/student",
         teacher="the world's program",
@@ -200,8 +196,8 @@ class TestCalibration:
 class TestTable:
     def test_cells(self):
         report = make_report()
-        assert table_models(report) == ["undistilled", "SeqKD", "GAD", "teacher"]
-        rows = {row[0]: row[1:] for row in table_rows(report)}
+        assert report.columns == ["undistilled", "SeqKD", "GAD", "teacher"]
+        rows = {row[0]: row[1:] for row in report.rows}
         assert rows["valid, T=1.0"] == ["0.211", "0.731", "0.792", "1.000"]
         assert rows["valid, greedy"] == ["0.311", "0.831", "0.892", "–"]
         assert rows["distinct answers with valid 1, T=1.0"] == ["1,234", "1,234", "1,234", "–"]
@@ -217,7 +213,7 @@ class TestTable:
         report = make_report()
         print_table(report, console)
         text = console.file.getvalue()
-        for row in table_rows(report):
+        for row in report.rows:
             assert all(cell in text for cell in row)
         assert "GAD is better than it by 0.061" in " ".join(text.split())
 
@@ -225,21 +221,21 @@ class TestTable:
 class TestSummary:
     def test_says_which_is_better_whichever_way(self):
         report = make_report()
-        assert "0.792 after GAD and 0.211 before" in summary(report)
-        assert "GAD is better than it by 0.061" in summary(report)
+        assert "0.792 after GAD and 0.211 before" in report.summary
+        assert "GAD is better than it by 0.061" in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.7
-        assert "GAD is worse than it by 0.031" in summary(report)
+        assert "GAD is worse than it by 0.031" in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.7312
-        assert "GAD is equal to it." in summary(report)
+        assert "GAD is equal to it." in report.summary
 
     def test_lower_nll_is_better(self):
         report = make_report(judged=False)
-        assert "GAD is worse than it by 0.030" in summary(report) and "`sample_metrics`" in summary(report)
+        assert "GAD is worse than it by 0.030" in report.summary and "`sample_metrics`" in report.summary
 
     def test_without_baseline(self):
         report = make_report()
         del report.results["SeqKD"]
-        assert summary(report).endswith("0.211 before.")
+        assert report.summary.endswith("0.211 before.")
 
 
 class TestFiles:

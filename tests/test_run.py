@@ -12,10 +12,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bbkd.evaluation import evaluate_student, teacher_nll
+from trl_bbkd.job import checkpoint_to_resume, command, hold_out, refuse_another_run
 from trl_bbkd.recipe import RecipeError, load_recipe
-from trl_bbkd.run import EVALUATION_SAMPLES, checkpoint_to_resume, command, hold_out, quality, refuse_another_run, run
+from trl_bbkd.run import run
 from trl_bbkd.seqkd import CurveCallback, batch_shape, curve, curve_steps, sft_rows
 from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
+from trl_bbkd.text_job import EVALUATION_SAMPLES, quality
 
 
 JUDGE = """
@@ -252,16 +254,16 @@ class TestSeqKD:
 class TestParts:
     def test_hold_out(self, standard_rows):
         data = Dataset.from_list([{**row, "prompt": str(number)} for number, row in enumerate(standard_rows * 4)])
-        train, test = hold_out(data)
+        train, test = hold_out(data, 256)
         assert len(test) == math.floor(len(data) * 0.05) and len(train) + len(test) == len(data)
         assert not set(train["prompt"]) & set(test["prompt"])
-        assert hold_out(data)[1]["prompt"] == test["prompt"]
+        assert hold_out(data, 256)[1]["prompt"] == test["prompt"]
         with pytest.raises(TeacherDataError, match="One row"):
-            hold_out(data.take(1))
+            hold_out(data.take(1), 256)
 
     def test_hold_out_of_a_stream(self, standard_rows):
         data = Dataset.from_list([{"prompt": str(i), "completion": "a"} for i in range(300)]).to_iterable_dataset()
-        train, test = hold_out(data)
+        train, test = hold_out(data, 256)
         assert len(list(test)) == 256 and len(list(train)) == 44
 
     def test_resume_flag(self):

@@ -12,9 +12,9 @@ from .proxy.stage import StageError
 from .proxy.trainer import ProxyTargetTrainer
 from .proxykd.proxykd_trainer import ProxyKDTrainer
 from .recipe import RecipeError
-from .report import PROXY
 from .seqkd import CurveCallback
 from .soft_targets.store import TargetStoreError
+from .text_report import PROXY
 
 
 class GADRun:

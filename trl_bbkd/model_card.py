@@ -15,17 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__
 from .markdown import code, escape, fenced, table
 from .redaction import public_text
-from .report import (
-    RunReport,
-    counts_table,
-    explanation,
-    stages_explanation,
-    stages_table,
-    summary,
-    table_models,
-    table_rows,
-)
-from .teacher_data import TeacherDataCounts
+from .report import Report, counts_table
 
 
 CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
@@ -66,7 +56,7 @@ class StudentCard:
             Name of the black-box teacher.
         datasets (`list[str]`, *optional*):
             Where the teacher's text came from: paths or Hub ids.
-        counts (`dict[str, TeacherDataCounts]`, *optional*):
+        counts (`dict`, *optional*):
             Data counts per split.
         hyperparameters (`dict`, *optional*):
             Name and value.
@@ -74,7 +64,7 @@ class StudentCard:
             What the recipe says, without secrets.
         command (`str`, *optional*):
             How to repeat the run.
-        report ([`~report.RunReport`], *optional*):
+        report ([`~report.Report`], *optional*):
             The finished run.
     """
 
@@ -92,11 +82,11 @@ class StudentCard:
     folders: list[str] = field(default_factory=list)
     teacher: str | None = None
     datasets: list[str] = field(default_factory=list)
-    counts: dict[str, TeacherDataCounts] = field(default_factory=dict)
+    counts: dict = field(default_factory=dict)
     hyperparameters: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     command: str | None = None
-    report: RunReport | None = None
+    report: Report | None = None
 
     @property
     def teacher_name(self) -> str:
@@ -193,11 +183,11 @@ def _results(card: StudentCard) -> str:
     report = card.report
     if report is None:
         return ""
-    lines = ["## How good it is", "", summary(report), ""]
-    lines += table(["", *table_models(report)], table_rows(report))
-    lines += ["", explanation(report), "", "![Curves of the run](curves.png)"]
-    if report.stages:
-        lines += ["", "### Stages", "", *stages_table(report.stages), "", stages_explanation(report.stages)]
+    lines = ["## How good it is", "", report.summary, ""]
+    lines += table(["", *report.columns], report.rows)
+    lines += ["", report.explanation, "", "![Curves of the run](curves.png)"]
+    for section in report.sections():
+        lines += ["", f"### {section.title}", "", *section.lines]
     if report.warnings:
         first = report.warnings[0]["step"]
         lines += [

@@ -22,13 +22,13 @@ from trl.scripts.utils import DatasetConfig
 if TYPE_CHECKING:
     from .bayeskd.bayeskd_config import BayesKDConfig
     from .gad.gad_config import GADConfig
+    from .llkd.llkd_config import LLKDConfig
     from .proxykd.proxykd_config import ProxyKDConfig
 
 
 # A recipe's first line when Python has to be able to start it; see `trl_bbkd.launch`.
 LAUNCH_KEY = 'if __import__("trl_bbkd").launch(__name__, __file__)'
-METHODS = ("gad", "proxykd", "bayeskd")
-METHODS_NOT_BUILT_YET = ("llkd",)
+METHODS = ("gad", "proxykd", "bayeskd", "llkd")
 INPUT_PATHS = {
     "model_name_or_path",
     "discriminator",
@@ -47,15 +47,48 @@ class RecipeError(ValueError):
 
 
 @dataclass
-class RecipeArguments(ScriptArguments):
+class RunArguments(ScriptArguments):
     """
-    What a run needs beside the model, the data set and the method's configuration.
+    What every run needs beside the model, the data set and the method's configuration.
 
     This class includes only the parameters of `trl_bbkd`. For the rest, see [`~trl.ScriptArguments`].
 
     Parameters:
         teacher_name (`str`, *optional*):
             Name of the black-box teacher, for the report and the model card.
+    """
+
+    teacher_name: str | None = field(
+        default=None, metadata={"help": "Name of the black-box teacher, for the report and the model card."}
+    )
+
+
+@dataclass
+class ClassifierArguments(RunArguments):
+    """
+    What a run needs whose student is a classifier.
+
+    Parameters:
+        baselines (`bool`, *optional*, defaults to `True`):
+            Whether to train the same student on all rows, and on as many random ones as were selected, for the same
+            number of optimizer steps, and report them.
+    """
+
+    baselines: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to train the same student on all rows, and on as many random ones as were selected, for "
+            "the same number of optimizer steps, and report them."
+        },
+    )
+
+
+@dataclass
+class RecipeArguments(RunArguments):
+    """
+    What a run needs whose student writes text.
+
+    Parameters:
         reward_funcs (`list[str]`, *optional*):
             Rewards added to GAD's discriminator's score, as `package.module.function` or `path/to/file.py:function`.
         sample_metrics (`str`, *optional*):
@@ -66,9 +99,6 @@ class RecipeArguments(ScriptArguments):
             Learning rate of that baseline. `None` takes the student's.
     """
 
-    teacher_name: str | None = field(
-        default=None, metadata={"help": "Name of the black-box teacher, for the report and the model card."}
-    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -101,8 +131,8 @@ class Recipe:
 
     path: Path | None
     method: str
-    script_args: RecipeArguments
-    training_args: "GADConfig | ProxyKDConfig | BayesKDConfig"
+    script_args: RecipeArguments | ClassifierArguments
+    training_args: "GADConfig | ProxyKDConfig | BayesKDConfig | LLKDConfig"
     model_args: ModelConfig
     dataset_args: DatasetMixtureConfig
 
@@ -116,8 +146,8 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
 
     Args:
         path (`str` or `os.PathLike`):
-            YAML file with `method` and fields of [`RecipeArguments`], [`~trl.ModelConfig`],
-            [`~trl.DatasetMixtureConfig`] and the method's configuration.
+            YAML file with `method` and fields of [`RecipeArguments`] (for `llkd` of [`ClassifierArguments`]),
+            [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`] and the method's configuration.
         overrides (`list[str]`, *optional*):
             Command-line arguments that win over the recipe, such as `["--learning_rate", "1e-6"]`.
 
@@ -137,7 +167,7 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
         )
     except ValueError as error:
         raise RecipeError(f"{recipe_file.path}: {error}") from error
-    if script_args.reward_funcs and recipe_file.method != "gad":
+    if recipe_file.method != "gad" and getattr(script_args, "reward_funcs", None):
         raise RecipeError(
             f"{recipe_file.path}: reward_funcs are added to GAD's discriminator; method {recipe_file.method!r} has no "
             "rewards. Take them out."
@@ -239,8 +269,6 @@ class RecipeFile:
         if "method" not in self.values:
             raise RecipeError(f"{self.path}: `method` is missing. Add a line `method: {METHODS[0]}`.")
         self.method = self.values.pop("method")
-        if self.method in METHODS_NOT_BUILT_YET:
-            raise self.error(("method",), f"method {self.method!r} is not built yet; available: {', '.join(METHODS)}.")
         if self.method not in METHODS:
             raise self.error(("method",), f"unknown method {self.method!r}; available: {', '.join(METHODS)}.")
         env = self.values.pop("env", None) or {}
@@ -328,7 +356,8 @@ class _RecipeParser(TrlParser):
     """Parser of the overrides, with a recipe's values as defaults."""
 
     def __init__(self, recipe_file: RecipeFile):
-        dataclass_types = [RecipeArguments, _config_type(recipe_file.method), ModelConfig, DatasetMixtureConfig]
+        arguments_type = ClassifierArguments if recipe_file.method == "llkd" else RecipeArguments
+        dataclass_types = [arguments_type, _config_type(recipe_file.method), ModelConfig, DatasetMixtureConfig]
         super().__init__(
             dataclass_types,
             prog=str(recipe_file.path),
@@ -374,6 +403,10 @@ def _config_type(method: str) -> type:
         from .bayeskd.bayeskd_config import BayesKDConfig
 
         return BayesKDConfig
+    if method == "llkd":
+        from .llkd.llkd_config import LLKDConfig
+
+        return LLKDConfig
     raise AssertionError(method)
 
 

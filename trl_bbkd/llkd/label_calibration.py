@@ -230,16 +230,27 @@ def calibration_report(probs, gold, labels: list[str], predicted=None, bins: int
             "precision": _mean(is_correct[is_given]),
             "mean_confidence": _mean(confidence[is_given]),
         }
+    nll = -_mean(_log(probs).gather(1, gold[:, None]))
+    return reliability_report(confidence, is_correct, bins) | {"nll": nll, "classes": classes}
+
+
+def reliability_report(confidence, is_correct, bins: int = 15) -> dict:
+    """
+    The part of [`calibration_report`] that needs the confidences alone: `rows`, `accuracy`, `mean_confidence`, `ece`
+    and `bins`.
+
+    Args:
+        confidence, is_correct, bins:
+            As in [`reliability`].
+    """
     found = reliability(confidence, is_correct, bins)
     columns = [values[found.count > 0].tolist() for values in found]
     return {
-        "rows": len(gold),
-        "accuracy": _mean(is_correct),
-        "mean_confidence": _mean(confidence),
+        "rows": int(found.count.sum()),
+        "accuracy": _mean(torch.as_tensor(is_correct)),
+        "mean_confidence": _mean(torch.as_tensor(confidence)),
         "ece": expected_calibration_error(confidence, is_correct, bins),
-        "nll": -_mean(_log(probs).gather(1, gold[:, None])),
         "bins": [dict(zip(Reliability._fields, values, strict=True)) for values in zip(*columns, strict=True)],
-        "classes": classes,
     }
 
 
