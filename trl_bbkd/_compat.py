@@ -9,8 +9,9 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 
+from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import (
@@ -25,6 +26,7 @@ from trl.trainer.utils import (
 __all__ = [
     "DataCollatorForLanguageModeling",
     "add_fused_lm_head",
+    "be_wrapped_again",
     "disable_dropout",
     "fused_forward",
     "get_config_model_id",
@@ -97,6 +99,19 @@ def keep_4bit_weights_differentiable(*models: nn.Module) -> None:
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+
+
+def be_wrapped_again(trainer: Trainer) -> None:
+    """
+    Have DDP wrap the student for training although it was evaluated before.
+
+    An evaluation prepares the bare model, which marks it: training then takes it as it is, and every process silently
+    trains a student of its own.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    if accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
+        model._is_accelerate_prepared = False
 
 
 @contextlib.contextmanager

@@ -54,7 +54,6 @@ class ClassifierJob(Job):
             self.train, self.test = self._numbered(train, names, "training"), self._numbered(test, names, "test")
         except LLKDDataError as error:
             raise RecipeError(str(error)) from error
-        self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         if self.args.eval_strategy == "no":
             self.args.eval_strategy, self.args.eval_steps = "steps", 1 / CURVE_POINTS
         quantization = get_quantization_config(recipe.model_args)
@@ -91,6 +90,8 @@ class ClassifierJob(Job):
             trainer.check_output_dir(resume)
         except ValueError as error:
             raise RecipeError(str(error)) from error
+        # Only now: the trainer has looked at every row
+        self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)
         undistilled, seconds = evaluate(trainer), {}
         with timed(seconds, trainer._name):
@@ -148,10 +149,15 @@ class ClassifierJob(Job):
         if not len(checked):
             return {}
         columns = checked.with_format("torch")[:]
-        after = self.args.selection_warmup_steps
+        shares = {
+            "kept": lambda entry: entry["selection/kept_share"],
+            "dropped": lambda entry: 1 - entry["selection/kept_share"],
+        }
         return reliability_report(columns["teacher_confidence"], columns["label"] == columns["gold"]) | {
-            "accuracy_kept": mean_over_steps(log, "selection/teacher_accuracy_kept", after),
-            "accuracy_dropped": mean_over_steps(log, "selection/teacher_accuracy_dropped", after),
+            f"accuracy_{rows}": mean_over_steps(
+                log, f"selection/teacher_accuracy_{rows}", self.args.selection_warmup_steps, share
+            )
+            for rows, share in shares.items()
         }
 
     def add_baselines(self, report: ClassifierReport) -> None:

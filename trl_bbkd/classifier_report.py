@@ -1,6 +1,7 @@
 """The report of a student that classifies."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def teacher_explanation(report: ClassifierReport) -> str:
     return text
 
 
-def mean_over_steps(log: list[dict], key: str, after: int = 0) -> float | None:
+def mean_over_steps(log: list[dict], key: str, after: int = 0, weight: Callable = lambda entry: 1.0) -> float | None:
     """
     Mean of a logged value over optimizer steps.
 
@@ -166,19 +167,22 @@ def mean_over_steps(log: list[dict], key: str, after: int = 0) -> float | None:
             Name of the value.
         after (`int`, *optional*, defaults to `0`):
             Entries that begin before this step do not count.
+        weight (`Callable[[dict], float]`, *optional*):
+            How much a step of an entry counts, such as the share of rows that the value is a mean of.
 
     Returns:
         `float`: `None` if it was never logged.
     """
-    total, steps, previous = 0.0, 0, 0
+    total, weights, previous = 0.0, 0.0, 0
     for entry in log:
         if "loss" not in entry:
             continue
         if key in entry and previous >= after:
-            total += entry[key] * (entry["step"] - previous)
-            steps += entry["step"] - previous
+            steps = (entry["step"] - previous) * weight(entry)
+            total += entry[key] * steps
+            weights += steps
         previous = entry["step"]
-    return total / steps if steps else None
+    return total / weights if weights else None
 
 
 def last_value(log: list[dict], key: str) -> float | None:

@@ -39,7 +39,7 @@ STUDENT_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-REPORT_FILES = ("curves.png", "report.md", "metrics.json", "recipe.yaml")
+REPORT_FILES = ("curves.png", "reliability.png", "report.md", "metrics.json", "recipe.yaml")
 FOLDER_FILES = ("**/*.json", "**/*.safetensors")
 TEXTS = ("README.md", "report.md", "metrics.json", "recipe.yaml")
 LOCAL_BASES = {"adapter_config.json": "base_model_name_or_path", "tokenizer_config.json": "name_or_path"}

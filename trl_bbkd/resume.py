@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ._compat import keep_precision
+from ._compat import be_wrapped_again, keep_precision
 
 
 TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint, but for TRL's adaptive entropy
@@ -117,7 +117,9 @@ class ResumableRun:
         return None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        return super().train(self.check_output_dir(resume_from_checkpoint), *args, **kwargs)
+        checkpoint = self.check_output_dir(resume_from_checkpoint)
+        be_wrapped_again(self)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:

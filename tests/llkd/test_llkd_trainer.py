@@ -161,6 +161,15 @@ def test_two_processes_take_the_step_of_one_though_one_keeps_nothing(tmp_path):
             assert all(torch.equal(found["state"][name].nan_to_num(), first[name].nan_to_num()) for name in first)
 
 
+def test_an_evaluation_before_training_changes_nothing_on_two_processes(tmp_path):
+    """It marks the bare model as prepared, and unless the mark is taken off DDP leaves it alone."""
+    run_processes(2, "tests/llkd/evaluate_first.py", tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, expected in ranks[0][False].items():
+        for found in ranks:
+            assert torch.equal(found[True][name], expected) and torch.equal(found[False][name], expected), name
+
+
 def test_without_selection_it_is_transformers_trainer(tmp_path):
     rows, tokenizer = make_rows(24), build_tokenizer()
     config = {key: value for key, value in ON_CPU.items() if key in TrainingArguments.__dataclass_fields__}

@@ -130,7 +130,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         self.class_names = class_names(train_dataset, args.labels)
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+        revision = {"revision": (args.model_init_kwargs or {}).get("revision", "main")}
+        config = AutoConfig.from_pretrained(model, **revision) if isinstance(model, str) else model.config
         num_labels = self._num_labels(model)
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
         evaluated = {name: rows for name, rows in evaluated.items() if rows is not None}
@@ -142,7 +143,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         for name, rows in evaluated.items():
             check_labels(rows, "label", num_labels, self.class_names, name)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(self._student_path)
+            processing_class = AutoTokenizer.from_pretrained(self._student_path, **revision)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         self._max_positions = max_positions(config)

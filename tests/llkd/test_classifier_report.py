@@ -1,0 +1,167 @@
+import json
+import math
+
+import pytest
+
+from trl_bbkd.classifier_report import ClassifierReport, last_value, mean_over_steps, starved_classes
+from trl_bbkd.llkd.label_calibration import reliability_report
+from trl_bbkd.llkd.rows import LabelCounts
+from trl_bbkd.report import metrics_dict, print_table, render_markdown, write_report
+
+
+NAMES = ["sky|blue", "fruit", "animal"]
+
+
+def log_entry(step, share, **more):
+    selection = {
+        "selection/kept_share": share,
+        "selection/teacher_accuracy_kept": 0.9,
+        "selection/distinct_rows": step,
+    }
+    for number in range(3):
+        selection[f"selection/kept_share_{number}"] = share
+        selection[f"selection/threshold_teacher_{number}"] = 0.5 + number / 10
+        selection[f"selection/threshold_student_{number}"] = 0.9 - step / 1000
+    return {"step": step, "loss": 1.0, **selection, **more}
+
+
+def make_report(**changes):
+    own = {
+        "accuracy": 0.8,
+        "macro_f1": 0.75,
+        "learned_share": 0.25,
+        "distinct_rows": 1234,
+        "compute": 0.583,
+        "seconds": 6,
+    }
+    checked = reliability_report([0.9, 0.8, 0.3, 0.2], [True, True, False, True])
+    report = ClassifierReport(
+        method="LLKD",
+        student="tiny",
+        teacher="a program",
+        results={
+            "undistilled": {"accuracy": 0.3, "macro_f1": 0.1},
+            "all rows": {**own, "macro_f1": 0.77, "learned_share": 1.0, "compute": 1.0},
+            "random rows": {**own, "macro_f1": 0.7, "compute": 0.25},
+            "LLKD": own,
+        },
+        curves={
+            name: [{"step": step, "accuracy": 0.3, "macro_f1": 0.1 + step / 200} for step in (0, 50, 100)]
+            for name in ("LLKD", "all rows", "random rows")
+        },
+        log_history=[log_entry(step, 1.0 if step <= 50 else 0.1) for step in range(10, 101, 10)],
+        counts={
+            "train": LabelCounts(4, dict.fromkeys(NAMES, 1), 4, 0.55),
+            "test": LabelCounts(1000, dict.fromkeys(NAMES, 300)),
+        },
+        versions={"torch": "2.13.0"},
+        seconds={"LLKD": 6.0},
+        truth="the true labels",
+        class_names=NAMES,
+        warmup_steps=50,
+        selection={
+            name: {"kept_share": 0.1 + number, "threshold_teacher": 0.5, "threshold_student": math.nan}
+            for number, name in enumerate(NAMES)
+        },
+        teacher_labels=checked | {"accuracy_kept": 0.9, "accuracy_dropped": 0.4},
+    )
+    for name, value in changes.items():
+        setattr(report, name, value)
+    return report
+
+
+class TestMeanOverSteps:
+    LOG = [
+        {"step": 2, "loss": 1, "x": 1.0, "share": 0.5},
+        {"step": 3, "eval_loss": 1, "x": 9.0},
+        {"step": 6, "loss": 1, "x": 4.0, "share": 0.25},
+        {"step": 8, "loss": 1, "share": 1.0},
+        {"step": 10, "loss": 1, "x": 7.0, "share": 1.0},
+    ]
+
+    def test_each_entry_counts_the_steps_since_the_one_before(self):
+        assert mean_over_steps(self.LOG, "x") == (2 * 1 + 4 * 4 + 2 * 7) / 8
+
+    def test_after_the_warmup(self):
+        assert mean_over_steps(self.LOG, "x", after=2) == (4 * 4 + 2 * 7) / 6
+        # An entry that began in the warm-up does not count
+        assert mean_over_steps(self.LOG, "x", after=3) == 7
+
+    def test_weighted(self):
+        assert (
+            mean_over_steps(self.LOG, "x", weight=lambda entry: entry["share"]) == (2 * 0.5 + 4 * 0.25 * 4 + 2 * 7) / 4
+        )
+
+    def test_never_logged(self):
+        assert mean_over_steps(self.LOG, "y") is None and last_value(self.LOG, "y") is None
+        assert last_value(self.LOG, "x") == 7.0
+
+
+class TestText:
+    def test_summary_says_whichever_way_it_went(self):
+        text = make_report().summary
+        assert text.startswith(
+            "Macro F1 against the true labels is 0.750 after LLKD, which learned from 25.0% of the rows"
+        )
+        assert "all rows reaches 0.770, so LLKD is worse than it by 0.020" in text
+        assert text.endswith("random ones reaches 0.700, so LLKD is better than it by 0.050.")
+
+    def test_summary_without_baselines(self):
+        report = make_report()
+        report.results = {name: report.results[name] for name in ("undistilled", "LLKD")}
+        assert report.summary.endswith("and 0.100 before.")
+        assert "all rows" not in report.explanation
+
+    def test_equal_is_equal(self):
+        report = make_report()
+        report.results["all rows"]["macro_f1"] = 0.7502
+        assert "so LLKD is equal to it;" in report.summary
+
+    def test_report_has_the_parts(self):
+        text = render_markdown(make_report())
+        for part in (
+            "# LLKD: `tiny` from a program",
+            "|  | undistilled | all rows | random rows | LLKD |",
+            "| macro F1 | 0.100 | 0.770 | 0.700 | 0.750 |",
+            "| different rows learned from | – | 1,234 | 1,234 | 1,234 |",
+            "## Selection",
+            r"| sky\|blue | 1 | 0.100 | 0.500 | – |",
+            "The first 50 steps kept every row.",
+            "the teacher has 75.0% right",
+            "it has 90.0% of the kept rows right, and 40.0% of the dropped ones",
+            "![Reliability of the teacher's confidence](reliability.png)",
+            "| with a true label too | 4 | – |",
+            "Wall-clock time: LLKD 6 s.",
+        ):
+            assert part in text, part
+
+    def test_without_selection_and_true_labels(self):
+        text = render_markdown(make_report(selection={}, teacher_labels={}))
+        assert "## Selection" not in text and "reliability.png" not in text
+
+    def test_table_on_the_terminal(self, capsys):
+        print_table(make_report())
+        text = capsys.readouterr().out
+        assert "macro F1" in text and "0.770" in text
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_files(tmp_path, checked):
+    report = make_report() if checked else make_report(teacher_labels={})
+    write_report(report, tmp_path)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == ({"curves.png", "reliability.png"} if checked else {"curves.png"})
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in tmp_path.glob("*.png"))
+    saved = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert saved["headline"] == "macro_f1" and saved["selection"]["fruit"]["threshold_student"] is None
+    assert saved == json.loads(json.dumps(metrics_dict(report)))
+
+
+def test_a_starved_class_is_told():
+    report = make_report()
+    assert starved_classes(report) == []
+    report.selection["fruit"]["kept_share"] = 0.004
+    report.selection["animal"]["kept_share"] = None
+    (warning,) = starved_classes(report)
+    assert warning["step"] == 50 and "0.4% of the rows labelled fruit" in warning["text"]
+    assert "selection_momentum" in warning["text"]
