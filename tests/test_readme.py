@@ -6,11 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+from trl_bbkd.recipe import load_recipe
 from trl_bbkd.teacher_data import check_teacher_data
 
 
@@ -176,8 +178,16 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_code_of_the_llkd_docs_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/llkd.md").read_text(), flags=re.DOTALL)
+def test_code_of_the_llkd_docs_runs(tmp_path):
+    docs = (ROOT / "docs/llkd.md").read_text()
+    labelling, mixing = re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)
     found = {"__name__": "docs"}
-    exec(code, found)
+    exec(textwrap.dedent(labelling), found)
+    assert found["rows"]["label"][:] == [0, 1] and found["rows"]["teacher_confidence"][0] == pytest.approx(
+        0.924, abs=1e-3
+    )
+    exec(mixing, found)
     assert found["SelectiveSFTConfig"]("x", use_cpu=True, bf16=False, selection="llkd").pool_factor == 4
+    (tmp_path / "llkd.yaml").write_text(re.findall(r"```yaml\n(method: llkd.*?)```", docs, flags=re.DOTALL)[0])
+    recipe = load_recipe(tmp_path / "llkd.yaml", ["--use_cpu", "true"])
+    assert recipe.training_args.labels == ["methods", "results"] and recipe.script_args.baselines

@@ -361,6 +361,7 @@ class TestBadInput:
         ("saved", "message"),
         [
             ({"selection": "none"}, "has no selection.safetensors: it is of a run without selection"),
+            ({"selection_rule": "global"}, "another run .selection_rule: 'global' there, 'class_mean' here"),
             ({"rows": selection_rows(24)}, "is of 24 rows, and `train_dataset` has 16"),
             ({"rows": selection_rows(16, groups=5)}, "has 5 groups, but num_groups is 3"),
         ],

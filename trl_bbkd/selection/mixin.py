@@ -3,10 +3,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..resume import differences
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
-from .config import SelectionConfig
+from .config import SELECTION_ARGUMENTS, SelectionConfig
 from .signals import LLKDDataError, check_confidence
 from .thresholds import Selector
 
@@ -251,11 +253,16 @@ class LLKDMixin:
             self._selection_logs.clear()
         super().log(logs, start_time)
 
+    def _settings(self) -> dict[str, str]:
+        """What decides which rows a step learns from, as text."""
+        return {name: str(getattr(self.args, name)) for name in SELECTION_ARGUMENTS}
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.selector is not None and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            save_file(self.selector.state_dict() | {"used": self._used}, Path(output_dir) / SELECTION_FILE)
+            state = self.selector.state_dict() | {"used": self._used}
+            save_file(state, Path(output_dir) / SELECTION_FILE, metadata=self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -266,6 +273,10 @@ class LLKDMixin:
                     f"{checkpoint} has no {SELECTION_FILE}: it is of a run without selection. Resume with selection='none', "
                     "or start a new run."
                 )
+            with safe_open(path, framework="pt") as file:
+                differing = differences(file.metadata(), self._settings())
+            if differing:
+                raise ValueError(f"{checkpoint} belongs to another run ({differing}). Resume with its settings.")
             state = load_file(path)
             used = state.pop("used")
             if len(used) != len(self._used):
