@@ -284,6 +284,13 @@ def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch, method, s
     assert callable(import_callable(recipe.script_args.sample_metrics))
 
 
+def test_the_recipe_of_a_classifier_runs_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(RECIPES / "llkd.yaml")
+    for path in (recipe.model_args.model_name_or_path, recipe.script_args.dataset_name):
+        assert Path(path).is_dir()
+
+
 class TestPaperRecipe:
     recipe_file = RECIPES / "qwen2.5-7b-lmsys" / "gad.yaml"
 
@@ -314,6 +321,34 @@ class TestPaperRecipe:
 
     def test_it_says_that_we_did_not_run_it(self):
         assert "NOT RUN BY US" in self.recipe_file.read_text()
+
+
+class TestLLKDPaperRecipe:
+    recipe_file = RECIPES / "roberta-pubmed-rct" / "llkd.yaml"
+
+    def test_it_is_valid_and_says_that_we_did_not_run_it(self):
+        recipe = load_recipe(self.recipe_file, ["--bf16", "false", "--use_cpu", "true"])
+        assert recipe.training_args.labels == ["background", "objective", "methods", "results", "conclusions"]
+        assert (recipe.training_args.selection, recipe.script_args.baselines) == ("llkd", True)
+        assert "NOT RUN BY US" in self.recipe_file.read_text()
+
+    def test_prepared_rows_keep_the_data_contract(self):
+        from datasets import Dataset
+
+        from trl_bbkd import pseudo_label
+
+        calibrated_rows = import_callable(f"{self.recipe_file.parent}/prepare_data.py:calibrated_rows")
+        said = {"methods": 0.9, "results": 0.1}
+        answers = [
+            {"text": f"Sentence {n}.", "gold": "methods" if n % 4 else "results", "said": said} for n in range(40)
+        ]
+        labels = ["background", "objective", "methods", "results", "conclusions"]
+        labelled = pseudo_label(Dataset.from_list(answers), labels, label_probs_column="said")
+        rows, temperature = calibrated_rows(labelled, checked_rows=40)
+        # Right 3 times in 4, the teacher is too sure
+        assert temperature == pytest.approx(2.0, rel=1e-3)
+        assert rows[0].pop("teacher_confidence") == pytest.approx(0.75, abs=1e-3)
+        assert rows[0] == {"text": "Sentence 0.", "label": "methods", "gold": "results"}
 
 
 def test_the_recipe_with_one_backbone():

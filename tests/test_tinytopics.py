@@ -134,9 +134,6 @@ def test_rows_have_the_right_columns_and_test_rows_the_true_topic(world, train_r
         assert set(row) == {"text", "label", "teacher_confidence", "gold"}
         assert row["label"] in world.TOPICS and row["gold"] in world.TOPICS and 0 < row["teacher_confidence"] <= 1
     assert {row["label"] for row in train_rows} == set(world.TOPICS)
-    for rows, column, least in ((train_rows, "gold", 0.93), (held_out_rows, "label", 0.93)):
-        found = [max(p := world.posterior(row["text"].split()), key=p.get) == row[column] for row in rows[:1000]]
-        assert sum(found) / len(found) > least
     assert 0.70 < sum(row["label"] == row["gold"] for row in train_rows) / 4000 < 0.78
 
 

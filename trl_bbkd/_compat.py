@@ -9,7 +9,6 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
@@ -109,7 +108,7 @@ def be_wrapped_again(trainer: Trainer) -> None:
     trains a student of its own.
     """
     accelerator, model = trainer.accelerator, trainer.model
-    if accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    if accelerator.distributed_type.value.startswith("MULTI_"):
         accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
         model._is_accelerate_prepared = False
 

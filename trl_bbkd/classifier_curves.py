@@ -1,5 +1,6 @@
 """The picture of a run whose student classifies."""
 
+import textwrap
 from pathlib import Path
 
 from .axes import INK, PALE, SECOND, STUDENT, STYLE, THIRD, draw_line, finish_axes, mark_steps, run_figure, set_title
@@ -13,8 +14,8 @@ CLASS_COLORS = ("#2563eb", "#d97706", "#0d9488", "#9333ea", "#dc2626", "#65a30d"
 
 def plot_classifier_curves(report: ClassifierReport, path: str | Path) -> None:
     """
-    Draw the run: macro F1 of the method and of what it is compared with, which rows were kept, the thresholds of each
-    class, and how often the teacher was right about kept and dropped rows.
+    Draw the run: macro F1 of the method and of what it is compared with, which rows were kept, the thresholds of the
+    classes (the largest eight), and how often the teacher was right about kept and dropped rows.
 
     Args:
         report ([`~classifier_report.ClassifierReport`]):
@@ -31,8 +32,10 @@ def plot_classifier_curves(report: ClassifierReport, path: str | Path) -> None:
     set_title(main, f"Macro F1 against {report.truth}")
 
     log = [entry for entry in report.log_history if "loss" in entry]
-    for number, name in enumerate(report.class_names):
-        style = {"color": CLASS_COLORS[number % len(CLASS_COLORS)], "label": name, "lw": 1.1}
+    classes = report.counts["train"].classes
+    largest = sorted(range(len(classes)), key=lambda number: -classes[report.class_names[number]])[: len(CLASS_COLORS)]
+    for color, number in zip(CLASS_COLORS, sorted(largest), strict=False):
+        style = {"color": color, "label": textwrap.shorten(report.class_names[number], 24, placeholder="…"), "lw": 1.1}
         for axes, key in zip(panels, ("kept_share", "threshold_teacher", "threshold_student"), strict=False):
             draw_line(axes, log, f"selection/{key}_{number}", **style)
     draw_line(panels[0], log, "selection/kept_share", INK, "all", lw=2.2)

@@ -9,14 +9,7 @@ import torch
 from datasets import Dataset
 from trl import get_peft_config, get_quantization_config
 
-from .classifier_report import (
-    ALL_ROWS,
-    RANDOM_ROWS,
-    ClassifierReport,
-    last_value,
-    mean_over_steps,
-    starved_classes,
-)
+from .classifier_report import ALL_ROWS, RANDOM_ROWS, ClassifierReport, starved_classes
 from .job import Job, checkpoint_to_resume, display_path, hold_out, timed
 from .llkd.label_calibration import reliability_report
 from .llkd.llkd_config import LLKDConfig
@@ -33,6 +26,15 @@ from .teacher_data import load_teacher_data
 HELD_OUT_ROWS = 1000
 FORWARD, BACKWARD = 1, 2  # costs of a row
 METRICS = ("accuracy", "macro_f1")
+TRUE_LABELS, TEACHERS_LABELS = "the true labels", "the teacher's labels"
+# What a report needs, and why
+NEEDED_SETTINGS = {
+    "load_best_model_at_end": (False, "the student would be chosen by the rows that it is measured on"),
+    "dataloader_drop_last": (False, "test rows would be left out"),
+    "prediction_loss_only": (False, "there would be no predictions to measure"),
+    "eval_do_concat_batches": (True, "predictions are measured together"),
+    "label_names": (None, "labels are in the column `label`"),
+}
 
 
 class ClassifierJob(Job):
@@ -40,20 +42,26 @@ class ClassifierJob(Job):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
+        self._check_settings()
         train, test = load_teacher_data(self.script_args, recipe.dataset_args)
         if not isinstance(train, Dataset):
             raise RecipeError(
                 "LLKD draws pools from shuffled rows and counts their classes: it cannot stream. Take dataset_streaming out."
             )
-        self.truth = "the true labels"
-        if test is None:
-            train, test = hold_out(train, HELD_OUT_ROWS)
-            test = self._with_known_truth(test)
         try:
+            # Before any row is held out: it may be the only one of its class
             names = find_class_names(train, self.args.labels)
-            self.train, self.test = self._numbered(train, names, "training"), self._numbered(test, names, "test")
+            train = self._numbered(train, names, "training")
+            if test is None:
+                train, test = self._held_out(train)
+            else:
+                test = self._with_true_labels(self._numbered(test, names, "test"))
         except LLKDDataError as error:
             raise RecipeError(str(error)) from error
+        # Numbered anew by the trainer; without a selection nothing looks at confidences
+        unused = ("row_id",) if self.args.selection == "llkd" else ("row_id", "teacher_confidence")
+        self.train = train.remove_columns([name for name in unused if name in train.column_names])
+        self.test = test
         if self.args.eval_strategy == "no":
             self.args.eval_strategy, self.args.eval_steps = "steps", 1 / CURVE_POINTS
         quantization = get_quantization_config(recipe.model_args)
@@ -62,17 +70,46 @@ class ClassifierJob(Job):
         # TRL's default is a language model's, which would leave the head untrained
         self.peft_config = get_peft_config(dataclasses.replace(recipe.model_args, lora_task_type="SEQ_CLS"))
 
-    def _with_known_truth(self, test: Dataset) -> Dataset:
-        """Held-out training rows: with their true labels if all are known, else with the teacher's."""
-        if "gold" in test.column_names and None not in test["gold"][:]:
-            return test.remove_columns("label").rename_column("gold", "label")
-        self.truth = "the teacher's labels"
-        return test
+    def _check_settings(self) -> None:
+        for name, (needed, reason) in NEEDED_SETTINGS.items():
+            if getattr(self.args, name) != needed:
+                raise RecipeError(f"{name} must be {needed} in a recipe of LLKD: {reason}.")
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+            raise RecipeError("num_train_epochs is 0: nothing would be learned.")
+        if self._has_baselines and self.args.train_sampling_strategy not in ("random", "sequential"):
+            raise RecipeError(
+                f"train_sampling_strategy={self.args.train_sampling_strategy!r} gives the baselines other pools. Take it out, or "
+                "set baselines: false."
+            )
+
+    @property
+    def _has_baselines(self) -> bool:
+        return self.script_args.baselines and self.args.selection == "llkd"
 
     @staticmethod
     def _numbered(rows: Dataset, names: list[str], where: str) -> Dataset:
         rows = with_class_numbers(rows, "label", names, where)
         return with_class_numbers(rows, "gold", names, where) if "gold" in rows.column_names else rows
+
+    def _held_out(self, train: Dataset) -> tuple[Dataset, Dataset]:
+        """Training rows to measure on, with their true labels if all of those are known, else with the teacher's."""
+        train, test = hold_out(train, HELD_OUT_ROWS)
+        self.truth = TEACHERS_LABELS
+        if "gold" in test.column_names and None not in test["gold"][:]:
+            test = self._with_true_labels(test)
+        return train, test
+
+    def _with_true_labels(self, test: Dataset) -> Dataset:
+        self.truth = TRUE_LABELS
+        if "gold" not in test.column_names:
+            return test
+        if None in test["gold"][:]:
+            row = test["gold"][:].index(None)
+            raise RecipeError(
+                f"Row {row} of the test rows has no `gold`, the true label. Fill it in, or drop the row; or leave `gold` out if "
+                "`label` is the true one."
+            )
+        return test.remove_columns("label").rename_column("gold", "label")
 
     def _trainer(self, args: LLKDConfig) -> LLKDTrainer:
         return LLKDTrainer(
@@ -88,7 +125,8 @@ class ClassifierJob(Job):
         try:
             trainer = self._trainer(self.args)
             trainer.check_output_dir(resume)
-        except ValueError as error:
+        # `OSError`: there is no such student
+        except (ValueError, OSError) as error:
             raise RecipeError(str(error)) from error
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
@@ -99,21 +137,14 @@ class ClassifierJob(Job):
         self.save(trainer)
         distilled = evaluate(trainer)
         self.max_steps, log = trainer.state.max_steps, trainer.state.log_history
-        share = mean_over_steps(log, "selection/kept_share") if trainer.selector else 1.0
-        scores = trainer.selector is not None and trainer.selector.settings.asks_student
         report = ClassifierReport(
             method=trainer._name,
             student=display_path(self.model),
             teacher=self.script_args.teacher_name,
             results={
                 UNDISTILLED: undistilled,
-                trainer._name: distilled
-                | {
-                    "learned_share": share,
-                    "distinct_rows": last_value(log, "selection/distinct_rows"),
-                    "compute": compute(share, scores),
-                    "seconds": seconds[trainer._name],
-                },
+                # A resumed training was measured in part
+                trainer._name: distilled | learned(trainer) | {"seconds": None if resume else seconds[trainer._name]},
             },
             curves={trainer._name: curve(undistilled, log, self.max_steps, distilled)},
             log_history=log,
@@ -125,44 +156,30 @@ class ClassifierJob(Job):
             seconds=seconds,
             truth=self.truth,
             class_names=trainer.class_names,
-            warmup_steps=self.args.selection_warmup_steps if scores else 0,
-            teacher_labels=self._teacher_labels(log),
+            warmup_steps=self.args.selection_warmup_steps if trainer.selector else 0,
+            selection=selection_by_class(trainer) if trainer.selector else {},
+            teacher_labels=self._teacher_labels(trainer),
         )
-        report.selection = self._selection(report) if trainer.selector else {}
         report.warnings = starved_classes(report)
         return report
 
-    def _selection(self, report: ClassifierReport) -> dict[str, dict]:
-        log, found = report.log_history, {}
-        for number, name in enumerate(report.class_names):
-            found[name] = {
-                "kept_share": mean_over_steps(log, f"selection/kept_share_{number}", report.warmup_steps),
-                "threshold_teacher": last_value(log, f"selection/threshold_teacher_{number}"),
-                "threshold_student": last_value(log, f"selection/threshold_student_{number}"),
-            }
-        return found
-
-    def _teacher_labels(self, log: list[dict]) -> dict:
-        if "gold" not in self.train.column_names:
+    def _teacher_labels(self, trainer: LLKDTrainer) -> dict:
+        if trainer.selector is None or "gold" not in self.train.column_names:
             return {}
-        checked = self.train.filter(lambda gold: gold is not None, input_columns="gold")
-        if not len(checked):
+        columns = self.train.select_columns(["label", "gold", "teacher_confidence"])
+        columns = columns.filter(lambda gold: gold is not None, input_columns="gold").with_format("torch")[:]
+        if not len(columns["gold"]):
             return {}
-        columns = checked.with_format("torch")[:]
-        shares = {
-            "kept": lambda entry: entry["selection/kept_share"],
-            "dropped": lambda entry: 1 - entry["selection/kept_share"],
-        }
-        return reliability_report(columns["teacher_confidence"], columns["label"] == columns["gold"]) | {
-            f"accuracy_{rows}": mean_over_steps(
-                log, f"selection/teacher_accuracy_{rows}", self.args.selection_warmup_steps, share
-            )
-            for rows, share in shares.items()
+        dropped, kept = trainer.tally.accuracy
+        is_right = columns["label"] == columns["gold"]
+        return reliability_report(columns["teacher_confidence"], is_right) | {
+            "accuracy_kept": kept,
+            "accuracy_dropped": dropped,
         }
 
     def add_baselines(self, report: ClassifierReport) -> None:
         """Train the same student on all rows of the same pools, and on random ones."""
-        if not self.script_args.baselines or self.args.selection == "none":
+        if not self._has_baselines:
             return
         share = report.results[report.method]["learned_share"]
         settings = {
@@ -197,16 +214,9 @@ class ClassifierJob(Job):
         with timed(report.seconds, name):
             trainer.train()
         trainer.save_model(output_dir)
-        found, log = evaluate(trainer), trainer.state.log_history
-        seen = self.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * args.world_size
-        share = mean_over_steps(log, "selection/kept_share") if trainer.selector else 1.0
-        report.results[name] = found | {
-            "learned_share": share,
-            "distinct_rows": last_value(log, "selection/distinct_rows") or min(seen, len(self.train)),
-            "compute": compute(share, scores=False),
-            "seconds": report.seconds[name],
-        }
-        report.curves[name] = curve(report.results[UNDISTILLED], log, self.max_steps, found)
+        found = evaluate(trainer)
+        report.results[name] = found | learned(trainer) | {"seconds": report.seconds[name]}
+        report.curves[name] = curve(report.results[UNDISTILLED], trainer.state.log_history, self.max_steps, found)
 
 
 def evaluate(trainer: LLKDTrainer) -> dict[str, float]:
@@ -224,6 +234,20 @@ def curve(undistilled: dict, log: list[dict], last_step: int, distilled: dict) -
     return [{"step": step, **{name: points[step][name] for name in METRICS}} for step in sorted(points)]
 
 
+def learned(trainer: LLKDTrainer) -> dict[str, float]:
+    """What a trainer learned from: the share of the rows it looked at, how many different ones, and at which cost."""
+    if trainer.selector is None:
+        batch = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        seen = trainer.state.max_steps * batch * trainer.args.world_size
+        return {"learned_share": 1.0, "distinct_rows": min(seen, len(trainer.train_dataset)), "compute": 1.0}
+    share = trainer.tally.kept_share
+    return {
+        "learned_share": share,
+        "distinct_rows": trainer.tally.distinct_rows,
+        "compute": compute(share, trainer.selector.settings.asks_student),
+    }
+
+
 def compute(share: float, scores: bool) -> float:
     """
     Cost of learning from a share k of every pool, over that of learning from all of it: (1 + 3k) / 3 where the pool is
@@ -237,3 +261,18 @@ def compute(share: float, scores: bool) -> float:
     """
     whole = FORWARD + BACKWARD
     return (FORWARD * scores + whole * share) / whole
+
+
+def selection_by_class(trainer: LLKDTrainer) -> dict[str, dict]:
+    """Of each class, by name, the share kept after the warm-up and the last thresholds."""
+    thresholds = trainer.selector.thresholds()
+    columns = (
+        trainer.class_names,
+        trainer.tally.kept_share_by_group,
+        thresholds.teacher.tolist(),
+        thresholds.student.tolist(),
+    )
+    return {
+        name: {"kept_share": share, "threshold_teacher": teacher, "threshold_student": student}
+        for name, share, teacher, student in zip(*columns, strict=True)
+    }

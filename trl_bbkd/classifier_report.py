@@ -1,7 +1,6 @@
 """The report of a student that classifies."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +33,8 @@ class ClassifierReport(Report):
         warmup_steps (`int`):
             First optimizer steps, in which every row is learned from.
         selection (`dict[str, dict]`):
-            Of each class, by name, what is known of its selection after the warm-up: `kept_share`,
-            `threshold_teacher`, `threshold_student` (the last ones).
+            Of each class, by name, `kept_share` after the warm-up and the last thresholds, `threshold_teacher` and
+            `threshold_student`.
         teacher_labels (`dict`):
             How good the teacher's labels are on training rows with a true label, as of
             [`~llkd.label_calibration.reliability_report`], with `accuracy_kept` and `accuracy_dropped`; empty where no
@@ -65,7 +64,7 @@ class ClassifierReport(Report):
         for name, what in ((ALL_ROWS, "learning from all rows"), (RANDOM_ROWS, "as many random ones")):
             if name in self.results:
                 other = self.results[name]["macro_f1"]
-                gain = round(own["macro_f1"] - other, 3)
+                gain = round(round(own["macro_f1"], 3) - round(other, 3), 3)
                 verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
                 text += f"; {what} reaches {other:.3f}, so {self.method} is {verdict} it"
                 text += f" by {abs(gain):.3f}" if gain else ""
@@ -85,13 +84,13 @@ class ClassifierReport(Report):
         ]
         if ALL_ROWS in self.results:
             text.append(
-                "The students differ in the rows they learn from, and in nothing else: the same start, the same pools in the "
-                "same order, as many optimizer steps. `all rows` learns from every row of each pool; `random rows` from as "
+                f"The students differ in the rows they learn from, and in how {self.method} weights them: the same start, the same "
+                "order of rows, as many optimizer steps. `all rows` learns from every row of each pool; `random rows` from as "
                 f"large a share as {self.method} did on the whole, chosen without a look."
             )
         text.append(
             "Computation is an estimate, with 1 for a row's forward pass and 2 for its backward pass: scoring a pool costs "
-            "its forward passes. Training time is measured, evaluations included."
+            "its forward passes. Training time is measured, evaluations included; of a training that was resumed it is not known."
         )
         return " ".join(text)
 
@@ -138,7 +137,7 @@ def selection_explanation(report: ClassifierReport) -> str:
     """What the table of the selection says."""
     warmup = f" The first {report.warmup_steps} steps kept every row." if report.warmup_steps else ""
     return (
-        f"`kept` is the share of a class's rows that was learned from, on average over the steps after the warm-up.{warmup} "
+        f"`kept` is the share of a class's rows that was learned from, after the warm-up.{warmup} "
         "Thresholds are those of the last step; uncertainty is the entropy of the student's distribution over log C, from 0 to 1."
     )
 
@@ -150,44 +149,10 @@ def teacher_explanation(report: ClassifierReport) -> str:
         f"Of {found['rows']:,} training rows with a true label the teacher has {found['accuracy']:.1%} right, with a mean "
         f"confidence of {found['mean_confidence']:.3f}; the expected calibration error is {found['ece']:.3f}."
     )
-    kept, dropped = found.get("accuracy_kept"), found.get("accuracy_dropped")
-    if kept is not None and dropped is not None:
-        text += f" After the warm-up it has {kept:.1%} of the kept rows right, and {dropped:.1%} of the dropped ones."
+    kept, dropped = found["accuracy_kept"], found["accuracy_dropped"]
+    if math.isfinite(kept) and math.isfinite(dropped):
+        text += f" After the warm-up {kept:.1%} of the kept rows are right, and {dropped:.1%} of the dropped ones."
     return text
-
-
-def mean_over_steps(log: list[dict], key: str, after: int = 0, weight: Callable = lambda entry: 1.0) -> float | None:
-    """
-    Mean of a logged value over optimizer steps.
-
-    Args:
-        log (`list[dict]`):
-            Entries of a trainer's log; each holds the mean over the steps since the one before it.
-        key (`str`):
-            Name of the value.
-        after (`int`, *optional*, defaults to `0`):
-            Entries that begin before this step do not count.
-        weight (`Callable[[dict], float]`, *optional*):
-            How much a step of an entry counts, such as the share of rows that the value is a mean of.
-
-    Returns:
-        `float`: `None` if it was never logged.
-    """
-    total, weights, previous = 0.0, 0.0, 0
-    for entry in log:
-        if "loss" not in entry:
-            continue
-        if key in entry and previous >= after:
-            steps = (entry["step"] - previous) * weight(entry)
-            total += entry[key] * steps
-            weights += steps
-        previous = entry["step"]
-    return total / weights if weights else None
-
-
-def last_value(log: list[dict], key: str) -> float | None:
-    """The last logged value; `None` if it was never logged."""
-    return next((entry[key] for entry in reversed(log) if key in entry), None)
 
 
 def starved_classes(report: ClassifierReport, least: float = 0.01) -> list[dict]:
@@ -196,10 +161,10 @@ def starved_classes(report: ClassifierReport, least: float = 0.01) -> list[dict]
         {
             "kind": "starved",
             "step": report.warmup_steps,
-            "text": f"after this step {found['kept_share']:.1%} of the rows labelled {name} were kept: the student forgets the "
+            "text": f"after this step {found['kept_share']:.1%} of the rows labelled {escape(name)} were kept: the student forgets the "
             "class. `selection_rule: class_mean` gives every class its own thresholds; a lower `selection_momentum` makes "
             "them follow the student faster; `selection_rule: quantile` with a `selection_budget` keeps as many rows as you say.",
         }
         for name, found in report.selection.items()
-        if found.get("kept_share") is not None and found["kept_share"] < least
+        if found["kept_share"] < least
     ]

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -41,6 +40,7 @@ class Job:
         self.script_args = recipe.script_args
         self.model = recipe.model_args.model_name_or_path
         self.is_main_process = PartialState().is_main_process
+        self.pushes = self.args.push_to_hub
         if self.model is None:
             raise RecipeError("set `model_name_or_path` to the student: a folder or a Hub id.")
         self.inputs = {
@@ -89,7 +89,7 @@ class Job:
 
     def push(self) -> None:
         """Send the student to the Hub, if the recipe says so."""
-        if self.args.push_to_hub:
+        if self.pushes:
             url = push_student(
                 self.args.output_dir,
                 self.card.repo_id,
@@ -100,12 +100,6 @@ class Job:
                 commit_message="End of training",
             )
             print(f"On the Hub: {url}")
-
-    def on_main_process(self, measure: Callable[[], dict]) -> dict:
-        """What the main process measures; an empty dictionary on the others, which wait."""
-        metrics = measure() if self.is_main_process else {}
-        PartialState().wait_for_everyone()
-        return metrics
 
 
 def hold_out(train, most: int):

@@ -18,7 +18,7 @@ from .text_report import PROXY
 
 
 class GADRun:
-    """A run of GAD. `job` is the [`~run.run`] it belongs to: data, tokenizer and measurements."""
+    """A run of GAD. `job` is the [`~text_job.TextJob`] it belongs to: data, tokenizer and measurements."""
 
     def __init__(self, job):
         self.job = job

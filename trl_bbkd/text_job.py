@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import gc
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
@@ -86,7 +88,7 @@ class TextJob(Job):
         except ValueError as error:
             raise RecipeError(str(error)) from error
         self.start_card(trainer)
-        undistilled = self.on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
+        undistilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
 
         with timed(seconds, trainer._name), self.method.errors():
             output = trainer.train(resume_from_checkpoint=resume)
@@ -95,7 +97,7 @@ class TextJob(Job):
                 print(f"The recipe leaves the student's training out. What it asks for: {args.output_dir}")
             return None
         self.save(trainer)
-        distilled = self.on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
+        distilled = self._on_main_process(lambda: self.measure(trainer.accelerator.unwrap_model(trainer.model)))
         self.max_steps = trainer.state.max_steps
         log_history = trainer.state.log_history
         return TextReport(
@@ -105,7 +107,7 @@ class TextJob(Job):
             results={
                 UNDISTILLED: undistilled,
                 trainer._name: distilled,
-                **self.on_main_process(lambda: self.method.more_results(trainer)),
+                **self._on_main_process(lambda: self.method.more_results(trainer)),
                 TEACHER: evaluate_teacher(self.test, self.sample_metrics),
             },
             # It starts and ends with the numbers of the table
@@ -156,7 +158,7 @@ class TextJob(Job):
                 peft_config=self.peft_config,
                 quantization_config=self.quantization_config,
             )
-        best = self.on_main_process(lambda: self.measure(self._load(output_dir)))
+        best = self._on_main_process(lambda: self.measure(self._load(output_dir)))
         undistilled = report.results[UNDISTILLED]
         points = [
             point if point["step"] != seqkd.best_step else {"step": seqkd.best_step, **best} for point in seqkd.curve
@@ -166,6 +168,12 @@ class TextJob(Job):
         report.results |= {SEQKD: best, report.method: method}
         report.seqkd = dataclasses.asdict(seqkd)
         del report.seqkd["curve"]
+
+    def _on_main_process(self, measure: Callable[[], dict]) -> dict:
+        """What the main process measures; an empty dictionary on the others, which wait."""
+        metrics = measure() if self.is_main_process else {}
+        PartialState().wait_for_everyone()
+        return metrics
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}

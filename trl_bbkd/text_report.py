@@ -68,7 +68,7 @@ class TextReport(Report):
         text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
         if SEQKD not in results:
             return text + "."
-        gain = round((results[method][key] - results[SEQKD][key]) * (1 if judged else -1), 3)
+        gain = round((round(results[method][key], 3) - round(results[SEQKD][key], 3)) * (1 if judged else -1), 3)
         verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
         text += f"; SeqKD on the same text reaches {value[SEQKD]}, so {method} is {verdict} it"
         text += f" by {abs(gain):.3f}" if gain else ""

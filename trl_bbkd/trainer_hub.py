@@ -192,9 +192,12 @@ def hyperparameters(args, steps: int) -> dict:
     )
     names = {name for owner in ours for name in vars(owner).get("__annotations__", {})}
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = {"sequences per optimizer step": samples}
+    if getattr(args, "selection", "none") == "llkd":
+        batch = {"rows looked at per optimizer step": samples * args.pool_factor}
     first = {
         "optimizer steps": steps or None,
-        "sequences per optimizer step": samples,
+        **batch,
         "num_generations": getattr(args, "num_generations", None),
         "learning_rate": args.learning_rate,
         "num_train_epochs": args.num_train_epochs,

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from trl_bbkd.classifier_report import ClassifierReport, last_value, mean_over_steps, starved_classes
+from trl_bbkd.classifier_report import ClassifierReport, starved_classes
 from trl_bbkd.llkd.label_calibration import reliability_report
 from trl_bbkd.llkd.rows import LabelCounts
 from trl_bbkd.report import metrics_dict, print_table, render_markdown, write_report
@@ -70,33 +70,6 @@ def make_report(**changes):
     return report
 
 
-class TestMeanOverSteps:
-    LOG = [
-        {"step": 2, "loss": 1, "x": 1.0, "share": 0.5},
-        {"step": 3, "eval_loss": 1, "x": 9.0},
-        {"step": 6, "loss": 1, "x": 4.0, "share": 0.25},
-        {"step": 8, "loss": 1, "share": 1.0},
-        {"step": 10, "loss": 1, "x": 7.0, "share": 1.0},
-    ]
-
-    def test_each_entry_counts_the_steps_since_the_one_before(self):
-        assert mean_over_steps(self.LOG, "x") == (2 * 1 + 4 * 4 + 2 * 7) / 8
-
-    def test_after_the_warmup(self):
-        assert mean_over_steps(self.LOG, "x", after=2) == (4 * 4 + 2 * 7) / 6
-        # An entry that began in the warm-up does not count
-        assert mean_over_steps(self.LOG, "x", after=3) == 7
-
-    def test_weighted(self):
-        assert (
-            mean_over_steps(self.LOG, "x", weight=lambda entry: entry["share"]) == (2 * 0.5 + 4 * 0.25 * 4 + 2 * 7) / 4
-        )
-
-    def test_never_logged(self):
-        assert mean_over_steps(self.LOG, "y") is None and last_value(self.LOG, "y") is None
-        assert last_value(self.LOG, "x") == 7.0
-
-
 class TestText:
     def test_summary_says_whichever_way_it_went(self):
         text = make_report().summary
@@ -128,7 +101,7 @@ class TestText:
             r"| sky\|blue | 1 | 0.100 | 0.500 | – |",
             "The first 50 steps kept every row.",
             "the teacher has 75.0% right",
-            "it has 90.0% of the kept rows right, and 40.0% of the dropped ones",
+            "After the warm-up 90.0% of the kept rows are right, and 40.0% of the dropped ones",
             "![Reliability of the teacher's confidence](reliability.png)",
             "| with a true label too | 4 | – |",
             "Wall-clock time: LLKD 6 s.",
@@ -143,6 +116,21 @@ class TestText:
         print_table(make_report())
         text = capsys.readouterr().out
         assert "macro F1" in text and "0.770" in text
+
+
+def test_difference_is_that_of_the_numbers_beside_it():
+    report = make_report()
+    report.results["LLKD"]["macro_f1"], report.results["all rows"]["macro_f1"] = 0.1876, 0.1944
+    assert "is 0.188 after" in report.summary and "reaches 0.194, so LLKD is worse than it by 0.006" in report.summary
+
+
+def test_many_classes_are_drawn_too(tmp_path):
+    names = [f"class {number} " + "x" * 40 for number in range(40)]
+    log = [{"step": 10, "loss": 1.0} | {f"selection/kept_share_{number}": 0.1 for number in range(40)}]
+    counts = {"train": LabelCounts(40, dict.fromkeys(names, 1)), "test": LabelCounts(1)}
+    report = make_report(class_names=names, log_history=log, counts=counts, selection={}, teacher_labels={})
+    write_report(report, tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -161,7 +149,7 @@ def test_a_starved_class_is_told():
     report = make_report()
     assert starved_classes(report) == []
     report.selection["fruit"]["kept_share"] = 0.004
-    report.selection["animal"]["kept_share"] = None
+    report.selection["animal"]["kept_share"] = math.nan
     (warning,) = starved_classes(report)
     assert warning["step"] == 50 and "0.4% of the rows labelled fruit" in warning["text"]
     assert "selection_momentum" in warning["text"]

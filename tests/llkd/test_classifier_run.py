@@ -8,15 +8,17 @@ import sys
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from tests.conftest import build_tokenizer
+from tests.hub_server import TOKEN, HubServer
 from tests.processes import ROOT
 from trl_bbkd.llkd.llkd_trainer import LLKDTrainer
 from trl_bbkd.recipe import RecipeError, load_recipe
 from trl_bbkd.run import run
 
-from .helpers import LORA, NAMES, ON_CPU, build_encoder, make_rows
+from .helpers import LORA, NAMES, ON_CPU, build_encoder, make_rows, save_student
 
 
 def write_rows(path, rows):
@@ -127,14 +129,8 @@ class TestRun:
         saved = saved_metrics(finished)
         log = [entry for entry in saved["log_history"] if "loss" in entry]
         for number, name in enumerate(NAMES):
-            found = saved["selection"][name]
-            kept = [
-                entry[f"selection/kept_share_{number}"]
-                for entry in log[2:]
-                if f"selection/kept_share_{number}" in entry
-            ]
-            assert found["kept_share"] == pytest.approx(sum(kept) / len(kept))
-            assert found["threshold_teacher"] == log[-1][f"selection/threshold_teacher_{number}"]
+            for threshold in ("threshold_teacher", "threshold_student"):
+                assert saved["selection"][name][threshold] == log[-1][f"selection/{threshold}_{number}"]
         assert saved["warmup_steps"] == 2 and saved["truth"] == "the true labels"
 
     def test_teachers_labels(self, finished, data):
@@ -143,7 +139,15 @@ class TestRun:
         assert found["rows"] == 64
         assert found["accuracy"] == pytest.approx(sum(row["label"] == row["gold"] for row in rows) / 64)
         assert found["mean_confidence"] == pytest.approx(sum(row["teacher_confidence"] for row in rows) / 64, abs=1e-6)
-        assert 0 <= found["accuracy_kept"] <= 1 and 0 <= found["accuracy_dropped"] <= 1
+        # Of every row the true label is known, and every pool has eight
+        log = [entry for entry in saved_metrics(finished)["log_history"] if "loss" in entry][2:]
+        kept = [(8 * entry["selection/kept_share"], entry.get("selection/teacher_accuracy_kept", 0)) for entry in log]
+        dropped = [
+            (8 - n, entry["selection/teacher_accuracy_dropped"]) for (n, _), entry in zip(kept, log, strict=True)
+        ]
+        for name, rows in (("kept", kept), ("dropped", dropped)):
+            expected = sum(n * share for n, share in rows) / sum(n for n, _ in rows)
+            assert found[f"accuracy_{name}"] == pytest.approx(expected), name
 
     def test_curves_begin_and_end_with_the_table(self, finished):
         saved = saved_metrics(finished)
@@ -162,6 +166,18 @@ class TestRun:
         expected = AutoModelForSequenceClassification.from_pretrained(finished / "all_rows").state_dict()
         for name, value in trainer.model.state_dict().items():
             # The same for every query, keys' biases have no gradient but rounding's, of which Adam makes steps
+            if not name.endswith("key.bias"):
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+    def test_random_rows_have_no_weights(self, finished, data, student, tmp_path):
+        """The same student as of a trainer that draws as large a share and weights no row."""
+        share = saved_metrics(finished)["results"]["LLKD"]["learned_share"]
+        control = {"selection_rule": "random", "selection_budget": share, "selection_weighting": "none"}
+        recipe = load_recipe(write_recipe(data, student, tmp_path / "x", selection_warmup_steps=0, **control))
+        trainer = LLKDTrainer(model=student, args=recipe.training_args, train_dataset=make_rows(64, gold=True))
+        trainer.train()
+        expected = AutoModelForSequenceClassification.from_pretrained(finished / "random_rows").state_dict()
+        for name, value in trainer.model.state_dict().items():
             if not name.endswith("key.bias"):
                 torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
@@ -191,6 +207,52 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
         del results["LLKD"]["seconds"]
     assert after["results"] == before["results"] and after["curves"] == before["curves"]
     assert after["selection"] == before["selection"]
+    counts = load_file(tmp_path / "out/checkpoint-4/selection.safetensors")
+    assert counts["tally.seen"].sum() == 32
+    counts = load_file(tmp_path / "out/checkpoint-8/selection.safetensors")
+    for number, name in enumerate(NAMES):
+        kept, seen = counts["tally.kept"][1, number].item(), counts["tally.seen"][1, number].item()
+        assert after["selection"][name]["kept_share"] == pytest.approx(kept / seen)
+
+
+@pytest.mark.parametrize(
+    "logging", [{"logging_steps": 7}, {"logging_steps": 500}, {"logging_strategy": "no"}], ids=str
+)
+def test_what_is_reported_does_not_depend_on_what_is_logged(tmp_path, data, student, finished, logging):
+    run(load_recipe(write_recipe(data, student, tmp_path / "out", baselines=False, **logging)))
+    found, expected = saved_metrics(tmp_path / "out"), saved_metrics(finished)
+    for results in (found["results"], expected["results"]):
+        del results["LLKD"]["seconds"]
+    assert found["results"]["LLKD"] == expected["results"]["LLKD"]
+    assert found["selection"] == expected["selection"] and found["teacher_labels"] == expected["teacher_labels"]
+
+
+def test_the_last_pool_of_an_epoch_counts_for_the_rows_it_has(tmp_path, data, student):
+    """36 rows in pools of 32: the second pool of each epoch has 4."""
+    write_rows(tmp_path / "train.jsonl", list(named(make_rows(64, gold=True)))[:36])
+    (tmp_path / "test.jsonl").write_text((data / "teacher_test.jsonl").read_text())
+    changes = {"per_device_train_batch_size": 8, "pool_factor": 4, "num_train_epochs": 4, "selection_warmup_steps": 0}
+    run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out", **changes)))
+    saved = saved_metrics(tmp_path / "out")
+    log = [entry for entry in saved["log_history"] if "loss" in entry]
+    kept = sum(entry["selection/kept_share"] * size for entry, size in zip(log, [32, 4] * 4, strict=True))
+    assert saved["results"]["LLKD"]["learned_share"] == pytest.approx(kept / 144)
+    assert saved["results"]["random rows"]["learned_share"] * 144 == pytest.approx(kept, abs=8)
+
+
+def test_it_is_pushed(tmp_path, data, student):
+    path = write_recipe(data, student, tmp_path / "out", max_steps=2, push_to_hub=True, hub_model_id="me/classifier")
+    with HubServer() as server:
+        environment = {**os.environ, **server.environment(TOKEN), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "trl_bbkd", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [commit.message for commit in server.commits] == ["End of training"]
+    report = {"README.md", "report.md", "metrics.json", "curves.png", "reliability.png", "recipe.yaml"}
+    assert report | {"model.safetensors", "config.json", "tokenizer.json"} <= set(server.commits[0].files)
+    assert not [
+        name for name in server.commits[0].files if name.startswith(("all_rows", "random_rows", "training_args"))
+    ]
 
 
 @pytest.mark.parametrize("gold", [True, False])
@@ -204,6 +266,18 @@ def test_without_test_rows_some_are_held_out(tmp_path, data, student, gold):
     assert saved["counts"]["test"]["rows"] == 3 and saved["counts"]["train"]["rows"] == 61
     assert saved["class_names"] == sorted(NAMES)
     assert bool(saved["teacher_labels"]) is gold and (tmp_path / "out/reliability.png").exists() is gold
+
+
+def test_true_labels_of_test_rows_come_before_the_teachers(tmp_path, data, student):
+    (tmp_path / "train.jsonl").write_text((data / "teacher_train.jsonl").read_text())
+    rows = list(named(make_rows(24, gold=True, seed=1)))
+    assert any(row["label"] != row["gold"] for row in rows)
+    write_rows(tmp_path / "test.jsonl", rows)
+    run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out", max_steps=2, baselines=False)))
+    saved = saved_metrics(tmp_path / "out")
+    assert saved["truth"] == "the true labels"
+    # The rows of `data` are these, with the true label alone
+    assert saved["results"]["LLKD"]["accuracy"] == pytest.approx(accuracy(tmp_path / "out", data))
 
 
 def test_adapter(tmp_path, data, student):
@@ -248,6 +322,15 @@ class TestBadInput:
             ({"seqkd_baseline": True}, "unknown key 'seqkd_baseline'"),
             ({"packing": True}, "unknown key 'packing'"),
             ({"model_name_or_path": None}, "set `model_name_or_path` to the student"),
+            ({"model_name_or_path": "./no/student"}, "no/student"),
+            (
+                {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
+                "chosen by the rows",
+            ),
+            ({"dataloader_drop_last": True}, "dataloader_drop_last must be False.*test rows would be left out"),
+            ({"prediction_loss_only": True}, "prediction_loss_only must be False"),
+            ({"train_sampling_strategy": "group_by_length"}, "gives the baselines other pools"),
+            ({"num_train_epochs": 0}, "nothing would be learned"),
         ],
     )
     def test_one_error_before_training(self, tmp_path, data, student, changes, message):
@@ -262,6 +345,7 @@ class TestBadInput:
             ({"teacher_confidence": None}, "teacher_confidence"),
             ({"label": None}, "`label` is None"),
             ({"text": None}, "`text` is None; it must be a string"),
+            ({"label": "fruits"}, "did you mean 'fruit'.*name all classes in `labels`"),
         ],
     )
     def test_bad_row(self, tmp_path, data, student, change, message):
@@ -272,6 +356,32 @@ class TestBadInput:
         with pytest.raises(RecipeError, match=message) as error:
             run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out")))
         assert "ow 5" in str(error.value) or "row 5" in str(error.value)
+
+    def test_one_class(self, tmp_path, data, student):
+        rows = [row for row in named(make_rows(64)) if row["label"] == "sky"]
+        write_rows(tmp_path / "train.jsonl", rows)
+        with pytest.raises(RecipeError, match="There is one class only, 'sky'.*Set `labels`"):
+            run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out", labels=None)))
+
+    def test_a_head_for_other_classes(self, tmp_path, data):
+        other = build_encoder()
+        other.config.id2label = dict(enumerate(["animal", "sky", "fruit"]))
+        path = save_student(tmp_path / "student", other)
+        with pytest.raises(
+            RecipeError, match="The student's classes are animal, sky, fruit, but those of the rows are sky"
+        ):
+            run(load_recipe(write_recipe(data, path, tmp_path / "out")))
+        path = save_student(tmp_path / "larger", build_encoder(num_labels=5))
+        with pytest.raises(RecipeError, match="num_labels=5, but there are 3 classes.*ignore_mismatched_sizes"):
+            run(load_recipe(write_recipe(data, path, tmp_path / "out")))
+
+    def test_test_rows_whose_true_label_is_missing(self, tmp_path, data, student):
+        (tmp_path / "train.jsonl").write_text((data / "teacher_train.jsonl").read_text())
+        rows = list(named(make_rows(8, gold=True)))
+        rows[3]["gold"] = None
+        write_rows(tmp_path / "test.jsonl", rows)
+        with pytest.raises(RecipeError, match="Row 3 of the test rows has no `gold`"):
+            run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out")))
 
     def test_no_confidence_says_how_to_make_it(self, tmp_path, data, student):
         rows = [{"text": row["text"], "label": row["label"]} for row in named(make_rows(64))]

@@ -255,7 +255,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
         assert_same_weights(weights(resumed.model), weights(whole.model))
         for name, value in whole.selector.state_dict().items():
             assert torch.equal(resumed.selector.state_dict()[name].nan_to_num(), value.nan_to_num()), name
-        assert torch.equal(resumed._used, whole._used)
+        assert all(
+            torch.equal(value, whole.tally.state_dict()[name]) for name, value in resumed.tally.state_dict().items()
+        )
         for found, expected in zip(resumed.pools[::-1], whole.pools[::-1], strict=False):
             assert [pool["row_id"].tolist() for pool in found] == [pool["row_id"].tolist() for pool in expected]
         assert len(resumed.pools) == 12 - step

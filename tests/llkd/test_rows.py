@@ -23,6 +23,9 @@ class TestNames:
     def test_of_text_in_the_alphabets_order(self):
         assert find_class_names(make(["b", "a", "b", None]), None) == ["a", "b"]
 
+    def test_of_labels_and_true_labels(self):
+        assert find_class_names(make(["b", "a"], gold=["c", None]), None) == ["a", "b", "c"]
+
     def test_numbers_without_names(self):
         with pytest.raises(LLKDDataError, match="`label` holds numbers, and nothing names the classes. Set `labels`"):
             find_class_names(make([0, 1]), None)
@@ -61,11 +64,20 @@ class TestNumbers:
             (["sky", "Q"], "Row 1 of the test rows: `label` is 'Q'.*sky, fruit, animal"),
             ([0, 3], "Row 1 of the test rows: `label` is 3"),
             ([0.5], "Row 0 of the test rows: `label` is 0.5"),
+            ([True, False], "Row 0 of the test rows: `label` is True"),
+            ([-1], "Row 0 of the test rows: `label` is -1"),
         ],
     )
     def test_what_is_no_class(self, labels, message):
         with pytest.raises(LLKDDataError, match=message):
             with_class_numbers(make(labels), "label", NAMES, "test")
+
+    def test_minus_one_of_a_class_label_is_no_class(self):
+        rows = make([0, -1], ClassLabel(names=NAMES), text=["x", "y"])
+        with pytest.raises(LLKDDataError, match="Row 1 of the test rows: `label` is -1"):
+            with_class_numbers(rows, "label", NAMES, "test")
+        gold = rows.rename_column("label", "gold")
+        assert with_class_numbers(gold, "gold", NAMES, "training")["gold"][:] == [0, None]
 
     def test_no_such_column(self):
         with pytest.raises(LLKDDataError, match="The test rows have no column `label`; columns found: text"):

@@ -129,7 +129,7 @@ def make_proxykd_trainer(output_dir, student, proxy, recorder, rows=None, **conf
 
 def state(trainer):
     """What a checkpoint has to restore."""
-    return trainer.selector.state_dict() | {"used": trainer._used.clone()} | weights(trainer.model)
+    return trainer.selector.state_dict() | trainer.tally.state_dict() | weights(trainer.model)
 
 
 def log(trainer):

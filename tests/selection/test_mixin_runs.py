@@ -60,7 +60,7 @@ class TestTwoProcesses:
             assert parts[0].keys().isdisjoint(parts[1])
             assert parts[0] | parts[1] == pytest.approx(batch, rel=1e-4)
         found = ranks[0][run]
-        assert torch.equal(found["state"]["used"], one["state"]["used"])
+        assert torch.equal(found["state"]["tally.used"], one["state"]["tally.used"])
         assert_same_state(found["state"], one["state"], atol=1e-6, rtol=1e-4)
         for gradient, expected in zip(found["gradients"], one["gradients"], strict=True):
             assert_same_gradient(gradient, expected)
@@ -120,7 +120,7 @@ class TestResume:
         whole = uninterrupted[make.kind]
         states = [load_file(f"{whole.args.output_dir}/checkpoint-{step}/{SELECTION_FILE}") for step in range(1, 7)]
         assert [len(each["history"]) for each in states] == [12, 16, 28, 32, 44, 48]
-        assert 0 < states[0]["used"].sum() <= states[-1]["used"].sum()
+        assert 0 < states[0]["tally.used"].sum() <= states[-1]["tally.used"].sum()
         assert len({each["score_threshold"].item() for each in states}) > 3
         assert [each["step"].item() for each in states] == [1, 2, 3, 4, 5, 6]
 
@@ -197,7 +197,7 @@ class TestRun:
             for group in range(3):
                 assert 0 < entry[f"selection/threshold_teacher_{group}"] < 1
                 assert 0 < entry[f"selection/threshold_student_{group}"] < 1
-        assert used == set(trainer._used.nonzero().flatten().tolist())
+        assert used == set(trainer.tally.used.nonzero().flatten().tolist())
         for first, second in zip(entries[::2], entries[1::2], strict=True):
             # A pass over the rows: all of a group were in one of the two pools
             for group in range(3):
@@ -214,7 +214,7 @@ class TestRun:
         assert entry["selection/kept_share"] == pytest.approx(
             mean([step["selection/kept_share"] for step in log(each)])
         )
-        assert entry["selection/distinct_rows"] == int(together._used.sum())
+        assert entry["selection/distinct_rows"] == int(together.tally.used.sum())
 
 
 def write_recipe(folder, method, student, proxy, **changes):

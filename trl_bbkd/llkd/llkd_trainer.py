@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,13 +26,13 @@ from ..selection.collator import CARRIED_COLUMNS
 from ..selection.config import SELECTION_ARGUMENTS
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
+from ..selection.tally import UNKNOWN
 from ..trainer_hub import StudentHubMixin
 from .llkd_config import LLKDConfig
 
 
 # What is no input of the model
 NOT_INPUTS = (*CARRIED_COLUMNS, "labels", SELECTION_WEIGHT)
-UNKNOWN = -1
 
 
 class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
@@ -108,7 +109,6 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         *SELECTION_ARGUMENTS,
     )
     _group_column = "label"
-    _gold: torch.Tensor | None = None  # true labels by row id
 
     args: LLKDConfig
 
@@ -132,7 +132,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         self.class_names = class_names(train_dataset, args.labels)
         revision = {"revision": (args.model_init_kwargs or {}).get("revision", "main")}
         config = AutoConfig.from_pretrained(model, **revision) if isinstance(model, str) else model.config
-        num_labels = self._num_labels(model)
+        num_labels = self._num_labels(model, config, args)
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
         evaluated = {name: rows for name, rows in evaluated.items() if rows is not None}
         check_labels(train_dataset, "label", num_labels, self.class_names, "training")
@@ -182,13 +182,16 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         # Trainer then counts the rows of a whole step (below), and does not divide the loss by its micro-batches
         self.model_accepts_loss_kwargs = True
 
-    def _num_labels(self, model: str | PreTrainedModel) -> int:
+    def _num_labels(self, model: str | PreTrainedModel, config: PretrainedConfig, args: LLKDConfig) -> int:
         if isinstance(model, str):
             if self.class_names is None:
                 raise ValueError(
                     "A student that is a path gets a head for the classes, but nothing names them. Set `labels`, or make "
                     "`label` a `ClassLabel`, as `trl_bbkd.pseudo_label` does."
                 )
+            has_head = config.architectures and "ForSequenceClassification" in config.architectures[0]
+            if has_head and not (args.model_init_kwargs or {}).get("ignore_mismatched_sizes"):
+                self._check_classes(config)
             return len(self.class_names)
         num_labels = model.config.num_labels
         if num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
@@ -196,19 +199,24 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
                 f"The student has num_labels={num_labels} and problem_type={model.config.problem_type!r}; it must choose "
                 "one of two or more classes. Load it with `num_labels`, or hand in its path."
             )
-        if self.class_names is not None and len(self.class_names) != num_labels:
-            raise ValueError(
-                f"The student has num_labels={num_labels}, but there are {len(self.class_names)} classes: "
-                f"{', '.join(self.class_names)}. Load it with num_labels={len(self.class_names)}, or hand in its path."
-            )
-        own = list(model.config.id2label.values())
-        is_unnamed = own == [f"LABEL_{number}" for number in range(num_labels)]
-        if self.class_names is not None and own != self.class_names and not is_unnamed:
-            raise ValueError(
-                f"The student's classes are {', '.join(own)}, but those of the rows are {', '.join(self.class_names)}. Bring "
-                "them into the same order: `dataset.align_labels_with_mapping`."
-            )
+        if self.class_names is not None:
+            self._check_classes(config)
         return num_labels
+
+    def _check_classes(self, config: PretrainedConfig) -> None:
+        """Refuse a head for other classes."""
+        own, names = list(config.id2label.values()), self.class_names
+        if len(own) != len(names):
+            raise ValueError(
+                f"The student has num_labels={len(own)}, but there are {len(names)} classes: {', '.join(names)}. Load it with "
+                f"num_labels={len(names)} and ignore_mismatched_sizes=True (in model_init_kwargs, or in from_pretrained), "
+                "or take its base model."
+            )
+        if own != names and own != [f"LABEL_{number}" for number in range(len(own))]:
+            raise ValueError(
+                f"The student's classes are {', '.join(own)}, but those of the rows are {', '.join(names)}. Bring them into "
+                "the same order: name them so in `labels`, or `dataset.align_labels_with_mapping`."
+            )
 
     def _tokenized(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLKDConfig, where: str) -> Dataset:
         """Rows with `input_ids`, none of which is too long for the student."""
@@ -259,13 +267,13 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
     def _class_labels(self) -> list[str]:
         return [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
 
-    def _start_selection(self) -> None:
-        super()._start_selection()
-        if "gold" in self.train_dataset.column_names:
-            gold = [UNKNOWN if label is None else label for label in self.train_dataset["gold"]]
-            self._gold = torch.full((len(self._used),), UNKNOWN)
-            self._gold[torch.tensor(self.train_dataset["row_id"][:])] = torch.tensor(gold)
-            self.train_dataset = self.train_dataset.remove_columns("gold")
+    def _true_groups(self, row_ids: torch.Tensor) -> torch.Tensor | None:
+        if "gold" not in self.train_dataset.column_names:
+            return None
+        gold = torch.full((int(row_ids.max()) + 1,), UNKNOWN)
+        gold[row_ids] = torch.tensor([UNKNOWN if label is None else label for label in self.train_dataset["gold"]])
+        self.train_dataset = self.train_dataset.remove_columns("gold")
+        return gold
 
     def _uncertainty(self, pool: dict) -> torch.Tensor:
         return class_entropy(class_logits(self._forward(self.model, pool)))
@@ -298,8 +306,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
 
     def _selection_metrics(self, confidence, uncertainty, group, row_id, found) -> dict[str, torch.Tensor]:
         metrics = super()._selection_metrics(confidence, uncertainty, group, row_id, found)
-        if self._gold is not None:
-            gold = self._gold[row_id]
+        if self.tally.gold is not None:
+            gold = self.tally.gold[row_id]
             for name, rows in (("kept", found.keep), ("dropped", ~found.keep)):
                 checked = rows & (gold != UNKNOWN)
                 metrics[f"teacher_accuracy_{name}"] = (gold == group)[checked].double().mean()
@@ -327,9 +335,14 @@ def class_names(rows: Dataset, labels: list[str] | None) -> list[str] | None:
     if not len(rows):
         raise LLKDDataError("train_dataset has no rows.")
     feature = rows.features.get("label")
-    if labels is None:
-        return list(feature.names) if isinstance(feature, ClassLabel) else None
-    return list(labels)
+    if labels is None and not isinstance(feature, ClassLabel):
+        return None
+    names = list(feature.names) if labels is None else list(labels)
+    if len(names) < 2:
+        raise LLKDDataError(
+            f"There is one class only, {names[0]!r}; a student must choose one of two or more. Set `labels`."
+        )
+    return names
 
 
 def check_labels(

@@ -56,7 +56,8 @@ def count_labels(rows: Dataset) -> LabelCounts:
 
 def find_class_names(rows: Dataset, labels: list[str] | None) -> list[str]:
     """
-    Names of the classes: `labels`, or those of the column `label`, in the alphabet's order where it holds text.
+    Names of the classes: `labels`, or those of the column `label`; of labels and true labels in the alphabet's order where
+    they are text.
 
     Raises:
         [`~selection.signals.LLKDDataError`]: no column `label`, or one of numbers that nothing names.
@@ -71,7 +72,8 @@ def find_class_names(rows: Dataset, labels: list[str] | None) -> list[str]:
     feature = rows.features["label"]
     if isinstance(feature, ClassLabel):
         return feature.names
-    names = sorted({label for label in rows["label"] if isinstance(label, str)})
+    columns = [column for column in ("label", "gold") if column in rows.column_names]
+    names = sorted({label for column in columns for label in rows[column] if isinstance(label, str)})
     if not names:
         raise LLKDDataError("`label` holds numbers, and nothing names the classes. Set `labels`, in their order.")
     return names
@@ -79,7 +81,8 @@ def find_class_names(rows: Dataset, labels: list[str] | None) -> list[str]:
 
 def with_class_numbers(rows: Dataset, column: str, names: list[str], where: str) -> Dataset:
     """
-    `rows` with `column` as a [`~datasets.ClassLabel`]. Numbers stay as they are, and `None` does: the trainer checks.
+    `rows` with `column` as a [`~datasets.ClassLabel`]. Numbers, from 0, stay as they are, and so does `None`: the trainer
+    checks. A -1 in `gold` is a label that is not known.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -100,16 +103,19 @@ def with_class_numbers(rows: Dataset, column: str, names: list[str], where: str)
         )
     feature = rows.features[column]
     values = rows[column][:]
+    if column == "gold":
+        values = [None if value == -1 else value for value in values]
     if isinstance(feature, ClassLabel):
-        values = [None if value is None else feature.names[value] for value in values]
+        values = [feature.names[value] if value in range(len(feature.names)) else value for value in values]
     numbers = {name: number for number, name in enumerate(names)}
     for row, value in enumerate(values):
-        is_known = value is None or (value in numbers if isinstance(value, str) else value in range(len(names)))
-        if not is_known:
+        is_number = not isinstance(value, str | bool) and value in range(len(names))
+        if not (value is None or is_number or (isinstance(value, str) and value in numbers)):
             nearest = difflib.get_close_matches(str(value), names, n=1)
             advice = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise LLKDDataError(
-                f"Row {row} of the {where} rows: `{column}` is {value!r}, which is none of the classes {', '.join(names)}{advice}"
+                f"Row {row} of the {where} rows: `{column}` is {value!r}, which is none of the classes {', '.join(names)}{advice} "
+                "Mend it, or name all classes in `labels`."
             )
     values = [numbers.get(value, value) for value in values]
     return rows.remove_columns(column).add_column(column, values, feature=ClassLabel(names=names))

@@ -10,6 +10,7 @@ from ..resume import differences
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
 from .config import SELECTION_ARGUMENTS, SelectionConfig
 from .signals import LLKDDataError, check_confidence
+from .tally import SelectionTally
 from .thresholds import Selector
 
 
@@ -87,8 +88,12 @@ class LLKDMixin:
             num_groups = 1 + int(integers(self._group_column, columns[self._group_column], range(len(rows))).max())
         ids = integers("row_id", columns["row_id"], range(len(rows)))
         self.selector = Selector(args.selection_settings(num_groups))
-        self._used = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
+        self.tally = SelectionTally(num_groups, int(ids.max()) + 1, self._true_groups(ids))
         self._selection_logs: dict[str, list[float]] = {}
+
+    def _true_groups(self, row_ids: torch.Tensor) -> torch.Tensor | None:
+        """The true group of each row id, where a trainer knows any; -1 where it does not."""
+        return None
 
     def _refuse_other_losses(self) -> None:
         other = {
@@ -217,7 +222,7 @@ class LLKDMixin:
         return loss * (self.accelerator.num_processes if over_processes else 1)
 
     def _log_selection(self, confidence, uncertainty, group, row_id, found) -> None:
-        self._used[row_id[found.keep]] = True
+        self.tally.add(row_id, group, found.keep, is_warmup=self.selector.is_warming_up)
         for name, value in self._selection_metrics(confidence, uncertainty, group, row_id, found).items():
             values = self._selection_logs.setdefault(f"selection/{name}", [])
             if name == "distinct_rows":
@@ -231,7 +236,7 @@ class LLKDMixin:
         """What is logged of a step, from the rows of all processes; NaN is left out."""
         metrics = {
             "kept_share": found.keep.double().mean(),
-            "distinct_rows": self._used.sum(),
+            "distinct_rows": self.tally.distinct_rows,
             "confidence_kept": confidence[found.keep].mean(),
             "confidence_dropped": confidence[~found.keep].mean(),
         }
@@ -261,7 +266,7 @@ class LLKDMixin:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.selector is not None and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            state = self.selector.state_dict() | {"used": self._used}
+            state = self.selector.state_dict() | self.tally.state_dict()
             save_file(state, Path(output_dir) / SELECTION_FILE, metadata=self._settings())
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -278,8 +283,9 @@ class LLKDMixin:
             if differing:
                 raise ValueError(f"{checkpoint} belongs to another run ({differing}). Resume with its settings.")
             state = load_file(path)
-            used = state.pop("used")
-            if len(used) != len(self._used):
-                raise ValueError(f"{checkpoint} is of {len(used)} rows, and `train_dataset` has {len(self._used)}.")
-            self._used = used
+            counts = {name: state.pop(name) for name in self.tally.state_dict()}
+            rows, own_rows = (len(tensors["tally.used"]) for tensors in (counts, self.tally.state_dict()))
+            if rows != own_rows:
+                raise ValueError(f"{checkpoint} is of {rows} rows, and `train_dataset` has {own_rows}.")
             self.selector.load_state_dict(state)
+            self.tally.load_state_dict(counts)

@@ -342,6 +342,11 @@ class Selector:
             self.history = torch.cat([self.history, scores])[-settings.history_size :]
         self.step = self.step + 1
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the last batch was kept as a whole because the run has just begun."""
+        return int(self.step) <= self.settings.warmup_steps
+
     def thresholds(self) -> Thresholds:
         """The thresholds that the last batch was compared with."""
         seen, rule = self.group_weight > 0, self.settings.rule
@@ -366,7 +371,7 @@ class Selector:
         confidence, uncertainty, group = self._checked(confidence, uncertainty, group)
         settings = self.settings
         keep = torch.ones(len(group), dtype=torch.bool)
-        if self.step > settings.warmup_steps:
+        if not self.is_warming_up:
             if settings.rule == "random":
                 keep = random_rows(len(group), settings.budget, settings.seed, int(self.step))
             else:
