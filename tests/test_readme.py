@@ -43,7 +43,7 @@ def run(command, cwd, timeout=900):
 
 
 def test_every_block_has_a_test():
-    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash", "bash", "bash"]
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", *["bash"] * 4]
 
 
 def test_install_commands():
@@ -163,6 +163,36 @@ def test_bayeskd_command_as_it_stands(tmp_path):
     run(f"{blocks('bash')[4].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
     results = json.loads((tmp_path / "bayeskd/metrics.json").read_text())["results"]
     assert results["Bayes-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+
+
+def test_llkd_command_in_small(tmp_path):
+    command = blocks("bash")[5].strip()
+    assert command == "accelerate launch recipes/llkd.yaml"
+    folder = tmp_path / "llkd"
+    small = f"--max_steps 12 --selection_warmup_steps 4 --output_dir {shlex.quote(str(folder))}"
+    process = run(f"{command} {small}", ROOT)
+    assert "LLKD: " in process.stdout and "random rows" in process.stdout
+    for name in ("model.safetensors", "README.md", "report.md", "curves.png", "reliability.png", "metrics.json"):
+        assert (folder / name).stat().st_size > 100, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["results"]) == ["undistilled", "all rows", "random rows", "LLKD"]
+    assert 0 < metrics["results"]["LLKD"]["learned_share"] < 1 and metrics["warmup_steps"] == 4
+    for text in ((folder / name).read_text() for name in ("report.md", "README.md")):
+        assert "| travel |" in text and "The teacher's labels" in text
+    code = (
+        "import sys; from transformers import pipeline; "
+        "print(pipeline('text-classification', sys.argv[1])('the train station and a ticket'))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, folder], env=ENVIRONMENT, capture_output=True, text=True)
+    assert "'label': 'travel'" in process.stdout, process.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_llkd_command_as_it_stands(tmp_path):
+    run(f"{blocks('bash')[5].strip()} --output_dir {shlex.quote(str(tmp_path / 'llkd'))}", ROOT)
+    results = json.loads((tmp_path / "llkd/metrics.json").read_text())["results"]
+    f1 = {name: found["macro_f1"] for name, found in results.items()}
+    assert f1["LLKD"] > f1["all rows"] > f1["random rows"] > f1["undistilled"]
 
 
 def test_code_of_the_bayeskd_docs_runs(tmp_path, monkeypatch):
