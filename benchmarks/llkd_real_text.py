@@ -58,22 +58,24 @@ LAYER = 3  # of the encoder: of MiniLM's, later ones know less of a sentence's r
 PARTS = 5  # of an abstract: teacher and students see in which of them a sentence stands
 
 RANDOM = {"selection_rule": "random", "selection_weighting": "none"}
-# `selection_budget` names what it is computed from, of the seed's run of LLKD
+CLASS_MEAN = {"selection_rule": "class_mean"}
+# `selection_budget` names what it is computed from, of the seed's run of `class_mean`
 ARMS = {
     "all rows": {"selection": "none"},
-    "LLKD": {},
-    "random, same share": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "share"},
-    "random, same compute": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "compute"},
-    "random, same share and warm-up": RANDOM | {"selection_budget": "share after warm-up"},
-    "no weights": {"selection_weighting": "none"},
-    "weights only": {"selection_use_teacher": False, "selection_use_student": False},
-    "teacher only": {"selection_use_student": False},
-    "teacher only, no weights": {"selection_use_student": False, "selection_weighting": "none"},
-    "student only": {"selection_use_teacher": False},
+    "class_mean": CLASS_MEAN,
     "maxnorm": {"selection_rule": "maxnorm"},
     "global": {"selection_rule": "global"},
     "quantile": {"selection_rule": "quantile", "selection_budget": "share after warm-up"},
-    "divided by the pool": {"selection_denominator": "pool"},
+    "random, same share": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "share"},
+    "random, same compute": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "compute"},
+    "random, same share and warm-up": RANDOM | {"selection_budget": "share after warm-up"},
+    "no weights": CLASS_MEAN | {"selection_weighting": "none"},
+    "weights only": CLASS_MEAN | {"selection_use_teacher": False, "selection_use_student": False},
+    "teacher only": CLASS_MEAN | {"selection_use_student": False},
+    "teacher only, no weights": CLASS_MEAN | {"selection_use_student": False, "selection_weighting": "none"},
+    "student only": CLASS_MEAN | {"selection_use_teacher": False},
+    "divided by the pool": CLASS_MEAN | {"selection_denominator": "pool"},
+    "momentum 0.9": CLASS_MEAN | {"selection_momentum": 0.9},
 }
 GOLD = "true labels, all rows"
 KEY = ("dataset", "student", "teacher", "seed", "arm")
@@ -259,7 +261,7 @@ class Seed:
         settings = dict(ARMS.get(arm, {"selection": "none"}))
         if "selection_budget" in settings:
             settings["selection_budget"] = budget(
-                settings["selection_budget"], self.results[self.key(teacher, "LLKD")]
+                settings["selection_budget"], self.results[self.key(teacher, "class_mean")]
             )
         is_all = settings.get("selection") == "none"
         with tempfile.TemporaryDirectory() as folder:
@@ -309,12 +311,12 @@ class Seed:
             file.write(line + "\n")
 
 
-def budget(source: str, llkd: dict) -> float:
-    """A share that costs what LLKD did is without scoring: 3k' = 1 + 3k, a backward pass being two forward passes."""
+def budget(source: str, selected_by: dict) -> float:
+    """A share that costs what `class_mean` did is without scoring: 3k' = 1 + 3k, a backward pass being two forward passes."""
     return {
-        "share": llkd["kept_share"],
-        "share after warm-up": llkd["kept_share_after_warmup"],
-        "compute": min(0.99, llkd["cost"]),
+        "share": selected_by["kept_share"],
+        "share after warm-up": selected_by["kept_share_after_warmup"],
+        "compute": min(0.99, selected_by["cost"]),
     }[source]
 
 

@@ -32,6 +32,7 @@ ON_CPU = {
     "disable_tqdm": True,
     "learning_rate": 1e-3,
     "warmup_steps": 0,
+    "selection_rule": "class_mean",
     "selection_warmup_steps": 0,
     "max_length": 24,
     "per_device_train_batch_size": 4,

@@ -181,6 +181,6 @@ def test_defaults_are_those_of_the_reference():
     assert (config.warmup_steps, config.num_train_epochs, config.selection_warmup_steps) == (0.1, 3.0, 50)
     assert (config.selection_momentum, config.selection_rule, config.selection_denominator) == (
         0.99,
-        "class_mean",
+        "maxnorm",
         "selected",
     )

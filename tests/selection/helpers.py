@@ -27,6 +27,7 @@ SETTINGS = {
     "optim": "sgd",
     "pool_factor": 2,
     "selection": "llkd",
+    "selection_rule": "class_mean",
     "selection_warmup_steps": 0,
 }
 

@@ -32,9 +32,9 @@ class SelectionConfig:
             `group`, an integer. `"none"`: every row is learned from.
         pool_factor (`int`, *optional*, defaults to `4`):
             Rows of a pool for each row of `per_device_train_batch_size`.
-        selection_rule (`str`, *optional*, defaults to `"class_mean"`):
-            Threshold of a group: its own moving average (`"class_mean"`), the overall one scaled by the group's
-            (`"maxnorm"`, FreeMatch's form), the overall one (`"global"`), or the score above which
+        selection_rule (`str`, *optional*, defaults to `"maxnorm"`):
+            Threshold of a group: the overall moving average scaled by the group's (`"maxnorm"`, FreeMatch's form), its own
+            (`"class_mean"`), the overall one (`"global"`), or the score above which
             `selection_budget` of the rows are (`"quantile"`). `"random"` keeps that share of the rows whatever they
             are: the control to compare the others with.
         selection_momentum (`float`, *optional*, defaults to `0.99`):
@@ -66,7 +66,7 @@ class SelectionConfig:
         default=4, metadata={"help": "Rows of a pool for each row of `per_device_train_batch_size`."}
     )
     selection_rule: Literal["class_mean", "maxnorm", "global", "quantile", "random"] = field(
-        default="class_mean", metadata={"help": "What a group's thresholds are made of."}
+        default="maxnorm", metadata={"help": "What a group's thresholds are made of."}
     )
     selection_momentum: float = field(default=0.99, metadata={"help": "Momentum of the moving averages."})
     selection_use_teacher: bool = field(default=True, metadata={"help": "Whether the teacher's confidence decides."})

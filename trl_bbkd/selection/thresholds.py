@@ -58,7 +58,7 @@ class SelectionSettings:
     Args:
         num_groups (`int`, *optional*, defaults to `1`):
             Number of groups, G.
-        rule (`str`, *optional*, defaults to `"class_mean"`):
+        rule (`str`, *optional*, defaults to `"maxnorm"`):
             `"class_mean"`: a group's own average. `"maxnorm"`: the overall average, scaled by the group's average over
             the largest group's. `"global"`: the overall average. `"quantile"`: the best rows by c · u, as many as
             `budget` says. `"random"`: any rows, as many as `budget` says: the control of all others.
@@ -81,7 +81,7 @@ class SelectionSettings:
     """
 
     num_groups: int = 1
-    rule: str = "class_mean"
+    rule: str = "maxnorm"
     momentum: float = 0.99
     use_teacher: bool = True
     use_student: bool = True
