@@ -25,7 +25,7 @@ def load_script(name):
 
 @pytest.fixture(scope="module")
 def world():
-    return load_script("world")
+    return load_script("topics")
 
 
 @pytest.fixture(scope="module")

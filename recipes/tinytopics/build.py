@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-import world  # noqa: E402
+import topics  # noqa: E402
 
 
 HERE = Path(__file__).parent
@@ -36,18 +36,18 @@ def teacher_rows() -> tuple[list[dict], list[dict]]:
     rng = random.Random(0)
     notes: dict[str, str] = {}
     while len(notes) < TRAIN_ROWS + TEST_ROWS:
-        text, topic = world.write_note(rng)
+        text, topic = topics.write_note(rng)
         notes.setdefault(text, topic)
     train = []
     for text, topic in list(notes.items())[:TRAIN_ROWS]:
-        label, confidence = world.teacher_label(text, rng)
+        label, confidence = topics.teacher_label(text, rng)
         train.append({"text": text, "label": label, "teacher_confidence": round(confidence, 4), "gold": topic})
     return train, [{"text": text, "label": topic} for text, topic in list(notes.items())[TRAIN_ROWS:]]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL.values(), *world.VOCABULARY])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL.values(), *topics.VOCABULARY])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
