@@ -59,16 +59,18 @@ PARTS = 5  # of an abstract: teacher and students see in which of them a sentenc
 
 RANDOM = {"selection_rule": "random", "selection_weighting": "none"}
 CLASS_MEAN = {"selection_rule": "class_mean"}
-# `selection_budget` names what it is computed from, of the seed's run of `class_mean`
+# `selection_budget` names what it is computed from, and of which of the seed's runs
 ARMS = {
     "all rows": {"selection": "none"},
     "class_mean": CLASS_MEAN,
     "maxnorm": {"selection_rule": "maxnorm"},
     "global": {"selection_rule": "global"},
-    "quantile": {"selection_rule": "quantile", "selection_budget": "share after warm-up"},
-    "random, same share": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "share"},
-    "random, same compute": RANDOM | {"selection_warmup_steps": 0, "selection_budget": "compute"},
-    "random, same share and warm-up": RANDOM | {"selection_budget": "share after warm-up"},
+    "quantile": {"selection_rule": "quantile", "selection_budget": ("share after warm-up", "class_mean")},
+    "random, same share": RANDOM | {"selection_warmup_steps": 0, "selection_budget": ("share", "class_mean")},
+    "random, same compute": RANDOM | {"selection_warmup_steps": 0, "selection_budget": ("compute", "class_mean")},
+    "random, maxnorm's share": RANDOM | {"selection_warmup_steps": 0, "selection_budget": ("share", "maxnorm")},
+    "random, maxnorm's compute": RANDOM | {"selection_warmup_steps": 0, "selection_budget": ("compute", "maxnorm")},
+    "random, same share and warm-up": RANDOM | {"selection_budget": ("share after warm-up", "class_mean")},
     "no weights": CLASS_MEAN | {"selection_weighting": "none"},
     "weights only": CLASS_MEAN | {"selection_use_teacher": False, "selection_use_student": False},
     "teacher only": CLASS_MEAN | {"selection_use_student": False},
@@ -260,9 +262,8 @@ class Seed:
             return
         settings = dict(ARMS.get(arm, {"selection": "none"}))
         if "selection_budget" in settings:
-            settings["selection_budget"] = budget(
-                settings["selection_budget"], self.results[self.key(teacher, "class_mean")]
-            )
+            source, arm_of_budget = settings["selection_budget"]
+            settings["selection_budget"] = budget(source, self.results[self.key(teacher, arm_of_budget)])
         is_all = settings.get("selection") == "none"
         with tempfile.TemporaryDirectory() as folder:
             config = LLKDConfig(
@@ -312,7 +313,7 @@ class Seed:
 
 
 def budget(source: str, selected_by: dict) -> float:
-    """A share that costs what `class_mean` did is without scoring: 3k' = 1 + 3k, a backward pass being two forward passes."""
+    """A share that costs what a selection did is without scoring: 3k' = 1 + 3k, a backward pass being two forward passes."""
     return {
         "share": selected_by["kept_share"],
         "share after warm-up": selected_by["kept_share_after_warmup"],
