@@ -136,7 +136,7 @@ class Embeddings:
 
     def __init__(self, args, name: str):
         self.folder, self.path = args.encoder, Path(args.cache) / f"{name}.pt"
-        self.vectors = torch.load(self.path) if self.path.is_file() else {}
+        self.vectors = torch.load(self.path, weights_only=True) if self.path.is_file() else {}
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> torch.Tensor:
