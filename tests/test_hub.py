@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.gad.helpers import make_trainer
 from tests.hub_server import TOKEN, HubServer
 from tests.test_report import make_report
-from trl_bbkd import Discriminator
+from trl_bbkd import BayesKDConfig, Discriminator
 from trl_bbkd.hub import HubError, push_student, stage_student
 from trl_bbkd.job import dataset_names
 from trl_bbkd.model_card import StudentCard, hub_id, render_card
 from trl_bbkd.recipe import load_recipe
 from trl_bbkd.redaction import public_text
 from trl_bbkd.report import render_markdown, without_secrets
+from trl_bbkd.trainer_hub import hyperparameters
 
 
 STUDENT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -376,6 +377,18 @@ def make_card(**changes):
 
 def html(card):
     return MarkdownIt().enable("table").render(render_card(card).split("---\n", 2)[2])
+
+
+class TestHyperparameters:
+    def test_what_decides_nothing_is_left_out(self, tmp_path):
+        found = hyperparameters(BayesKDConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=5), 5)
+        assert found["optimizer steps"] == 5 and found["posterior_draws"] == 50
+        assert not {"num_train_epochs", "selection", "pool_factor", "selection_rule"} & found.keys()
+
+    def test_of_a_selection(self, tmp_path):
+        config = BayesKDConfig(str(tmp_path), use_cpu=True, bf16=False, selection="llkd", num_train_epochs=2)
+        found = hyperparameters(config, 5)
+        assert found["selection"] == "llkd" and found["selection_rule"] == "maxnorm" and found["num_train_epochs"] == 2
 
 
 class TestCard:

@@ -96,6 +96,34 @@ def test_a_recipe_without_the_students_training_ends_before_it(
     assert not (tmp_path / "out/report.md").exists() and not (tmp_path / "out/model.safetensors").exists()
 
 
+class TestRefusals:
+    """One error that names the key, before any model is loaded."""
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"model_name_or_path": "./gone"},
+                r"^model_name_or_path='\./gone' is neither a folder with a student nor",
+            ),
+            ({"discriminator": "./gone"}, r"^discriminator='\./gone' is neither a folder with a model nor"),
+            (
+                {"report_to": "wanbd"},
+                "^report_to names 'wanbd', which is not installed here, or no experiment tracker",
+            ),
+        ],
+    )
+    def test_of_a_recipe_of_gad(self, tmp_path, recipe_folder, tiny_model_dir, changes, message):
+        with pytest.raises(RecipeError, match=message):
+            run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
+
+    def test_of_a_proxy_that_is_not_there(self, tmp_path, recipe_folder, tiny_model_dir):
+        gad_only = dict.fromkeys(["num_generations", "discriminator_learning_rate"])
+        changes = {"method": "bayeskd", "proxy_model": "./gone", **gad_only}
+        with pytest.raises(RecipeError, match=r"^proxy_model='\./gone' is neither a folder with a model nor"):
+            run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
+
+
 class TestRun:
     def test_leaves_everything(self, finished):
         for name in ("report.md", "curves.png", "metrics.json", "README.md", "tokenizer.json", "model.safetensors"):

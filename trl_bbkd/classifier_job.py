@@ -125,8 +125,11 @@ class ClassifierJob(Job):
         try:
             trainer = self._trainer(self.args)
             trainer.check_output_dir(resume)
-        # `OSError`: there is no such student
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is neither a folder with a student nor a model on the Hub: {error}"
+            ) from error
+        except ValueError as error:
             raise RecipeError(str(error)) from error
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}

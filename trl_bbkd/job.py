@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import IterableDataset
+from transformers.integrations import get_available_reporting_integrations
 
 from .hub import push_student
 from .model_card import write_card
@@ -43,6 +44,7 @@ class Job:
         self.pushes = self.args.push_to_hub
         if self.model is None:
             raise RecipeError("set `model_name_or_path` to the student: a folder or a Hub id.")
+        check_loggers(self.args.report_to)
         self.inputs = {
             "method": recipe.method,
             "model_name_or_path": self.model,
@@ -100,6 +102,27 @@ class Job:
                 commit_message="End of training",
             )
             print(f"On the Hub: {url}")
+
+
+def check_loggers(names: list[str]) -> None:
+    """
+    Refuse experiment trackers that are not installed, before anything is loaded.
+
+    Args:
+        names (`list[str]`):
+            `report_to` of the recipe's configuration.
+
+    Raises:
+        [`~recipe.RecipeError`]: naming the first such tracker.
+    """
+    # transformers does not list flyte, which is there wherever it is used
+    installed = {*get_available_reporting_integrations(), "flyte"}
+    for name in names:
+        if name not in installed:
+            raise RecipeError(
+                f"report_to names {name!r}, which is not installed here, or no experiment tracker of transformers. Install it, "
+                f"or take one of: {', '.join(sorted(installed - {'flyte'}) + ['none'])}."
+            )
 
 
 def hold_out(train, most: int):

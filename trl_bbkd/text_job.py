@@ -62,8 +62,15 @@ class TextJob(Job):
 
     def _tokenize(self, train, test) -> None:
         hub = {"revision": self.args.model_init_kwargs["revision"], "trust_remote_code": self.args.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model, truncation_side="left", padding_side="left", **hub)
-        config = AutoConfig.from_pretrained(self.model, **hub).get_text_config()
+        try:
+            config = AutoConfig.from_pretrained(self.model, **hub).get_text_config()
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.model, truncation_side="left", padding_side="left", **hub
+            )
+        except OSError as error:
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is neither a folder with a student nor a model on the Hub: {error}"
+            ) from error
         tokenize = functools.partial(
             tokenize_teacher_data,
             tokenizer=self.tokenizer,

@@ -14,6 +14,7 @@ from ._compat import get_config_model_id, uploads_through
 from .hub import HubError, creation_error, upload_student
 from .model_card import RECIPE_NAME, StudentCard, write_card
 from .redaction import without_tokens
+from .selection.config import SELECTION_ARGUMENTS
 
 
 logger = logging.getLogger(__name__)
@@ -195,12 +196,15 @@ def hyperparameters(args, steps: int) -> dict:
     batch = {"sequences per optimizer step": samples}
     if getattr(args, "selection", "none") == "llkd":
         batch = {"rows looked at per optimizer step": samples * args.pool_factor}
+    else:
+        names -= set(SELECTION_ARGUMENTS)
     first = {
         "optimizer steps": steps or None,
         **batch,
         "num_generations": getattr(args, "num_generations", None),
         "learning_rate": args.learning_rate,
-        "num_train_epochs": args.num_train_epochs,
+        # `max_steps` overrides it
+        "num_train_epochs": None if args.max_steps > 0 else args.num_train_epochs,
         "seed": args.seed,
     }
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name in names}

@@ -153,12 +153,18 @@ def check_vocabulary(
             Passed to `from_pretrained`.
 
     Raises:
-        ValueError: If a token has another id, or if an id lies beyond the embedding.
+        ValueError: If a token has another id, an id lies beyond the embedding, or there is no model.
     """
     vocabulary = tokenizer.get_vocab()
     if isinstance(discriminator, str):
         name = discriminator
         path, _ = find_backbone(discriminator)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(
+                f"discriminator={name!r} is neither a folder with a model nor one on the Hub: {error}"
+            ) from error
         # Without its files, AutoTokenizer makes up an empty tokenizer of the model's kind
         if get_tokenizer_config(path, trust_remote_code=trust_remote_code):
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).get_vocab()
@@ -173,7 +179,6 @@ def check_vocabulary(
                     f"{vocabulary.get(token)}. The discriminator reads the student's token ids: choose a model of the "
                     "same family, or leave `discriminator` out to start from the student's checkpoint."
                 )
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         num_embeddings = config.get_text_config().vocab_size
     else:
         model = discriminator.backbone if isinstance(discriminator, Discriminator) else discriminator

@@ -78,11 +78,17 @@ def check_shared_vocabulary(
 
     Raises:
         [`~soft_targets.vocabulary.VocabularyError`]: they differ.
+        [`~model.ProxyModelError`]: there is no model at the proxy's path.
     """
     in_memory = not isinstance(proxy, str)
-    proxy_config = (
-        proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
-    )
+    try:
+        proxy_config = (
+            proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
+        )
+    except OSError as error:
+        raise ProxyModelError(
+            f"proxy_model={proxy!r} is neither a folder with a model nor one on the Hub: {error}"
+        ) from error
     path = proxy.config._name_or_path if in_memory else proxy
     # A model made in memory has no tokenizer of its own
     if path:
