@@ -44,6 +44,9 @@ class TestAccepted:
     def test_positions_of_which_nothing_is_known(self):
         check(column(ids=[[], [10], [], []], logprobs=[[], [-0.1], [], []]))
 
+    def test_an_answer_of_its_end_alone(self):
+        check_top_logprobs([{"ids": [], "logprobs": []}, {"ids": [[]], "logprobs": [[]]}], [[EOS]] * 2, VOCAB, EOS)
+
     def test_answers_without_their_end_and_beyond_the_cut(self):
         values = column(ids=[[9]] * 3, logprobs=[[-0.1]] * 3)
         values[2] = {"ids": [[12]] * 9, "logprobs": [[-0.1]] * 9}
@@ -132,6 +135,16 @@ class TestRefused:
     )
     def test_cells_that_are_no_lists_of_numbers(self, values):
         with pytest.raises(TeacherDataError, match="^Row 1: `top_logprobs`"):
+            check(values)
+
+    def test_a_token_may_be_named_again_at_another_position(self):
+        check(column(ids=[[9]] * 4, logprobs=[[-0.1]] * 4))
+
+    def test_probabilities_are_summed_by_position(self):
+        """Positions that sum to 0.9 are fine, one of 1.1 beside one of 0.7 is not."""
+        sums = [(0.5, 0.4), (0.6, 0.5), (0.3, 0.4), (0.5, 0.4)]
+        values = column(logprobs=[[math.log(a), math.log(b)] for a, b in sums])
+        with pytest.raises(TeacherDataError, match="position 1 has probabilities that sum to 1.100"):
             check(values)
 
 

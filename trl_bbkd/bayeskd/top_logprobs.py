@@ -6,6 +6,8 @@ included or not): ids of tokens in the student's vocabulary, and the teacher's l
 which nothing is known has empty lists, a row of which nothing is known is null.
 """
 
+from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -73,38 +75,61 @@ def check_top_logprobs(values: list[dict | None], answers: list[list[int]], voca
                 f"{place} has {len(ids)} positions, but the student's tokenizer makes {wanted} tokens of the answer. The column "
                 "only helps where the teacher's tokens are the student's; take it out otherwise."
             )
-        for position, (tokens, numbers) in enumerate(zip(ids, log_probs, strict=True)):
-            _check_position(f"{place}, position {position}", tokens, numbers, vocab_size)
+        _check_positions(place, ids, log_probs, vocab_size)
 
 
-def _check_position(place: str, tokens: list[int], numbers: list[float], vocab_size: int) -> None:
-    if len(tokens) != len(numbers):
-        raise TeacherDataError(f"{place} has {len(tokens)} ids and {len(numbers)} log-probabilities.")
-    if not all(type(token) is int for token in tokens) or not all(type(number) in (int, float) for number in numbers):
-        raise TeacherDataError(
-            f"{place} has {tokens} and {numbers}: `ids` are whole numbers, the student's, and `logprobs` are numbers."
+def _check_positions(place: str, ids: list[list[int]], log_probs: list[list[float]], vocab_size: int) -> None:
+    """Check a row's positions all at once; an error names the first one of its kind."""
+    for position, (tokens, numbers) in enumerate(zip(ids, log_probs, strict=True)):
+        if len(tokens) != len(numbers):
+            raise TeacherDataError(
+                f"{place}, position {position} has {len(tokens)} ids and {len(numbers)} log-probabilities."
+            )
+    tokens, numbers = list(chain.from_iterable(ids)), list(chain.from_iterable(log_probs))
+    positions = np.repeat(np.arange(len(ids)), np.array([len(each) for each in ids], dtype=np.int64))
+
+    def refuse(is_wrong: np.ndarray, problem: Callable[[int], str]) -> None:
+        if is_wrong.any():
+            at = int(np.argmax(is_wrong))
+            raise TeacherDataError(f"{place}, position {positions[at]} {problem(at)}")
+
+    # Their types are few and quickly collected; only an error looks at them one by one
+    if not set(map(type, tokens)) <= {int} or not set(map(type, numbers)) <= {int, float}:
+        types = [(type(token), type(number)) for token, number in zip(tokens, numbers, strict=True)]
+        refuse(
+            np.array([token is not int or number not in (int, float) for token, number in types]),
+            lambda at: (
+                f"has {ids[positions[at]]} and {log_probs[positions[at]]}: `ids` are whole numbers, the student's, and "
+                "`logprobs` are numbers."
+            ),
         )
-    if not tokens:
-        return
-    outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise TeacherDataError(
-            f"{place} names token {outside}, which is outside of the student's vocabulary, or the proxy's, of "
-            f"{vocab_size:,} tokens."
-        )
-    if len(set(tokens)) < len(tokens):
-        raise TeacherDataError(f"{place} names a token twice: {tokens}.")
-    values = np.asarray(numbers, dtype=np.float64)
-    if (values <= MISSING).any():
-        raise TeacherDataError(
-            f"{place} has a log-probability of {values.min():g}, by which an API says that it has none. Take the token out "
-            "of both lists."
-        )
-    if not (values <= ROUNDING).all():
-        raise TeacherDataError(f"{place} has a log-probability of {values.max():g}; it must be a number of at most 0.")
-    total = np.exp(values).sum()
-    if total > 1 + ROUNDING:
-        raise TeacherDataError(f"{place} has probabilities that sum to {total:.3f}; they must be natural logarithms.")
+    token, log_prob = np.asarray(tokens, dtype=np.int64), np.asarray(numbers, dtype=np.float64)
+    refuse(
+        (token < 0) | (token >= vocab_size),
+        lambda at: (
+            f"names token {token[at]}, which is outside of the student's vocabulary, or the proxy's, of {vocab_size:,} "
+            "tokens."
+        ),
+    )
+    is_first = np.zeros(len(token), dtype=bool)
+    is_first[np.unique(positions * vocab_size + token, return_index=True)[1]] = True
+    refuse(~is_first, lambda at: f"names a token twice: {ids[positions[at]]}.")
+    refuse(
+        log_prob <= MISSING,
+        lambda at: (
+            f"has a log-probability of {log_prob[at]:g}, by which an API says that it has none. Take the token out of both "
+            "lists."
+        ),
+    )
+    refuse(
+        ~(log_prob <= ROUNDING),
+        lambda at: f"has a log-probability of {log_prob[at]:g}; it must be a number of at most 0.",
+    )
+    total = np.bincount(positions, np.exp(log_prob))[positions]
+    refuse(
+        total > 1 + ROUNDING,
+        lambda at: f"has probabilities that sum to {total[at]:.3f}; they must be natural logarithms.",
+    )
 
 
 def _is_list_of_lists(value) -> bool:
