@@ -70,6 +70,7 @@ def write_recipe(folder, student, rows, **changes):
         **changes,
     }
     path = folder / "tiny.yaml"
+    values = {name: value for name, value in values.items() if value is not None}
     path.write_text(f"# mail me at home: {SECRET}\n" + yaml.safe_dump(values, sort_keys=False))
     return path
 
@@ -377,6 +378,28 @@ def make_card(**changes):
 
 def html(card):
     return MarkdownIt().enable("table").render(render_card(card).split("---\n", 2)[2])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "stage"),
+    [("proxykd", {"stages": ["cache", "distil"]}, "soft targets"), ("bayeskd", {}, "estimate of the teacher")],
+)
+def test_a_student_of_a_proxy_goes_alone(
+    tmp_path, tiny_model_dir, other_model_dir, conversational_rows, method, settings, stage
+):
+    """Neither the proxy nor its targets are sent; the card says how the proxy fared."""
+    changes = {"method": method, "proxy_model": other_model_dir, "seqkd_baseline": False, "save_strategy": "no"}
+    changes |= {"num_generations": None, **settings}
+    path = write_recipe(tmp_path / "recipes", tiny_model_dir, conversational_rows, **changes)
+    with HubServer() as server:
+        arguments = ["--output_dir", "out", "--hub_model_id", "me/student", "--push_to_hub", "true"]
+        done = start(server, "train", path, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [commit.message for commit in server.commits] == ["End of training"]
+    assert set(server.commits[0].files) == STUDENT | REPORT and (tmp_path / "out/proxy/targets").is_dir()
+    card = server.commits[0].files["README.md"].decode()
+    assert f"- {method}\n" in card and f"| {stage} | " in card
+    assert AutoModelForCausalLM.from_pretrained(server.checkout(tmp_path / "received")).num_parameters()
 
 
 class TestHyperparameters:
