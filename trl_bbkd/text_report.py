@@ -178,7 +178,8 @@ def stages_explanation(stages: list[dict]) -> str:
     ]
     text = [STAGES_EXPLANATION]
     text += [
-        f"{share:.1%} of the answer tokens have an n-gram context that was seen once: there the prior is the token itself."
+        f"{share:.1%} of the answer tokens have an n-gram context that was seen once: there, without back-off, the "
+        "prior is the token itself."
         for share in seen_once
     ]
     return " ".join(text)

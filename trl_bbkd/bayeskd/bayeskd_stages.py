@@ -1,10 +1,11 @@
 """The stages before the student's: warm-up of the proxy, and the estimate of the teacher's distributions."""
 
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,14 @@ from datasets import Dataset, concatenate_datasets
 
 from ..proxy.stage import finish_stage, finished_stage
 from ..proxy.stages import ProxyStages, release_memory, store_metrics
-from ..soft_targets.caching import StoreSpec, fill_stores
-from ..soft_targets.store import TargetStore, check_description
+from ..soft_targets.caching import StoreSpec, fill_stores, rows_fingerprint
+from ..soft_targets.store import (
+    TargetStore,
+    TargetStoreError,
+    check_description,
+    read_description,
+    write_atomically,
+)
 from .bayeskd_config import BayesKDConfig
 from .calibration import DRAWS, HeldOutTokens, calibration, hits
 from .ngram import NGramModel, answer_contexts, build_ngram_model
@@ -28,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 ANSWERS_PER_CHUNK = 10_000
+CALIBRATION_FILE = "calibration.json"
 
 
 class BayesKDRows(NamedTuple):
@@ -44,6 +52,9 @@ class BayesKDStages(ProxyStages):
 
     args: BayesKDConfig
     rows: BayesKDRows
+
+    # [`~calibration.calibration`] of the estimate, once it is made; not without held-out rows or without a proxy
+    calibration: dict | None = None
 
     def stores(self, rows: Dataset) -> list[TargetStore]:
         """
@@ -62,6 +73,7 @@ class BayesKDStages(ProxyStages):
         k, names = self.args.target_top_k, list(self.args.target_weights)
         if self.args.target_store is not None:
             folder = Path(self.args.target_store)
+            self._check_use_of_top_logprobs(folder)
             return [
                 self._handed_in_store(folder / name, rows, k, "estimate", self._settings_of(name)) for name in names
             ]
@@ -71,8 +83,10 @@ class BayesKDStages(ProxyStages):
         folder = self.folder / "targets"
         specs = [StoreSpec(folder / name, k, self._fingerprint(name, rows, corpus)) for name in names]
         reports = [finished_stage(spec.folder, spec.fingerprint | {"k": k}) for spec in specs]
+        # Once for both, and not at all where everything is on disk
+        distributions = functools.cache(self._distributions)
         if None in reports:
-            report = self._estimated(rows, specs, corpus)
+            report = self._estimated(rows, specs, corpus, distributions)
             if self.accelerator.is_main_process:
                 for spec in specs:
                     finish_stage(spec.folder, spec.fingerprint | {"k": k}, report)
@@ -83,34 +97,31 @@ class BayesKDStages(ProxyStages):
             check_description(spec.folder, k, spec.fingerprint)
         # The posterior's, if there is one
         self.reports.append(reports[-1])
+        if self.held_out is not None and self.args.needs_proxy:
+            self.calibration = self._calibrated(specs[-1].fingerprint, corpus, distributions)
+        del distributions
+        release_memory()
         return [TargetStore(spec.folder) for spec in specs]
 
-    @property
-    def calibration(self) -> dict | None:
-        """[`~calibration.calibration`] of the estimate; `None` without held-out rows or without a proxy."""
-        return next((report["calibration"] for report in self.reports if "calibration" in report), None)
+    def _distributions(self) -> ProxyDistributions:
+        return ProxyDistributions(self.loaded_proxy(), self.args, self.vocab_size, self._pad_id)
 
-    def _estimated(self, rows: Dataset, specs: list[StoreSpec], corpus: str) -> dict:
+    def _estimated(
+        self, rows: Dataset, specs: list[StoreSpec], corpus: str, distributions: Callable[[], ProxyDistributions]
+    ) -> dict:
         started = time.perf_counter()
         ngrams = self._ngrams(corpus)
-        distributions = None
-        if self.args.needs_proxy:
-            distributions = ProxyDistributions(self.loaded_proxy(), self.args, self.vocab_size, self._pad_id)
-        estimator = TargetEstimator(ngrams, distributions, self.args)
+        estimator = TargetEstimator(ngrams, distributions() if self.args.needs_proxy else None, self.args)
         batch_size = self.args.per_device_eval_batch_size
         stores = fill_stores(specs, rows, estimator, batch_size=batch_size, description="Estimate of the teacher")
         seen_once = ngrams.singleton_share
         if self.accelerator.is_main_process:
             logger.warning(
                 f"{seen_once:.1%} of the answer tokens have a context of {ngrams.context_length} tokens that was seen once: "
-                "there the prior is the token itself."
+                "there, without back-off, the prior is the token itself."
             )
         metrics = store_metrics(*stores) | {"contexts_seen_once": seen_once}
         report = {"stage": self.labels["estimate"], "rows": len(stores[0]), "metrics": [metrics]}
-        if self.held_out is not None and distributions is not None:
-            report["calibration"] = self._calibration(ngrams, distributions)
-        del distributions, estimator
-        release_memory()
         return report | {"seconds": time.perf_counter() - started}
 
     def _ngrams(self, corpus: str) -> NGramModel:
@@ -132,9 +143,31 @@ class BayesKDStages(ProxyStages):
                 fingerprint={"corpus": corpus},
             )
 
-    def _calibration(self, ngrams: NGramModel, distributions: ProxyDistributions) -> dict:
+    def _calibrated(
+        self, posterior: dict[str, str], corpus: str, distributions: Callable[[], ProxyDistributions]
+    ) -> dict:
+        """The calibration on disk, if it is of this posterior and these held-out rows; else a new one."""
+        rows = self._held_out_rows()
+        fingerprint = posterior | {"held_out": rows_fingerprint([row["row_key"] for row in rows])}
+        path = self.folder / CALIBRATION_FILE
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["fingerprint"] == fingerprint:
+                return found["calibration"]
+        found = {
+            "fingerprint": fingerprint,
+            "calibration": self._calibration(rows, self._ngrams(corpus), distributions()),
+        }
+        text = json.dumps(found, indent=2)
+        if self.accelerator.is_main_process:
+            write_atomically(path, text + "\n")
+        self.accelerator.wait_for_everyone()
+        # As it is read back by a run that goes on
+        return json.loads(text)["calibration"]
+
+    def _calibration(self, rows: list[dict], ngrams: NGramModel, distributions: ProxyDistributions) -> dict:
         args, state = self.args, self.accelerator
-        rows = self._held_out_rows()[state.process_index :: state.num_processes]
+        rows = rows[state.process_index :: state.num_processes]
         counts = tuple(sorted({*DRAWS, args.posterior_draws}))
         found = []
         for start in range(0, len(rows), args.per_device_eval_batch_size):
@@ -158,6 +191,15 @@ class BayesKDStages(ProxyStages):
         return calibration(held_out, args.posterior_draws, args.posterior_concentration, self.vocab_size)
 
     # What targets depend on
+
+    def _check_use_of_top_logprobs(self, folder: Path) -> None:
+        if TOP_LOGPROBS not in self.rows.estimate.column_names or "posterior" not in self.args.target_weights:
+            return
+        if TOP_LOGPROBS not in read_description(folder / "posterior")["fingerprint"]:
+            raise TargetStoreError(
+                f"The rows have `{TOP_LOGPROBS}`, but the posterior in {folder} was made without. Leave target_store out and "
+                "put 'estimate' into stages, or take the column out."
+            )
 
     def _with_top_logprobs(self, rows: Dataset) -> Dataset:
         """The rows with what an API showed of them. Of rows of the same tokens the last one counts: one that has it."""

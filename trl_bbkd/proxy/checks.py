@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..soft_targets.vocabulary import check_vocabularies
-from ..teacher_data import TeacherDataError
+from ..teacher_data import TeacherDataError, check_teacher_data
 from .config import ProxyConfig
 from .model import ProxyModelError, base_of_adapter
 
@@ -78,6 +78,7 @@ def check_shared_vocabulary(
 
     Raises:
         [`~soft_targets.vocabulary.VocabularyError`]: they differ.
+        [`~teacher_data.TeacherDataError`]: one of those answers is none.
         [`~model.ProxyModelError`]: there is no model at the proxy's path.
     """
     in_memory = not isinstance(proxy, str)
@@ -95,8 +96,9 @@ def check_shared_vocabulary(
         has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
         source = path if has_own else base_of_adapter(path) or path
         proxy_tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
-        answers = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))["completion"]
-        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in answers]
+        first_rows = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))
+        check_teacher_data(first_rows)
+        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in first_rows["completion"]]
         check_vocabularies(tokenizer, proxy_tokenizer, config, proxy_config, texts)
     return proxy_config
 

@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import SchedulerType
+
 from ..soft_targets.config import SoftTargetConfig
 
 
@@ -88,17 +90,35 @@ class ProxyConfig(SoftTargetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [stage for stage in self.stages if stage not in self._stage_names]
+        unknown = [stage for stage in self.stages or [] if stage not in self._stage_names]
         if unknown or not self.stages:
             raise ValueError(f"stages must be some of {', '.join(self._stage_names)}, got {self.stages}.")
         self.stages = [stage for stage in self._stage_names if stage in self.stages]
         if self.target_top_k < 1:
             raise ValueError(f"target_top_k must be at least 1, got {self.target_top_k}.")
+        self._check_proxy_training()
         replaces_stages = self.target_store is not None and "distil" in self.stages and self.needs_targets
         if replaces_stages and self.stages != ["distil"]:
             raise ValueError(
                 f"target_store={self.target_store!r} takes the place of all stages before 'distil'. Set stages to ['distil'], or "
                 "leave target_store out."
+            )
+
+    def _check_proxy_training(self):
+        for name in ("proxy_learning_rate", "proxy_warmup_epochs"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"{name} must be positive, got {getattr(self, name)}. To take the proxy as it is, leave 'warmup' out of stages."
+                )
+        for name in ("proxy_per_device_train_batch_size", "proxy_gradient_accumulation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}. Leave it out for the student's."
+                )
+        schedules = [schedule.value for schedule in SchedulerType]
+        if self.proxy_lr_scheduler_type not in schedules:
+            raise ValueError(
+                f"proxy_lr_scheduler_type must be one of {', '.join(schedules)}, got {self.proxy_lr_scheduler_type!r}."
             )
 
     @property

@@ -25,7 +25,7 @@ def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:
             What the stage is made from, by name.
 
     Returns:
-        `dict`: Its report; `None` if it is not finished.
+        `dict`: Its report; `None` if it is not finished, or was begun from something else and has made nothing.
 
     Raises:
         [`StageError`]: it was begun or finished, but from something else.
@@ -35,6 +35,8 @@ def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     differing = differences(content["fingerprint"], json.loads(json.dumps(fingerprint, default=str)))
+    if differing and [file.name for file in path.parent.iterdir()] == [STAGE_FILE] and "report" not in content:
+        return None
     if differing:
         raise StageError(
             f"{folder} was made from something else ({differing}). Delete that folder to make it again, or choose another "

@@ -42,6 +42,20 @@ PROXY_ARGUMENTS = (
 )
 
 
+# Of those, what decides which weights come out
+DECISIVE_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "fp16",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+)
+DECISIVE_ARGUMENTS += ("seed", "data_seed", "weight_decay")
+
+
 class ProxyStages:
     """
     Runs the proxy's stages, each in a folder of its own below `output_dir/proxy`. A stage that is finished is not run
@@ -179,7 +193,7 @@ class ProxyStages:
         return teacher_agreement(proxy, self._held_out_rows(), self.accelerator, batch_size, self._pad_id)
 
     def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
-        """The proxy, loaded if it is on disk; what was handed in as a model stays as it is."""
+        """The proxy in evaluation mode, loaded if it is on disk; of a model that was handed in, the weights stay."""
         proxy = load_proxy(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
         proxy = proxy.to(self.accelerator.device).eval()
         check_head(proxy)
@@ -225,7 +239,8 @@ class ProxyStages:
         """What the soft targets of `rows` depend on, the proxy aside."""
         return {
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "rows": rows_fingerprint(list(rows["row_key"])),
+            # Rows of the same tokens are stored once
+            "rows": rows_fingerprint(list(set(rows["row_key"]))),
             "vocab_size": str(self.vocab_size),
             "dtype": str(self._init_kwargs(self._frozen_dtype)["dtype"]),
         }
@@ -239,7 +254,7 @@ class ProxyStages:
             "proxy_lora_kwargs",
             "proxy_lr_scheduler_type",
             "max_completion_length",
-            "seed",
+            *DECISIVE_ARGUMENTS,
         )
         settings = {name: getattr(self.args, name) for name in (*names, *shared)}
         arguments = self._proxy_arguments()

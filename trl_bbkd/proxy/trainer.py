@@ -1,4 +1,5 @@
 import copy
+import logging
 import time
 
 import torch
@@ -17,12 +18,17 @@ from transformers import (
 from .._compat import keep_4bit_weights_differentiable
 from ..resume import last_finished_checkpoint
 from ..sharding import refuse_sharding
+from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
+from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
 from ..teacher_data import TeacherDataError, tokenize_teacher_data
 from .checks import check_lengths, check_proxy, check_shared_vocabulary
 from .config import ProxyConfig
 from .stages import ProxyStages
+
+
+logger = logging.getLogger(__name__)
 
 
 class ProxyTargetTrainer(SoftTargetTrainer):
@@ -76,10 +82,12 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             args = self._config_type(f"{student_path.split('/')[-1]}-{self._name.replace('-', '')}")
         args = copy.copy(args)
         refuse_sharding(args, type(self).__name__, "the output layer, which the loss reads, would be in pieces")
-        if train_dataset is None or isinstance(train_dataset, IterableDataset):
+        if not isinstance(train_dataset, Dataset):
             raise TeacherDataError(
-                f"{self._name} {self._why_no_stream}: it needs a `Dataset`, not a stream. Turn streaming off."
+                f"{self._name} {self._why_no_stream}: it needs a `Dataset`, not {_kind(train_dataset)}."
             )
+        if not isinstance(eval_dataset, Dataset | None):
+            raise TeacherDataError(f"eval_dataset must be one `Dataset`, not {_kind(eval_dataset)}.")
         proxy = args.proxy_model if proxy_model is None else proxy_model
         self._needs_proxy = args.needs_proxy and not self._has_targets(args)
         if self._needs_proxy:
@@ -141,6 +149,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if not len(self.train_dataset):
+            raise TeacherDataError(f"max_length={args.max_length} cuts off every answer. Raise it, or leave it out.")
         if self.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(self.model)
         vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
@@ -150,6 +160,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         # As they are before `max_length` cuts them: the collator cuts their targets
         self._whole_rows = student_rows
         self._seconds = 0.0
+        self._learned_from: dict[str, str] = {}
         self.card.counts = data_counts
         self.card.conversational = isinstance(teacher_rows[0]["prompt"], list)
 
@@ -192,6 +203,18 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         return super().check_output_dir(resume_from_checkpoint)
 
+    def _describe_run(self) -> dict:
+        # Only the stages' end tells what the student learns from; until then, there is less to compare
+        return super()._describe_run() | self._learned_from
+
+    def _describe_targets(self) -> dict[str, str]:
+        """What the student's targets were made from: a checkpoint is gone on with if it learned from the same."""
+        stores = [(store.folder, read_description(store.folder)["fingerprint"]) for store in self.data_collator.stores]
+        found = {f"{folder.name}: {name}": value for folder, names in stores for name, value in names.items()}
+        if self.live_proxy is not None:
+            found["proxy"] = model_fingerprint(self.live_proxy)
+        return found
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         Go through the stages that are not finished, and distil.
@@ -209,6 +232,10 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         """
         resume_from_checkpoint = self.check_output_dir(resume_from_checkpoint)
         self._prepare_targets()
+        self._learned_from = self._describe_targets()
+        if self.accelerator.is_main_process:
+            for warning in self.warnings:
+                logger.warning(warning["text"])
         if "distil" not in self.args.stages:
             return None
         # The student's run is the same whichever stages were run before it
@@ -217,3 +244,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._seconds = time.perf_counter() - started
         return output
+
+
+def _kind(dataset) -> str:
+    return "a stream. Turn streaming off" if isinstance(dataset, IterableDataset) else type(dataset).__name__

@@ -1,5 +1,7 @@
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
@@ -85,6 +87,8 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
             )
         if self.hard_weight < 0:
             raise ValueError(f"hard_weight must be at least 0, got {self.hard_weight}.")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
         if self.distillation_temperature <= 0:
@@ -103,12 +107,16 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
             value, hint = getattr(self, name), hints[name]
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}.")
+            if hint in NUMBERS and (isinstance(value, bool) or not isinstance(value, Real | NUMBERS[hint])):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}.")
             if isinstance(value, float) and hint in (int, int | None):
                 raise ValueError(f"{name} must be a whole number, got {value}.")
 
 
+# Hints of numbers, and what else may stand there
+NUMBERS = {int: Real, float: Real, int | None: NoneType, float | None: NoneType}
 REFUSED = {
     "packing": "a row's targets and its weight belong to one answer, and packing mixes several in a row. Set it to False.",
     "padding_free": "targets are looked up row by row. Set it to False.",

@@ -126,7 +126,7 @@ class TargetStoreWriter:
         if (self.folder / STORE_FILE).is_file():
             check_description(self.folder, k, fingerprint)
         elif part == 0:
-            _write_atomically(self.folder / STORE_FILE, json.dumps(description, indent=2) + "\n")
+            write_atomically(self.folder / STORE_FILE, json.dumps(description, indent=2) + "\n")
         self._index_path = self.folder / f"part-{part:05d}.index"
         self._data_path = self._index_path.with_suffix(".targets")
         whole_rows, whole_bytes = _cut_to_whole_batches(self._index_path, self._data_path, k)
@@ -353,7 +353,7 @@ def _undamaged(records: np.ndarray, data: Path, k: int) -> int:
     return len(records)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
