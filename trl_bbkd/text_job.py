@@ -88,7 +88,7 @@ class TextJob(Job):
 
     def distil(self) -> TextReport | None:
         args, seconds = self.args, {}
-        resume = checkpoint_to_resume(args.resume_from_checkpoint)
+        resume, args.resume_from_checkpoint = checkpoint_to_resume(args.resume_from_checkpoint), None
         try:
             trainer = self.method.trainer()
             trainer.check_output_dir(resume)

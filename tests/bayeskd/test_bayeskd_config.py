@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
+from trl import SFTConfig
 
 from tests.conftest import build_model
 from trl_bbkd import BayesKDConfig, BayesKDTrainer
@@ -96,6 +97,13 @@ def test_stages_are_in_their_order():
         ({"packing": True}, "packing=True is not possible with soft targets"),
         ({"distillation_temperature": 2.0, "target_tail": "bucket"}, "needs target_tail='renormalize'"),
         ({"proxy_lora_kwargs": {"rank": 4}}, "proxy_lora_kwargs: .*rank"),
+        ({"proxy_learning_rate": -1.0}, "proxy_learning_rate must be positive, got -1.0. .* leave 'warmup' out"),
+        ({"proxy_warmup_epochs": -1.0}, "proxy_warmup_epochs must be positive, got -1.0. .* leave 'warmup' out"),
+        ({"proxy_per_device_train_batch_size": 0}, "proxy_per_device_train_batch_size must be at least 1, got 0"),
+        ({"proxy_gradient_accumulation_steps": 0}, "proxy_gradient_accumulation_steps must be at least 1, got 0"),
+        ({"proxy_lr_scheduler_type": "liner"}, "proxy_lr_scheduler_type must be one of linear, .*, got 'liner'"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+        ({"stages": None}, "stages must be some of warmup, estimate, distil, got None"),
     ],
     ids=str,
 )
@@ -120,6 +128,12 @@ def test_distilling_without_an_estimate_and_without_targets(config):
         ("prior_weight", math.nan),
         ("proxy_temperature", math.nan),
         ("posterior_draws", 2.5),
+        ("posterior_draws", "5"),
+        ("posterior_draws", None),
+        ("posterior_draws", True),
+        ("prior_gamma", "3"),
+        ("ngram_context_length", None),
+        ("proxy_top_k", "4"),
     ],
 )
 def test_values_that_are_no_values(name, value):
@@ -164,6 +178,41 @@ class TestBadInput:
             make_trainer(tmp_path, *without_weights, [*rows[:1], rows[1] | {"completion": " "}, *rows[2:]], held_out=0)
         with pytest.raises(TeacherDataError, match="answers have no tokens: there is nothing to count"):
             make_trainer(tmp_path, *without_weights, [row | {"teacher_ids": []} for row in rows], held_out=0)
+
+    @pytest.mark.parametrize(
+        ("completion", "message"),
+        [
+            (None, "Row 0: `completion` is null"),
+            ([], "Row 0: `prompt` is a string but `completion` is a list"),
+            (4, "Row 0: `completion` is 4, a int"),
+        ],
+        ids=str,
+    )
+    def test_rows_that_are_none(self, tmp_path, without_weights, completion, message):
+        rows = [{"prompt": "Name a fruit.", "completion": completion}] * 4
+        with pytest.raises(TeacherDataError, match=message):
+            make_trainer(tmp_path, *without_weights, rows, held_out=0)
+
+    def test_a_missing_column(self, tmp_path, without_weights):
+        rows = [{"prompt": "Name a fruit.", "output": "An apple."}] * 4
+        with pytest.raises(TeacherDataError, match="no column `completion`.* rename that column"):
+            make_trainer(tmp_path, *without_weights, rows, held_out=0)
+
+    def test_another_configuration(self, tmp_path, without_weights):
+        args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+        with pytest.raises(TypeError, match="args of BayesKDTrainer must be a BayesKDConfig, got SFTConfig"):
+            BayesKDTrainer(*without_weights, args, train_dataset=Dataset.from_list(make_rows(4)))
+
+    def test_data_sets_by_name(self, tmp_path, without_weights):
+        args, rows = BayesKDConfig(str(tmp_path), **ON_CPU), Dataset.from_list(make_rows(4))
+        with pytest.raises(TeacherDataError, match="needs a `Dataset`, not dict"):
+            BayesKDTrainer(*without_weights, args, train_dataset={"train": rows})
+        with pytest.raises(TeacherDataError, match="eval_dataset must be one `Dataset`, not dict"):
+            BayesKDTrainer(*without_weights, args, train_dataset=rows, eval_dataset={"a": rows})
+
+    def test_answers_that_are_all_cut_off(self, tmp_path, tiny_model_dir, other_model_dir):
+        with pytest.raises(TeacherDataError, match="max_length=4 cuts off every answer"):
+            make_trainer(tmp_path, tiny_model_dir, other_model_dir, max_length=4)
 
     def test_rows_longer_than_the_context(self, tmp_path, without_weights):
         with pytest.raises(TeacherDataError, match="No room for an answer.*context is 512 tokens"):

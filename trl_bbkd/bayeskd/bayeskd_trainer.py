@@ -77,6 +77,10 @@ class BayesKDTrainer(ProxyTargetTrainer):
         "seed",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        # A checkpoint brings its own, whatever is asked for
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
         "hard_weight",
         "prior_weight",
         "posterior_weight",

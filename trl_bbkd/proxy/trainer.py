@@ -1,6 +1,7 @@
 import copy
 import logging
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -13,10 +14,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer_utils import TrainOutput
 
 from .._compat import keep_4bit_weights_differentiable
-from ..resume import last_finished_checkpoint
+from ..resume import TRAINER_STATE_NAME, last_finished_checkpoint
 from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
@@ -80,6 +83,10 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         student_path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
             args = self._config_type(f"{student_path.split('/')[-1]}-{self._name.replace('-', '')}")
+        if not isinstance(args, self._config_type):
+            raise TypeError(
+                f"args of {type(self).__name__} must be a {self._config_type.__name__}, got {type(args).__name__}."
+            )
         args = copy.copy(args)
         refuse_sharding(args, type(self).__name__, "the output layer, which the loss reads, would be in pieces")
         if not isinstance(train_dataset, Dataset):
@@ -198,10 +205,26 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages
         before.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint in (None, True):
             checkpoint = last_finished_checkpoint(self.args.output_dir)
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         return super().check_output_dir(resume_from_checkpoint)
+
+    def _has_taken_all_steps(self, checkpoint: str) -> bool:
+        steps = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
+        return steps >= self.args.max_steps > 0
+
+    def _finished_before(self, checkpoint: str) -> TrainOutput:
+        """What `train` left, without the step more that `Trainer` would take from a run's last checkpoint."""
+        self.check_output_dir(checkpoint)
+        self.state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
+        if self.accelerator.is_main_process:
+            logger.warning(f"distillation: finished before, in {checkpoint}; not run again.")
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _describe_run(self) -> dict:
         # Only the stages' end tells what the student learns from; until then, there is less to compare
@@ -221,8 +244,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint of the student to go on from. By default the last one in `output_dir` that was finished, if
-                any.
+                Checkpoint of the student to go on from. By default `args.resume_from_checkpoint`, or the last one in
+                `output_dir` that was finished, if any.
 
         Returns:
             [`~transformers.trainer_utils.TrainOutput`]: of distillation; `None` where `stages` leaves it out.
@@ -238,6 +261,10 @@ class ProxyTargetTrainer(SoftTargetTrainer):
                 logger.warning(warning["text"])
         if "distil" not in self.args.stages:
             return None
+        if resume_from_checkpoint is not None and self._has_taken_all_steps(resume_from_checkpoint):
+            return self._finished_before(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.accelerator.is_main_process:
+            logger.warning(f"distillation: going on from {resume_from_checkpoint}.")
         # The student's run is the same whichever stages were run before it
         set_seed(self.args.seed)
         started = time.perf_counter()

@@ -82,6 +82,10 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         "seed",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        # A checkpoint brings its own, whatever is asked for
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
         "hard_weight",
         "kl_weight",
         "distillation_temperature",
