@@ -166,6 +166,8 @@ class TestStages:
         arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
         killed = run_processes(1, "tests/proxykd/kill_proxykd.py", *arguments, stage, check=False)
         assert killed.returncode == -9 and (tmp_path / "run/proxy" / stage / "stage.json").is_file()
+        # The warm-up was killed before it made anything; as far as that, it may be begun anew
+        (tmp_path / "run/proxy/warmup/checkpoint-1").mkdir(exist_ok=True)
         changed = {"warmup": {"proxy_learning_rate": 5e-3}, "align": {"alignment_epochs": 2.0}}[stage]
         with pytest.raises(StageError, match=f"{stage} was made from something else .{list(changed)[0]}: "):
             make_kd_trainer(tmp_path / "run", tiny_model_dir, other_model_dir, **changed).train()
