@@ -117,10 +117,17 @@ class TestRefusals:
         with pytest.raises(RecipeError, match=message):
             run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
 
-    def test_of_a_proxy_that_is_not_there(self, tmp_path, recipe_folder, tiny_model_dir):
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"proxy_model": "./gone"}, r"^proxy_model='\./gone' is neither a folder with a model nor"),
+            ({"dataset_streaming": True}, "^dataset_streaming must be false: Bayes-KD counts all of the teacher's"),
+        ],
+    )
+    def test_of_a_recipe_with_a_proxy(self, tmp_path, recipe_folder, tiny_model_dir, changes, message):
         gad_only = dict.fromkeys(["num_generations", "discriminator_learning_rate"])
-        changes = {"method": "bayeskd", "proxy_model": "./gone", **gad_only}
-        with pytest.raises(RecipeError, match=r"^proxy_model='\./gone' is neither a folder with a model nor"):
+        changes = {"method": "bayeskd", **gad_only, **changes}
+        with pytest.raises(RecipeError, match=message):
             run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
 
 

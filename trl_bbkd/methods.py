@@ -66,6 +66,9 @@ class ProxyTargetRun:
 
     def __init__(self, job):
         self.job = job
+        if job.script_args.dataset_streaming or job.recipe.dataset_args.streaming:
+            trainer = self.trainer_type
+            raise RecipeError(f"dataset_streaming must be false: {trainer._name} {trainer._why_no_stream}.")
 
     @property
     def sft_learning_rate(self) -> float:
