@@ -48,12 +48,14 @@ DECISIVE_ARGUMENTS = (
     "adam_beta2",
     "adam_epsilon",
     "bf16",
+    "data_seed",
     "fp16",
     "max_grad_norm",
     "optim",
     "optim_args",
+    "seed",
+    "weight_decay",
 )
-DECISIVE_ARGUMENTS += ("seed", "data_seed", "weight_decay")
 
 
 class ProxyStages:
