@@ -1,0 +1,112 @@
+"""What every trainer asks before it builds anything: configuration, tokenizer, a model that can learn, enough rows."""
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+
+def require_config(args, config_type: type, trainer: str) -> None:
+    """
+    Refuse another class's configuration, in its own place or in another argument's.
+
+    Args:
+        args:
+            What was given as configuration.
+        config_type (`type`):
+            The trainer's configuration class.
+        trainer (`str`):
+            The trainer's name.
+
+    Raises:
+        TypeError: `args` is no `config_type`.
+    """
+    if not isinstance(args, config_type):
+        raise TypeError(
+            f"args of {trainer} must be a {config_type.__name__}, got {type(args).__name__}: "
+            f"`from trl_bbkd import {config_type.__name__}` and change the class; the fields keep their names."
+        )
+
+
+def require_tokenizer(processing_class, trainer: str) -> None:
+    """
+    Args:
+        processing_class:
+            What was given as tokenizer.
+        trainer (`str`):
+            The trainer's name.
+
+    Raises:
+        TypeError: a processor of images or sound, or anything else that is no tokenizer.
+    """
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"{trainer} distils text: processing_class must be a tokenizer, got {type(processing_class).__name__}. "
+            "Pass the processor's `.tokenizer`."
+        )
+
+
+def refuse_frozen(model: nn.Module, role: str) -> None:
+    """
+    Refuse a model that takes every step and learns nothing.
+
+    Args:
+        model (`nn.Module`):
+            A model that is to be trained as it is, or with the adapter that it already has.
+        role (`str`):
+            What the model is: `"student"`, `"discriminator"`, `"critic"`, `"proxy"`.
+
+    Raises:
+        ValueError: no parameter of `model` requires a gradient.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    remedy = (
+        "Load its adapter for training: PeftModel.from_pretrained(base, path, is_trainable=True)"
+        if isinstance(model, PeftModel)
+        else "Set requires_grad on what shall learn, or train an adapter on it (peft_config)"
+    )
+    raise ValueError(f"The {role} has no trainable parameter: it would take every step and learn nothing. {remedy}.")
+
+
+def refuse_prompt_learning(adapter: PeftConfig | None, role: str, why: str) -> None:
+    """
+    Args:
+        adapter ([`~peft.PeftConfig`], *optional*):
+            The adapter that is to be trained.
+        role (`str`):
+            What the model is.
+        why (`str`):
+            What does not work with virtual tokens, as a clause.
+
+    Raises:
+        ValueError: `adapter` learns virtual tokens (prompt tuning, prefix tuning, p-tuning).
+    """
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"{type(adapter).__name__} is not supported for the {role}: {why}. Use an adapter of weights, such as "
+            "LoraConfig."
+        )
+
+
+def refuse_too_few_rows(rows: int, needed: int, unit: str, remedy: str) -> None:
+    """
+    Refuse a data set that does not fill one batch: a sampler would drop it whole, and the run would take no step.
+
+    Args:
+        rows (`int`):
+            Rows (or prompts) that there are for training.
+        needed (`int`):
+            Rows (or prompts) of one batch over all processes.
+        unit (`str`):
+            `"rows"` or `"prompts"`.
+        remedy (`str`):
+            Which keys to lower, as a clause in the imperative.
+
+    Raises:
+        ValueError: `rows` is smaller than `needed`.
+    """
+    if rows < needed:
+        raise ValueError(
+            f"{rows} training {unit} do not fill one batch of {needed} {unit}: not a single step would be taken. "
+            f"Get more teacher rows, or {remedy}."
+        )
