@@ -1,5 +1,6 @@
 """The loss of [`loss`] over all tokens of a batch, chunk by chunk: no `(B, T, V)` tensor, and one projection."""
 
+import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,8 +8,9 @@ import torch
 from .loss import ChunkLosses, DenseTarget, LMHead, SparseTarget, chunk_losses_, project, top_log_probs
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Elements of one chunk of logits: about 200 tokens of a vocabulary of 150,000 on a CPU. A GPU wants larger products
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
 
 @dataclass
@@ -103,7 +105,8 @@ class _SoftTargetLoss(torch.autograd.Function):
                 logits = project(hidden_chunk, head)
                 # The slope of the softcap, at the logits as they were
                 slope = None if head.softcap is None or not gradient else 1.0 - (logits / head.softcap).square_()
-                losses, grad = chunk_losses_(
+                in_float32 = slope is not None or head.logit_scale != 1.0 or wants_bias
+                losses, grad = _chunk_losses_(
                     logits,
                     labels[rows],
                     [_target_chunk(target, rows) for target in targets],
@@ -111,6 +114,7 @@ class _SoftTargetLoss(torch.autograd.Function):
                     soft[:, rows],
                     temperature,
                     gradient,
+                    accumulate if in_float32 else dtype,
                 )
                 del logits
                 if not gradient:
@@ -154,6 +158,16 @@ class _SoftTargetLoss(torch.autograd.Function):
         return (*grads, *[None] * 8)
 
 
+def _chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, dtype):
+    """[`~loss.chunk_losses_`], on a GPU by Triton kernels, which may give the gradient in `dtype`."""
+    num_dense = sum(not isinstance(target, SparseTarget) for target in targets)
+    if HAS_TRITON and logits.device.type == "cuda" and logits.dtype == torch.float32 and num_dense <= 1:
+        from .fused import fused_chunk_losses_
+
+        return fused_chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, dtype)
+    return chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient)
+
+
 def _in_dtype(target: SparseTarget | DenseTarget, dtype: torch.dtype, vocab_size: int) -> SparseTarget | DenseTarget:
     """A dense target's head in the dtype of the computation, without the ids that the student does not have."""
     if isinstance(target, SparseTarget):
@@ -174,7 +188,7 @@ def _accumulate_product(total: torch.Tensor, first: torch.Tensor, second: torch.
     if first.dtype == total.dtype:
         total.addmm_(first, second)
     elif total.device.type == "cuda":
-        total += torch.mm(first, second, out_dtype=total.dtype)
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(first, second)
 

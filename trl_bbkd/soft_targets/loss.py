@@ -232,19 +232,8 @@ def chunk_losses_(
             spread += soft[index]
             continue
         log_probs = logits.gather(1, target.ids) * inverse - tempered_log_mass[:, None]
-        target_probs = target.probs.to(log_probs.dtype)
-        kl[index] = (torch.xlogy(target_probs, target_probs) - target_probs * log_probs).sum(dim=1)
-        ratio = torch.zeros_like(hard)
-        if target.tail is not None:
-            tail = target.tail.to(log_probs.dtype)
-            listed = log_probs.exp().masked_fill(target_probs == 0, 0.0)
-            student_tail = (1.0 - listed.sum(dim=1)).clamp(min=torch.finfo(log_probs.dtype).eps)
-            kl[index] += torch.xlogy(tail, tail) - tail * student_tail.log()
-            ratio = tail / student_tail
-            correction = ratio[:, None] * listed - target_probs
-        else:
-            correction = -target_probs
-        spread += soft[index] * (1.0 - ratio)
+        kl[index], share, correction = sparse_terms(log_probs, target)
+        spread += soft[index] * share
         corrections.append((target.ids, soft[index, :, None] * correction * inverse))
     losses = ChunkLosses(nll, kl, entropy, is_top1)
     if not gradient:
@@ -256,10 +245,37 @@ def chunk_losses_(
         grad = probs.mul_(hard[:, None]).addcmul_(tempered, (spread * inverse)[:, None])
     for index, target_probs in dense_probs:
         grad[:, : target_probs.size(1)].sub_(target_probs.mul_((soft[index] * inverse)[:, None]))
-    # By linearity the NLL and all sparse targets are one soft cross-entropy: their tokens go in together
-    ids, values = zip((labels[:, None], -hard[:, None]), *corrections, strict=True)
-    grad.scatter_add_(1, torch.cat(ids, dim=1), torch.cat(values, dim=1))
+    # By linearity the NLL and all sparse targets are one soft cross-entropy. One after the other, because a GPU adds what
+    # one call has twice for a token in any order
+    for ids, values in ((labels[:, None], -hard[:, None]), *corrections):
+        grad.scatter_add_(1, ids, values)
     return losses, grad
+
+
+def sparse_terms(log_probs: torch.Tensor, target: SparseTarget) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    KL of a sparse target, and its gradient with respect to the logits over the temperature,
+    `share · s` plus a correction at the listed tokens.
+
+    Args:
+        log_probs (`torch.Tensor`):
+            `(n, K)`, the student's log-probabilities of the listed tokens, at the target's temperature.
+        target ([`SparseTarget`]):
+            The target.
+
+    Returns:
+        `tuple`: KL `(n,)` in nats, share `(n,)`, correction `(n, K)`.
+    """
+    target_probs = target.probs.to(log_probs.dtype)
+    kl = (torch.xlogy(target_probs, target_probs) - target_probs * log_probs).sum(dim=1)
+    if target.tail is None:
+        return kl, torch.ones_like(kl), -target_probs
+    tail = target.tail.to(log_probs.dtype)
+    listed = log_probs.exp().masked_fill(target_probs == 0, 0.0)
+    student_tail = (1.0 - listed.sum(dim=1)).clamp(min=torch.finfo(log_probs.dtype).eps)
+    ratio = tail / student_tail
+    kl += torch.xlogy(tail, tail) - tail * student_tail.log()
+    return kl, 1.0 - ratio, ratio[:, None] * listed - target_probs
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
