@@ -41,6 +41,19 @@ def test_a_value_is_read_before_its_token(tiny_model_dir):
     assert moved.tolist() == [False, False, True, True]
 
 
+def test_padding_is_no_part_of_the_warm_up_loss_nor_of_the_teachers_nll(tiny_model_dir, tmp_path, standard_rows):
+    """Whatever TRL returns there. Tokens weigh alike, not rows."""
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows)
+    trainer.current_gradient_accumulation_steps = 1
+    log_probs = torch.tensor([[-1.0, -2.0, -50.0], [-3.0, -50.0, -50.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    trainer._teacher_log_probs = lambda model, inputs: (log_probs, mask)
+    assert trainer._sft_loss(None, {"num_teacher_tokens": mask.sum()}).item() == 2.0
+    assert trainer._metrics["train"]["teacher_nll"] == [2.0]
+    trainer._measure_teacher_nll({})
+    assert trainer._held_out.pop_means("eval") == {"eval_teacher_nll": 2.0}
+
+
 def test_two_answers_of_the_teacher_to_one_prompt_stay_two():
     prompt, first, second = [5, 6], [20, 21, 2], [30, 2]
     triples = [(prompt, first, [40]), (prompt, second, [41]), (prompt, first, [42]), ([7], second, [43])]
