@@ -3,19 +3,20 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import SENTENCES
 from tests.processes import run_processes
 from trl_bbkd.evaluation import teacher_nll
 from trl_bbkd.gad.critic import Critic
+from trl_bbkd.gad.discriminator import Discriminator
 from trl_bbkd.gad.discriminator_trainer import PairBatch
-from trl_bbkd.gad.gad_trainer import GADTrainer
 from trl_bbkd.reference import REFERENCE_ADAPTER
 from trl_bbkd.teacher_data import tokenize_teacher_data
 
-from .helpers import FixedSamplesTrainer, assert_same_weights, fill_adapters, make_trainer, weights
+from .helpers import FixedSamplesTrainer, are_different, assert_same_weights, make_trainer, weights
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -63,9 +64,7 @@ def test_two_answers_of_the_teacher_to_one_prompt_stay_two():
 
 
 @pytest.mark.parametrize("generations", [2, 6])
-def test_length_control_of_an_evaluation_goes_by_its_own_groups(
-    tiny_model_dir, tmp_path, standard_rows, generations
-):
+def test_length_control_of_an_evaluation_goes_by_its_own_groups(tiny_model_dir, tmp_path, standard_rows, generations):
     """`num_generations_eval` may differ from `num_generations`."""
     trainer = make_trainer(
         tmp_path,
@@ -139,3 +138,78 @@ class TestTwoProcesses:
                 assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
         files = {path.name for path in (folder / f"checkpoint-{step}").glob("*-[01].safetensors")}
         assert files == {f"{name}-{rank}.safetensors" for name in ("generation_batch", "replay") for rank in range(2)}
+
+
+def in_bfloat16(model_dir):
+    """A LoRA student whose adapter is in bfloat16 on a float32 model, as TRL trains one on a quantised model."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), LoraConfig(**LORA))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def test_a_resumed_adapter_keeps_its_precision(tiny_model_dir, tmp_path, standard_rows):
+    """PEFT loads an adapter in float32."""
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "beta": 0.0}
+    runs = [make_trainer(tmp_path, in_bfloat16(tiny_model_dir), standard_rows, **config) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for trainer in runs:
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert_same_weights(weights(runs[1].model), weights(runs[0].model))
+
+
+@pytest.mark.parametrize("discriminator", [None, "shared"])
+def test_dora_is_trained_saved_loaded_and_a_reference(tiny_model_dir, tmp_path, standard_rows, discriminator):
+    """Its magnitudes are a third kind of weight beside LoRA's matrices."""
+
+    def dora_trainer():
+        return make_trainer(
+            tmp_path,
+            tiny_model_dir,
+            standard_rows,
+            trainer_kwargs={
+                "peft_config": LoraConfig(**DORA, task_type="CAUSAL_LM"),
+                "discriminator_peft_config": LoraConfig(**DORA),
+            },
+            discriminator=discriminator,
+            max_steps=4,
+            learning_rate=1e-2,
+            beta=0.1,
+            save_strategy="steps",
+            save_steps=1,
+        )
+
+    def magnitudes(module, adapter="default"):
+        return {n: p for n, p in weights(module).items() if f"lora_magnitude_vector.{adapter}" in n}
+
+    trainer = dora_trainer()
+    before = magnitudes(trainer.model), magnitudes(trainer.discriminator)
+    trainer.train()
+    assert len(before[0]) == len(before[1]) == 14
+    assert are_different(before[0], magnitudes(trainer.model))
+    assert are_different(before[1], magnitudes(trainer.discriminator))
+    # Two steps of warm-up
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] > 1e-4
+    of_reference = f".{REFERENCE_ADAPTER}"
+    reference = {n.replace(of_reference, ""): p for n, p in weights(trainer.model).items() if of_reference in n}
+    warmed_up = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert_same_weights({n.removesuffix(".weight") + ".weight": p for n, p in warmed_up.items()}, reference)
+    resumed = dora_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_weights(weights(resumed.model), weights(trainer.model))
+    assert_same_weights(weights(resumed.discriminator), weights(trainer.discriminator))
+
+    trainer.save_model(tmp_path / "final")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    student = PeftModel.from_pretrained(base, tmp_path / "final").eval()
+    judge = Discriminator.from_pretrained(tmp_path / "final" / "discriminator").eval()
+    with torch.no_grad():
+        trainer.model.eval()
+        torch.testing.assert_close(student(ids).logits, trainer.model(ids).logits, atol=1e-5, rtol=1e-5)
+        scores = [module(**batch, response_mask=torch.ones_like(ids))[0] for module in (judge, trainer.discriminator)]
+        torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
