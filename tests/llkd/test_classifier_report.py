@@ -147,7 +147,7 @@ def test_the_picture_shows_the_run(tmp_path, figures):
     assert set(main) == {"LLKD", "all rows", "random rows", "undistilled"}
     assert main["LLKD"] == ([0, 50, 100], pytest.approx([0.1, 0.35, 0.6])) and main["undistilled"][1][0] == 0.1
     shares = [1.0 if step <= 50 else 0.1 for step in steps]
-    assert found["Share of rows kept"] == {name: (steps, shares) for name in (*NAMES, "all")}
+    assert found["Share of rows kept"] == dict.fromkeys((*NAMES, "all"), (steps, shares))
     for title, values in (
         ("Least confidence of the teacher", lambda number: [0.5 + number / 10] * 10),
         ("Least uncertainty of the student", lambda number: [0.9 - step / 1000 for step in steps]),
