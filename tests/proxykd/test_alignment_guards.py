@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_bbkd.proxy.model import load_proxy
 from trl_bbkd.proxy.stage import StageError
@@ -37,6 +38,32 @@ def test_stopped_before_the_first_step_of_a_round_it_ends_as_if_it_had_not_been(
     assert_same_weights(weights(resumed.model), weights(whole.model))
     steps = {int(state["step"]) for state in whole.optimizer.optimizer.state.values()}
     assert steps == {whole.state.max_steps} == {2}
+
+
+def test_a_resumed_adapter_keeps_its_precision(tmp_path, other_model_dir):
+    """PEFT loads an adapter in float32."""
+
+    def aligner(**kwargs):
+        proxy = AutoModelForCausalLM.from_pretrained(other_model_dir, dtype=torch.float32)
+        proxy = get_peft_model(proxy, LoraConfig(**LORA))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in proxy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16).normal_(0, 0.02, generator=generator)
+        return make_aligner(tmp_path, proxy, save_strategy="steps", save_steps=1, num_rounds=1, max_steps=3, **kwargs)
+
+    class Stopped(ProxyAlignmentTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        aligner(trainer_class=Stopped).train()
+    resumed = aligner()
+    resumed.train()
+    assert resumed._initial_global_step == 2
+    assert {p.dtype for p in resumed.model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
 def test_no_two_files_of_samples_have_one_seed(tmp_path, other_model_dir, monkeypatch):
