@@ -115,3 +115,18 @@ def conversational_rows(standard_rows):
         }
         for row in standard_rows
     ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test saves."""
+    from matplotlib.figure import Figure
+
+    found, savefig = [], Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        found.append(self)
+        return savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from tests.pictures import is_drawn
 from trl_bbkd.recipe import load_recipe
 from trl_bbkd.teacher_data import check_teacher_data
 
@@ -73,6 +74,7 @@ def test_first_command_as_it_stands(tmp_path):
 def check_run(folder):
     for name in ("model.safetensors", "README.md", "report.md", "curves.png", "metrics.json"):
         assert (folder / name).stat().st_size > 100, name
+    assert is_drawn(folder / "curves.png")
     assert (folder / "discriminator/backbone/model.safetensors").is_file()
     assert {"undistilled", "SeqKD", "GAD"} <= set(json.loads((folder / "metrics.json").read_text())["results"])
     code = (
@@ -123,6 +125,7 @@ def test_proxykd_command_in_small(tmp_path):
         "proxy/targets/store.json",
     ):
         assert (tmp_path / "kd" / name).stat().st_size > 100, name
+    assert is_drawn(tmp_path / "kd/curves.png")
     results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
     assert set(results) == {"undistilled", "proxy", "SeqKD", "Proxy-KD", "teacher"}
     for text in ((tmp_path / "kd" / name).read_text() for name in ("report.md", "README.md")):
@@ -149,6 +152,7 @@ def test_bayeskd_command_in_small(tmp_path):
     ]
     for name in ("model.safetensors", "README.md", "report.md", "curves.png", "metrics.json", *targets):
         assert (folder / name).stat().st_size > 100, name
+    assert is_drawn(folder / "curves.png")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["results"]) == {"undistilled", "proxy", "SeqKD", "Bayes-KD", "teacher"}
     assert metrics["calibration"]["proxy"] < metrics["calibration"]["prior"]
@@ -174,6 +178,7 @@ def test_llkd_command_in_small(tmp_path):
     assert "LLKD: " in process.stdout and "random rows" in process.stdout
     for name in ("model.safetensors", "README.md", "report.md", "curves.png", "reliability.png", "metrics.json"):
         assert (folder / name).stat().st_size > 100, name
+    assert is_drawn(folder / "curves.png")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["results"]) == ["undistilled", "all rows", "random rows", "LLKD"]
     assert 0 < metrics["results"]["LLKD"]["learned_share"] < 1 and metrics["warmup_steps"] == 4

@@ -7,6 +7,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from tests.pictures import is_drawn, lines
 from trl_bbkd.bayeskd.calibration import DRAWS, HeldOutTokens, calibration
 from trl_bbkd.report import (
     arguments_without_secrets,
@@ -143,9 +144,20 @@ class TestStages:
 
     @pytest.mark.parametrize("judged", [True, False])
     @pytest.mark.parametrize("stages", [STAGES, STAGES[2:], []], ids=["all", "no proxy's", "none"])
-    def test_files(self, tmp_path, stages, judged):
+    def test_files(self, tmp_path, figures, stages, judged):
         write_report(make_proxykd_report(stages, judged), tmp_path)
-        assert (tmp_path / "curves.png").stat().st_size > 20_000
+        assert is_drawn(tmp_path / "curves.png")
+        steps = list(range(10, 601, 10))
+        agreement, nll = (
+            next(axes for axes in figures[0].axes if axes.get_title(loc="left") == title)
+            for title in ("Proxy's top-1 agreement", "Proxy's NLL")
+        )
+        values = ([0.5, 0.6, 0.65], [2.0, 1.5, 1.25]) if stages == STAGES else ([], [])
+        assert [list(axes.get_lines()[0].get_ydata()) for axes in (agreement, nll)] == list(values)
+        labels = [label.get_text() for label in agreement.get_xticklabels()]
+        assert labels == (["raw", "warm-up", "1"] if stages == STAGES else [])
+        losses = lines(figures[0])["The student's losses"]
+        assert losses == {"KL to the proxy": (steps, [0.3] * 60), "NLL": (steps, [1.0] * 60)}
         assert json.loads((tmp_path / "metrics.json").read_text())["stages"] == stages
 
 
@@ -187,9 +199,16 @@ class TestCalibration:
 
     @pytest.mark.parametrize("judged", [True, False])
     @pytest.mark.parametrize("found", [make_calibration(), {}], ids=["measured", "no held-out rows"])
-    def test_files(self, tmp_path, found, judged):
+    def test_files(self, tmp_path, figures, found, judged):
         write_report(self.make(found, judged), tmp_path)
-        assert (tmp_path / "curves.png").stat().st_size > 20_000
+        assert is_drawn(tmp_path / "curves.png")
+        drawn = lines(figures[0])["Held-out NLL by draws K"]
+        kappas = {entry["concentration"] for entry in found.get("table", [])}
+        assert set(drawn) == ({"proxy", "n-gram prior"} if found else set()) | {f"κ = {kappa:g}" for kappa in kappas}
+        for kappa in kappas:
+            of_kappa = [entry for entry in found["table"] if entry["concentration"] == kappa]
+            points = [[entry[name] for entry in of_kappa] for name in ("draws", "expected")]
+            assert drawn[f"κ = {kappa:g}"] == tuple(points)
         assert json.loads((tmp_path / "metrics.json").read_text())["calibration"] == found
 
 
@@ -250,7 +269,7 @@ class TestFiles:
         assert "step 450" in text and "trl 1.16.0, torch 2.13.0" in text and "GAD 2.2 min, SeqKD 41 s" in text
 
     @pytest.mark.parametrize("judged", [True, False])
-    def test_all_three_are_written(self, tmp_path, judged):
+    def test_all_three_are_written(self, tmp_path, figures, judged):
         report = make_report(judged)
         report.log_history.append({"step": 600, "train_loss": float("nan"), "note": {"x": float("inf")}})
         write_report(report, tmp_path)
@@ -263,6 +282,18 @@ class TestFiles:
         assert saved["log_history"][-1] == {"step": 600, "train_loss": None, "note": {"x": None}}
         assert saved["counts"]["train"]["truncated_answers"] == 7
         assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert is_drawn(tmp_path / "curves.png")
+        drawn, key = lines(figures[0]), report.headline
+        main = drawn["valid at temperature 1.0" if judged else "NLL of held-out teacher answers"]
+        for name in ("GAD", "SeqKD"):
+            assert main[name] == tuple([point[of] for point in report.curves[name]] for of in ("step", key))
+        best = next(point for point in report.curves["SeqKD"] if point["step"] == 450)
+        assert main["its best checkpoint"] == ([450], [best[key]])
+        assert main["undistilled"][1][0] == report.results["undistilled"][key] and ("teacher" in main) == judged
+        assert set(drawn["Discriminator on fresh pairs"]) == {"accuracy", "loss"}
+        assert set(drawn["Discriminator's score"]) == {"teacher's answer", "student's samples"}
+        last = "NLL of held-out teacher answers" if judged else "Score's std within a group"
+        assert set(drawn) >= {last, "Length, student / teacher"} and len(drawn) == 5
         assert (tmp_path / "report.md").read_text() == render_markdown(report)
 
     def test_a_run_without_baseline_and_with_unknown_counts(self, tmp_path):

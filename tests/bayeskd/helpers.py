@@ -46,3 +46,12 @@ def stored_targets(store):
             for ids, probs in zip(targets.ids, np.exp(targets.log_probs.astype(np.float64)), strict=True)
         ]
     return found
+
+
+def are_alike(first, second):
+    """Whether [`stored_targets`] are the same but for rounding."""
+    assert first.keys() == second.keys()
+    pairs = [pair for key in first for pair in zip(first[key], second[key], strict=True)]
+    return all(
+        abs(one.get(token, 0.0) - other.get(token, 0.0)) < 1e-3 for one, other in pairs for token in {**one, **other}
+    )

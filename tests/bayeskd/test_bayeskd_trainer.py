@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from trl_bbkd.bayeskd.ngram import NGramError
+from trl_bbkd.proxy.model import load_proxy
 from trl_bbkd.proxy.stage import StageError
 from trl_bbkd.seqkd import sft_rows
 from trl_bbkd.soft_targets.store import TargetStore, TargetStoreError
@@ -19,6 +20,7 @@ from .helpers import (
     LORA,
     ON_CPU,
     SETTINGS,
+    are_alike,
     assert_same_weights,
     make_rows,
     make_trainer,
@@ -256,10 +258,19 @@ class TestStages:
         assert all(value.abs().sum() > 0 for name, value in weights(trainer.model).items() if "lora_B" in name)
 
     def test_a_lora_proxy(self, tmp_path, tiny_model_dir, other_model_dir):
-        config = {"proxy_lora_kwargs": LORA, "stages": ["warmup", "estimate"]}
-        make_trainer(tmp_path, tiny_model_dir, other_model_dir, **config).train()
-        assert (tmp_path / "proxy/warmup/adapter_model.safetensors").is_file()
-        assert len(TargetStore(tmp_path / "proxy/targets/posterior")) == 16
+        settings = {"posterior_sampling": "expected", "proxy_warmup_epochs": 8.0}
+        config = {"proxy_lora_kwargs": LORA, "stages": ["warmup", "estimate"], **settings}
+        trainer = make_trainer(tmp_path / "run", tiny_model_dir, other_model_dir, **config)
+        trainer.train()
+        assert (tmp_path / "run/proxy/warmup/adapter_model.safetensors").is_file()
+        found = stored_targets(TargetStore(tmp_path / "run/proxy/targets/posterior"))
+        assert len(found) == 16
+        # The posterior is of the adapted proxy: the merged model gives the same, and its base another
+        merged = load_proxy(str(tmp_path / "run/proxy/warmup")).merge_and_unload()
+        for proxy, is_same in ((merged, True), (other_model_dir, False)):
+            folder = tmp_path / f"from {is_same}"
+            make_trainer(folder, tiny_model_dir, proxy, stages=["estimate"], **settings).train()
+            assert are_alike(found, stored_targets(TargetStore(folder / "proxy/targets/posterior"))) == is_same
 
 
 class TestWithoutAProxy:

@@ -19,7 +19,7 @@ def make_config(output_dir, **kwargs):
         "disable_tqdm": True,
         "per_device_train_batch_size": 8,
         "num_generations": 4,
-        "max_completion_length": 12,
+        "max_completion_length": 24,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "discriminator_learning_rate": 1e-3,

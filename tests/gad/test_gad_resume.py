@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from trl_bbkd.gad.gad_trainer import GADTrainer
-from trl_bbkd.reference import copy_adapter_to_reference
 from trl_bbkd.resume import is_finished, last_finished_checkpoint
 
-from .helpers import are_different, assert_same_weights, fill_adapters, make_trainer, weights
+from .helpers import are_different, assert_same_weights, make_trainer, weights
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -243,15 +243,38 @@ def test_a_run_made_longer_keeps_its_warmup(tiny_model_dir, tmp_path, standard_r
     assert len(rates) == 12 and rates[:2] == [1e-2, 1e-2] and set(rates[4:]) == {1e-3}
 
 
+class AtStep(TrainerCallback):
+    """Keeps the student's weights after a step."""
+
+    def __init__(self, step):
+        self.step, self.weights = step, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = weights(model)
+
+
 def test_the_reference_of_an_embedding_adapter_is_the_warmed_up_student(tiny_model_dir, tmp_path, standard_rows):
+    """Warm-up has 2 of the 4 steps."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    warmed_up = AtStep(2)
     trainer = make_trainer(
-        tmp_path, tiny_model_dir, standard_rows, trainer_kwargs={"peft_config": adapter}, max_steps=4, beta=0.1
+        tmp_path,
+        tiny_model_dir,
+        standard_rows,
+        trainer_kwargs={"peft_config": adapter, "callbacks": [warmed_up]},
+        max_steps=4,
+        learning_rate=1e-2,
+        beta=0.1,
     )
-    fill_adapters(trainer)
-    copy_adapter_to_reference(trainer.model)
-    copied = dict(trainer.model.named_parameters())
-    embeddings = [name for name in copied if "lora_embedding" in name and name.endswith("default")]
-    assert embeddings
+    start = weights(trainer.model)
+    trainer.train()
+    end = weights(trainer.model)
+    embeddings = [name for name in end if "lora_embedding" in name and name.endswith("default")]
+    assert len(embeddings) == 2
     for name in embeddings:
-        assert torch.equal(copied[name], copied[name.removesuffix("default") + "ref"])
+        reference = end[name.removesuffix("default") + "ref"]
+        assert torch.equal(reference, warmed_up.weights[name])
+        assert not torch.equal(reference, start[name]) and not torch.equal(reference, end[name])
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] > 1e-4

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from tests.pictures import is_drawn, lines
 from trl_bbkd.classifier_report import ClassifierReport, starved_classes
 from trl_bbkd.llkd.label_calibration import reliability_report
 from trl_bbkd.llkd.rows import LabelCounts
@@ -124,13 +125,35 @@ def test_difference_is_that_of_the_numbers_beside_it():
     assert "is 0.188 after" in report.summary and "reaches 0.194, so LLKD is worse than it by 0.006" in report.summary
 
 
-def test_many_classes_are_drawn_too(tmp_path):
+def test_many_classes_are_drawn_too(tmp_path, figures):
+    """The largest eight."""
     names = [f"class {number} " + "x" * 40 for number in range(40)]
     log = [{"step": 10, "loss": 1.0} | {f"selection/kept_share_{number}": 0.1 for number in range(40)}]
     counts = {"train": LabelCounts(40, dict.fromkeys(names, 1)), "test": LabelCounts(1)}
     report = make_report(class_names=names, log_history=log, counts=counts, selection={}, teacher_labels={})
     write_report(report, tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 20_000
+    assert is_drawn(tmp_path / "curves.png")
+    kept = lines(figures[0])["Share of rows kept"]
+    assert len(kept) == 8 and all(values == ([10], [0.1]) for values in kept.values())
+    assert all(label.startswith("class ") and len(label) <= 24 for label in kept)
+
+
+def test_the_picture_shows_the_run(tmp_path, figures):
+    report = make_report()
+    write_report(report, tmp_path)
+    found = lines(figures[0])
+    steps = list(range(10, 101, 10))
+    main = found["Macro F1 against the true labels"]
+    assert set(main) == {"LLKD", "all rows", "random rows", "undistilled"}
+    assert main["LLKD"] == ([0, 50, 100], pytest.approx([0.1, 0.35, 0.6])) and main["undistilled"][1][0] == 0.1
+    shares = [1.0 if step <= 50 else 0.1 for step in steps]
+    assert found["Share of rows kept"] == dict.fromkeys((*NAMES, "all"), (steps, shares))
+    for title, values in (
+        ("Least confidence of the teacher", lambda number: [0.5 + number / 10] * 10),
+        ("Least uncertainty of the student", lambda number: [0.9 - step / 1000 for step in steps]),
+    ):
+        assert found[title] == {name: (steps, pytest.approx(values(number))) for number, name in enumerate(NAMES)}
+    assert found["Teacher's labels that are right"] == {"kept rows": (steps, pytest.approx([0.9] * 10))}
 
 
 @pytest.mark.parametrize("checked", [True, False])

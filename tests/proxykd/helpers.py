@@ -1,5 +1,6 @@
 import random
 
+import torch
 from datasets import Dataset
 
 from tests.conftest import SENTENCES
@@ -68,3 +69,11 @@ def make_aligner(
         eval_dataset=Dataset.from_list(rows[:held_out]) if held_out else None,
         **(trainer_kwargs or {}),
     )
+
+
+@torch.no_grad()
+def label_log_probs(proxy, row):
+    """Slowly: of a row's answer tokens."""
+    logits = proxy(torch.tensor([row["input_ids"]])).logits[0, :-1]
+    log_probs = logits.log_softmax(-1).gather(1, torch.tensor(row["input_ids"])[1:, None])[:, 0]
+    return log_probs[torch.tensor(row["labels"])[1:] != -100]

@@ -30,10 +30,11 @@ def save_generation_batch(path: Path, step: int, batches: list[dict[str, torch.T
 
 def load_generation_batch(path: Path, device: torch.device) -> tuple[int, list[dict[str, torch.Tensor]] | None]:
     """Read what [`save_generation_batch`] wrote."""
-    tensors = load_file(path, device=str(device))
+    # Not to `device` at once: of several processes on a CPU each has a number, which safetensors does not know
+    tensors = load_file(path)
     step = tensors.pop(STEP_KEY).item()
     batches: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         number, key = name.split(".", 1)
-        batches.setdefault(int(number), {})[key] = value
+        batches.setdefault(int(number), {})[key] = value.to(device)
     return step, [batches[number] for number in sorted(batches)] or None
