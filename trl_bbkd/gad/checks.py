@@ -3,7 +3,13 @@
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_short_embeddings, require_config
+from ..preflight import (
+    refuse_frozen,
+    refuse_frozen_adapter,
+    refuse_prompt_learning,
+    refuse_short_embeddings,
+    require_config,
+)
 from .gad_config import GADConfig
 
 
@@ -40,6 +46,7 @@ def check_student(
     adapter: PeftConfig | None,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
+    critic: str | None,
 ) -> None:
     """
     Refuse a student that would not learn, or cannot read its tokens, before any model is loaded.
@@ -59,6 +66,23 @@ def check_student(
             f"The student's adapter is named {', '.join(model.peft_config)}, but GRPO trains one named 'default', beside its "
             "reference. Load it without adapter_name."
         )
+    if critic == "trunk":
+        trained = model.peft_config["default"] if isinstance(model, PeftModel) else adapter
+        refuse_prompt_learning(trained, "student", "critic='trunk' reads its trunk without virtual tokens")
+
+
+def check_rewards(reward_funcs: list, weights: list[float] | None, processing_classes) -> None:
+    """
+    Raises:
+        ValueError: there are not as many weights or tokenizers as reward functions.
+    """
+    for name, given in {"reward_weights": weights, "reward_processing_classes": processing_classes}.items():
+        given = given if given is None or isinstance(given, list) else [given]
+        if given is not None and len(given) != len(reward_funcs):
+            raise ValueError(
+                f"{name} has {len(given)} entries for {len(reward_funcs)} reward_funcs. Give one for each of them, and none for "
+                "the discriminator."
+            )
 
 
 def check_checkpoint(

@@ -118,7 +118,7 @@ class CriticTrainer:
         self.args = args
         self.accelerator = accelerator
         self.model = accelerator.prepare_model(critic)
-        self.critic = accelerator.unwrap_model(self.model)
+        self.critic = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.parameters = [p for p in self.critic.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.critic_learning_rate, weight_decay=0.0)
 

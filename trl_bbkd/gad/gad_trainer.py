@@ -23,7 +23,7 @@ from ..reference import add_reference_adapter
 from ..sharding import refuse_sharding
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
-from .checks import check_arguments, check_checkpoint, check_student
+from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator
 from .discriminator_setup import resolve_discriminator, start_discriminator
@@ -153,7 +153,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             )
         require_tokenizer(processing_class, "GADTrainer")
         config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
-        check_student(model, peft_config, config, processing_class)
+        check_student(model, peft_config, config, processing_class, args.critic)
         discriminator, discriminator_peft_config = resolve_discriminator(
             args, discriminator, discriminator_peft_config, model, peft_config, processing_class
         )
@@ -165,6 +165,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         eval_dataset = self._teacher_rows.prepare_evaluation(eval_dataset)
 
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        check_rewards(reward_funcs, args.reward_weights, reward_processing_classes)
         reward_funcs = [without_what_grpo_does_not_pass(reward) for reward in reward_funcs]
         if args.reward_weights is not None:
             args.reward_weights = [1.0, *args.reward_weights]
@@ -189,7 +190,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         )
         refuse_adapted_head(self._unwrapped_policy(), "student")
         if self.ref_model is not None:
-            match_embeddings(self.accelerator.unwrap_model(self.ref_model), self._unwrapped_policy())
+            match_embeddings(self._unwrapped_reference(), self._unwrapped_policy())
 
         student_kwargs = {
             key: init_kwargs[key]
@@ -242,6 +243,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
+    def _unwrapped_reference(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+
     # Rows, whichever door they come through
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -274,7 +278,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
                 self._signature_columns.append(column)
 
     def _generate(self, prompts):
+        is_training = self.model.training
         output = super()._generate(prompts)
+        # Continuous batching leaves the model in training mode, by which an evaluation would be taken for a step
+        self.model.train(is_training)
         if output[2] is not None:
             raise ValueError(
                 "rollout_func returned `env_mask`: the discriminator would read what the environment wrote as the student's. "
