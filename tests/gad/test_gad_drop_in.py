@@ -285,6 +285,20 @@ class TestTrainingAgain:
         assert [entry["adversarial_phase"] for entry in steps] == [0, 0, 1, 1]
         assert steps[2]["kl"] == 0 < steps[3]["kl"], "the reference is that of the first call"
 
+    def test_a_second_call_learns_from_fresh_samples(self, tiny_model_dir, tmp_path, standard_rows):
+        """The first one ends in the middle of a generation batch."""
+        batches = []
+
+        class Counting(GADTrainer):
+            def _generate(self, prompts):
+                batches.append(self.state.global_step)
+                return super()._generate(prompts)
+
+        trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, Counting, max_steps=3, steps_per_generation=2)
+        trainer.train()
+        trainer.train()
+        assert batches == [0, 2, 0, 2]
+
     def test_a_checkpoint_of_the_first_call_is_gone_on_with(self, tiny_model_dir, tmp_path, standard_rows):
         trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **self.CONFIG)
         trainer.train()
