@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from trl import GRPOConfig, LogCompletionsCallback
 
@@ -142,7 +142,8 @@ class TestRows:
             GADTrainer(tiny_model_dir, args=make_config(tmp_path), train_dataset=rows)
 
     def test_a_stream_is_prepared_once(self, tiny_model_dir, tmp_path, standard_rows):
-        stream = Dataset.from_list(standard_rows[:12]).to_iterable_dataset()
+        stream = IterableDataset.from_generator(lambda: iter(standard_rows[:12]))
+        assert stream.column_names is None
         trainer = GADTrainer(tiny_model_dir, args=make_config(tmp_path, max_steps=2), train_dataset=stream)
         prepared = trainer.train_dataset
         trainer.train()
