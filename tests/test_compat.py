@@ -17,6 +17,10 @@ OVERRIDDEN = {
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (GRPOTrainer, "get_eval_dataloader"): ["self", "eval_dataset"],
+    (Trainer, "get_test_dataloader"): ["self", "test_dataset"],
+    (Trainer, "set_initial_training_values"): ["self", "args", "dataloader"],
+    (Trainer, "create_optimizer_and_scheduler"): ["self", "num_training_steps"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
@@ -61,6 +65,24 @@ def test_log_probs_seam():
     parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
     assert {"model", "input_ids", "attention_mask", "logits_to_keep"} <= set(parameters), (
         "GADTrainer._sft_loss calls _get_per_token_logps_and_entropies with these arguments. Adapt it."
+    )
+
+
+def test_what_a_finished_run_is_known_by():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    values = source[: source.index(") = self.set_initial_training_values")].split()
+    assert values[-1] == "max_steps,", (
+        "ResumableRun._has_taken_all_steps takes the last of set_initial_training_values for the number of steps. Adapt it."
+    )
+
+
+def test_grpo_keeps_of_its_batch_what_gad_begins_anew_with():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for line in ("self._step = 0", "self._buffered_inputs = None", "self.beta = args.beta"):
+        assert line in source, f"GRPOTrainer no longer sets {line!r}: read its new body, and adapt TwoStageGAD._begin."
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask," in source, (
+        "GADTrainer._generate takes the prompts from place 0 of this tuple and env_mask from place 2. Adapt it."
     )
 
 

@@ -16,7 +16,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
+    get_callable_name,
     get_config_model_id,
+    is_async_callable,
     pad,
     print_prompt_completions_sample,
 )
@@ -28,7 +30,9 @@ __all__ = [
     "be_wrapped_again",
     "disable_dropout",
     "fused_forward",
+    "get_callable_name",
     "get_config_model_id",
+    "is_async_callable",
     "keep_4bit_weights_differentiable",
     "keep_precision",
     "pad",
@@ -46,7 +50,7 @@ def disable_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def fused_forward(model: PreTrainedModel, temperature: float) -> types.MethodType:
+def fused_forward(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> types.MethodType:
     """
     Build, without installing it, a forward of `model` whose fused LM head scores at another temperature.
 
@@ -58,9 +62,16 @@ def fused_forward(model: PreTrainedModel, temperature: float) -> types.MethodTyp
             Causal language model, already given a fused LM head by a TRL trainer.
         temperature (`float`):
             Temperature the logits are divided by.
+        cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
+            As in the trainer's configuration.
     """
     installed = model.forward
-    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(
+        model,
+        temperature=temperature,
+        cast_lm_head_to_fp32=cast_lm_head_to_fp32,
+        outputs=("log_probs", "entropy"),
+    )
     forward, model.forward = model.forward, installed
     return forward
 

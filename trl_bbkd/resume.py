@@ -1,15 +1,18 @@
 """A run that can be killed at any moment and goes on: which checkpoint, whose, and whether it was finished."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
 from datasets import IterableDataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ._compat import be_wrapped_again, keep_precision
 
 
+logger = logging.getLogger(__name__)
 TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint, but for TRL's adaptive entropy
 
 
@@ -54,6 +57,8 @@ class ResumableRun:
 
     _state_name: str  # file of a checkpoint that says, among other things, whose it is
     _same_when_resumed: tuple[str, ...]  # settings that decide which samples a step sees and what is trained
+    _training_name = "training"  # what a run calls its training
+    _has_begun = False  # whether the checkpoints in `output_dir` are this trainer's own
 
     def _describe_run(self) -> dict:
         """What decides which samples a step sees and what is trained: the same in a run and its resumption."""
@@ -109,7 +114,7 @@ class ResumableRun:
                 )
             return resume_from_checkpoint
         found = last_finished_checkpoint(self.args.output_dir)
-        if found is not None:
+        if found is not None and not self._has_begun:
             raise ValueError(
                 f"output_dir holds checkpoints of another run, such as {found}; they would be mixed up with this one's. "
                 "Choose another output_dir, delete them, or go on with that run: resume_from_checkpoint=True."
@@ -117,9 +122,46 @@ class ResumableRun:
         return None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        As in [`~transformers.Trainer`], but a run that has taken all its steps is loaded, and takes none more.
+
+        Raises:
+            ValueError: As in [`~ResumableRun.check_output_dir`]; if not a single optimizer step was taken.
+        """
         checkpoint = self.check_output_dir(resume_from_checkpoint)
+        if checkpoint is not None and self._has_taken_all_steps(checkpoint):
+            return self._finished_before(checkpoint)
+        self._has_begun = True
         be_wrapped_again(self)
-        return super().train(checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        if self.state.global_step == 0:
+            raise ValueError(
+                f"{type(self).__name__} took no optimizer step and learned nothing: the rows do not fill one batch, or "
+                f"num_train_epochs is 0. Get more rows, or lower per_device_train_batch_size "
+                f"({self.args.per_device_train_batch_size}) or gradient_accumulation_steps "
+                f"({self.args.gradient_accumulation_steps})."
+            )
+        return output
+
+    def _has_taken_all_steps(self, checkpoint: str) -> bool:
+        """Whether nothing is left to train. `Trainer` would take a step more, unless it is at the end of an epoch."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step >= steps
+
+    def _finished_before(self, checkpoint: str) -> TrainOutput:
+        """Bring back what `train` left."""
+        self.state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        # By its name, because the run may have been moved
+        self._load_from_checkpoint(str(Path(checkpoint).with_name(Path(best).name)) if best else checkpoint)
+        # All that is trained beside the student is in a checkpoint with the optimizer
+        self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
+        self._load_optimizer_and_scheduler(checkpoint)
+        if self.accelerator.is_main_process:
+            logger.warning(f"{self._training_name}: finished before, in {checkpoint}; not run again.")
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:

@@ -38,6 +38,13 @@ def make_trainer(output_dir, model, rows, trainer_class=GADTrainer, trainer_kwar
     )
 
 
+def no_model_is_loaded(monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded before the error")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
+
+
 def weights(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -4,7 +4,7 @@ from peft import LoraConfig
 
 from trl_bbkd.teacher_data import TeacherDataError
 
-from .helpers import make_config, make_trainer
+from .helpers import make_config, make_trainer, no_model_is_loaded
 
 
 GAE = {"advantage_estimator": "gae", "critic": "copy"}
@@ -15,6 +15,36 @@ TOKEN = {"discriminator_credit": "token", "discriminator_head": "likelihood"}
     ("config", "message"),
     [
         ({"fp16": True}, "does not support fp16"),
+        ({"max_completion_length": None}, "max_completion_length must be a number"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
+        ({"generation_kwargs": {"max_new_tokens": 4}}, "generation_kwargs has 'max_new_tokens'"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"max_steps": -5}, "max_steps must be at least -1, got -5"),
+        ({"loss_type": "dapoo"}, "loss_type must be one of 'grpo'.*got 'dapoo'"),
+        ({"scale_rewards": "groups"}, "scale_rewards must be one of 'group'.*got 'groups'"),
+        (
+            {"discriminator_head": "likelyhood"},
+            "discriminator_head must be one of 'scalar', 'likelihood', got 'likelyh",
+        ),
+        ({**GAE, "critic": "cpoy"}, "critic must be one of 'copy', 'trunk', got 'cpoy'"),
+        ({**GAE, "scale_rewards": "none"}, "scale_rewards='none' has no effect with advantage_estimator='gae'"),
+        ({"gamma": 0.9}, "gamma=0.9 has no effect without advantage_estimator='gae'"),
+        (
+            {"discriminator_likelihood_reduction": "mean"},
+            "discriminator_likelihood_reduction='mean' has no effect without discriminator_head='likelihood'",
+        ),
+        ({"discriminator_replay_ratio": 0.2}, "discriminator_replay_ratio=0.2 has no effect without .*_size"),
+        (
+            {"warmup_learning_rate": 1e-3, "warmup_epochs": 0.0},
+            "warmup_learning_rate=0.001 has no effect without warmup_epochs",
+        ),
+        (
+            {"warmup_learning_rate": 1e-3, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+            "warmup_learning_rate multiplies.*lr_scheduler_type='reduce_lr_on_plateau'",
+        ),
         ({"warmup_epochs": 3.0}, "warmup_epochs counts towards num_train_epochs .2.*got 3.0"),
         ({"warmup_epochs": -1.0}, "got -1.0"),
         ({"discriminator_updates_per_batch": -1}, "discriminator_updates_per_batch must be at least 0, got -1"),
@@ -114,13 +144,6 @@ def test_the_best_checkpoint_needs_a_metric_and_knows_its_direction(tmp_path):
     assert (config.metric_for_best_model, config.greater_is_better) == ("teacher_nll", False)
     config = make_config(tmp_path, **best, metric_for_best_model="eval_valid")
     assert (config.metric_for_best_model, config.greater_is_better) == ("eval_valid", True)
-
-
-def no_model_is_loaded(monkeypatch):
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded before the error")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
 
 
 @pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])

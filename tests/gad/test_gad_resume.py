@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -278,3 +279,58 @@ def test_the_reference_of_an_embedding_adapter_is_the_warmed_up_student(tiny_mod
         assert not torch.equal(reference, start[name]) and not torch.equal(reference, end[name])
     kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] > 1e-4
+
+
+class TestFinished:
+    """transformers takes a step more from the last checkpoint, unless it is at the end of an epoch."""
+
+    @pytest.mark.parametrize(
+        "length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1.5}, {"max_steps": -1}], ids=str
+    )
+    def test_a_run_is_not_trained_further(self, tiny_model_dir, tmp_path, standard_rows, caplog, length):
+        config = {"save_strategy": "steps", "save_steps": 1, "beta": 0.1, "discriminator_replay_size": 40, **length}
+        config |= {"advantage_estimator": "gae", "critic": "copy"}
+        first = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config)
+        first.train()
+        steps = first.state.global_step
+        second = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config)
+        output = second.train(resume_from_checkpoint=True)
+        assert output.global_step == second.state.global_step == steps
+        assert not (tmp_path / f"checkpoint-{steps + 1}").exists()
+        for one, other in (
+            (first.model, second.model),
+            (first.discriminator, second.discriminator),
+            (first.critic_trainer.critic, second.critic_trainer.critic),
+        ):
+            assert_same_weights(weights(one), weights(other))
+        assert second.monitor.state() == first.monitor.state()
+        assert second.state.log_history == first.state.log_history[:-1]  # all but the end's summary
+        assert "training: finished before, in" in caplog.text
+
+    def test_the_best_student_is_taken(self, tiny_model_dir, tmp_path, standard_rows):
+        config = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "per_device_eval_batch_size": 8,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "teacher_nll",
+            "greater_is_better": True,  # so that the first is best
+        }
+        kwargs = {"eval_dataset": Dataset.from_list(standard_rows[12:])}
+        first = make_trainer(tmp_path / "a", tiny_model_dir, standard_rows, trainer_kwargs=kwargs, **config)
+        first.train()
+        assert first.state.best_model_checkpoint.endswith("checkpoint-1")
+        shutil.move(tmp_path / "a", tmp_path / "b")
+        second = make_trainer(tmp_path / "b", tiny_model_dir, standard_rows, trainer_kwargs=kwargs, **config)
+        second.train(resume_from_checkpoint=True)
+        assert_same_weights(weights(first.model), weights(second.model))
+        assert_same_weights(weights(first.discriminator), weights(second.discriminator))
+
+    def test_a_longer_run_goes_on(self, tiny_model_dir, tmp_path, standard_rows):
+        config = {"save_strategy": "steps", "save_steps": 1}
+        make_trainer(tmp_path, tiny_model_dir, standard_rows, **config, max_steps=2).train()
+        longer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **config, max_steps=3)
+        assert longer.train(resume_from_checkpoint=True).global_step == 3

@@ -384,6 +384,32 @@ def test_what_is_carried_is_no_input_of_the_student(tmp_path, selection):
     assert trainer.predict(rows.remove_columns("label")).predictions.shape == (16, 3)
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1.5}], ids=str)
+def test_a_finished_run_is_not_trained_further(tmp_path, length, caplog):
+    """transformers would take a step more."""
+    config = {"save_strategy": "steps", "save_steps": 1, **length}
+    rows = make_rows(16)
+    first = make_trainer(tmp_path, build_encoder(), rows, **config)
+    first.train()
+    second = make_trainer(tmp_path, build_encoder(), rows, **config)
+    assert second.train(resume_from_checkpoint=True).global_step == first.state.global_step
+    assert second.state.global_step == first.state.global_step
+    assert not (tmp_path / f"checkpoint-{first.state.global_step + 1}").exists()
+    assert_same_weights(weights(first.model), weights(second.model))
+    # What the report reads
+    for name, value in first.tally.state_dict().items():
+        assert torch.equal(value, second.tally.state_dict()[name]), name
+    assert "training: finished before, in" in caplog.text
+
+
+def test_a_second_call_trains_again(tmp_path):
+    trainer = make_trainer(tmp_path, build_encoder(), make_rows(16), save_strategy="steps", save_steps=1, max_steps=2)
+    trainer.train()
+    before = weights(trainer.model)
+    assert trainer.train().global_step == 2
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer.model).items())
+
+
 def test_macro_f1_by_hand():
     logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 1, 3]), 5).float().numpy()
     found = classification_metrics(EvalPrediction(logits, torch.tensor([0, 1, 1, 1, 0, 0]).numpy()))

@@ -194,8 +194,7 @@ class TestStages:
         trainer = make_kd_trainer(tmp_path, tiny_model_dir, None, **config)
         trainer.train(resume_from_checkpoint=True)  # goes on where it is: at the start
         again = make_kd_trainer(tmp_path, tiny_model_dir, None, **config)
-        again.train(resume_from_checkpoint=True)
-        assert again._initial_global_step > 0
+        assert again.train(resume_from_checkpoint=True).global_step == trainer.state.global_step > 0
         assert_same_weights(weights(again.model), weights(trainer.model))
 
     def test_a_proxy_whose_logits_are_not_understood(self, tmp_path, tiny_model_dir, other_model_dir):

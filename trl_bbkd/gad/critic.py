@@ -10,6 +10,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from .._compat import disable_dropout
 from .advantages import clipped_value_loss
+from .embeddings import match_embeddings
 from .gad_config import GADConfig
 from .optimizer_state import optimizer_tensors, restore_optimizer
 
@@ -89,6 +90,7 @@ def build_critic(
     if kind == "trunk":
         return Critic(student.base_model, trains_backbone=False)
     backbone = AutoModel.from_pretrained(student_path, **{"dtype": torch.float32, **model_init_kwargs})
+    match_embeddings(backbone, student)
     if peft_config is not None:
         # PEFT's task classes expect heads that a critic does not have
         peft_config = copy.copy(peft_config)
@@ -116,7 +118,7 @@ class CriticTrainer:
         self.args = args
         self.accelerator = accelerator
         self.model = accelerator.prepare_model(critic)
-        self.critic = accelerator.unwrap_model(self.model)
+        self.critic = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.parameters = [p for p in self.critic.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.critic_learning_rate, weight_decay=0.0)
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from .._compat import add_fused_lm_head, disable_dropout
+from ..preflight import refuse_adapted_head
+from .embeddings import match_embeddings
 
 
 CONFIG_NAME = "discriminator_config.json"
@@ -54,6 +56,9 @@ class Discriminator(nn.Module):
             `"sum"` or `"mean"` of the token log-probabilities over the response.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the linear head's initial weights.
+
+    Raises:
+        ValueError: If the likelihood head's backbone has an adapter on its output layer.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Discriminator(nn.Module):
                 self.score_head.weight.zero_()
                 self.likelihood_scale = nn.Parameter(torch.ones((), dtype=torch.float32, device=backbone.device))
                 causal_lm = self._transformer()
+                refuse_adapted_head(causal_lm, "discriminator")
                 add_fused_lm_head(causal_lm)
                 causal_lm.base_model.register_forward_hook(self._keep_last_hidden_state)
             else:
@@ -140,6 +146,7 @@ class Discriminator(nn.Module):
             "head": self.head,
             "likelihood_reduction": self.likelihood_reduction,
             "is_adapter": isinstance(self.backbone, PeftModel),
+            "num_embeddings": self.backbone.get_input_embeddings().weight.size(0),
         }
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -169,6 +176,9 @@ class Discriminator(nn.Module):
         if config["is_adapter"]:
             base_path, _ = find_backbone(directory)
             base = model_class.from_pretrained(base_path, **model_init_kwargs)
+            if "num_embeddings" in config:
+                # Beside a student with added tokens; their embeddings are saved with the adapter
+                base.resize_token_embeddings(config["num_embeddings"], mean_resizing=False)
             backbone = PeftModel.from_pretrained(base, backbone_path, is_trainable=True)
         else:
             backbone = model_class.from_pretrained(backbone_path, **model_init_kwargs)
@@ -217,6 +227,7 @@ def build_discriminator(
     likelihood_reduction: str = "sum",
     peft_config: PeftConfig | None = None,
     seed: int = 0,
+    student: PreTrainedModel | None = None,
     **model_init_kwargs,
 ) -> Discriminator:
     """
@@ -231,23 +242,32 @@ def build_discriminator(
             As in [`Discriminator`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             Train an adapter on the frozen model instead of the model.
+        student ([`~transformers.PreTrainedModel`], *optional*):
+            The student whose checkpoint `model` is, which may have got more tokens since.
         **model_init_kwargs:
             Passed to `from_pretrained` when `model` is a path.
 
     Raises:
-        ValueError: If a loaded model has no LM head for the likelihood head, or if a saved discriminator's head is not
-            the one asked for.
+        ValueError: If a loaded model has no LM head for the likelihood head, or an adapter on it; if a saved
+            discriminator's head is not the one asked for.
     """
     if isinstance(model, str) and (Path(model) / CONFIG_NAME).is_file():
         model = Discriminator.from_pretrained(model, **model_init_kwargs)
     if isinstance(model, Discriminator):
         if model.head != head:
             raise ValueError(f"The discriminator has a {model.head!r} head, but discriminator_head is {head!r}.")
+        if head == "likelihood" and model.likelihood_reduction != likelihood_reduction:
+            raise ValueError(
+                f"The discriminator takes the {model.likelihood_reduction} over the response tokens, but "
+                f"discriminator_likelihood_reduction is {likelihood_reduction!r}."
+            )
         return model
     if isinstance(model, str):
         model_class = AutoModelForCausalLM if head == "likelihood" else AutoModel
         model_init_kwargs.setdefault("dtype", torch.float32)
         model = model_class.from_pretrained(model, **model_init_kwargs)
+        if student is not None:
+            match_embeddings(model, student)
     if head == "likelihood" and model.get_output_embeddings() is None:
         raise ValueError(
             f"discriminator_head='likelihood' needs a causal language model, got {type(model).__name__}, which has no "

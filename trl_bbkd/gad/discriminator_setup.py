@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -6,7 +7,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .discriminator import Discriminator, build_discriminator, find_backbone
+from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from .discriminator import CONFIG_NAME, Discriminator, build_discriminator, find_backbone
 from .gad_config import GADConfig
 from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
 
@@ -40,9 +42,9 @@ def resolve_discriminator(
         checkpoint), and its adapter.
 
     Raises:
-        ValueError: If a setting is given twice; if the discriminator has another tokenizer, or an embedding without
-            room for every token; if `"shared"` is asked for without a LoRA student; if 4 bits are asked for without a
-            LoRA adapter.
+        ValueError: If a setting is given twice; if the discriminator could not learn (frozen, or an adapter that does
+            nothing for it); if it has another tokenizer, or an embedding without room for every token; if `"shared"` is
+            asked for without a LoRA student; if 4 bits are asked for without a LoRA adapter.
     """
     if discriminator is not None and args.discriminator is not None:
         raise ValueError("Pass `discriminator` to the trainer or set it in `args`, not both.")
@@ -51,6 +53,13 @@ def resolve_discriminator(
     discriminator = discriminator or args.discriminator
     if args.discriminator_lora_kwargs is not None:
         adapter = LoraConfig(**args.discriminator_lora_kwargs)
+    _check_adapter(discriminator, adapter)
+    if args.discriminator_updates_per_batch > 0:
+        refuse_frozen_adapter(adapter, "discriminator")
+        if adapter is None and isinstance(discriminator, torch.nn.Module):
+            # The heads of a discriminator are always trainable, but alone they learn next to nothing
+            backbone = discriminator.backbone if isinstance(discriminator, Discriminator) else discriminator
+            refuse_frozen(backbone, "discriminator")
     if args.discriminator_load_in_4bit:
         _check_4bit(discriminator, adapter)
     if discriminator == SHARED:
@@ -98,8 +107,10 @@ def start_discriminator(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         )
+    origin = None
     if discriminator is None:
         discriminator = student_path
+        origin = student.get_base_model() if isinstance(student, PeftModel) else student
     elif discriminator == SHARED:
         discriminator = share_backbone(student, args.discriminator_head)
         adapter = adapter or shared_adapter_config(student, discriminator)
@@ -109,8 +120,28 @@ def start_discriminator(
         args.discriminator_likelihood_reduction,
         adapter,
         args.seed,
+        origin,
         **init_kwargs,
     )
+
+
+def _check_adapter(discriminator: str | PreTrainedModel | Discriminator | None, adapter: PeftConfig | None) -> None:
+    """Refuse an adapter that would be left out or do nothing."""
+    refuse_prompt_learning(adapter, "discriminator", "it reads token ids alone, without virtual ones")
+    if adapter is None:
+        return
+    if isinstance(discriminator, PeftModel):
+        raise ValueError(
+            "The discriminator has an adapter already: leave out discriminator_peft_config (discriminator_lora_kwargs), or "
+            "hand in the model without it."
+        )
+    is_saved = isinstance(discriminator, str) and (Path(discriminator) / CONFIG_NAME).is_file()
+    is_adapter = is_saved and find_backbone(discriminator)[1]
+    if isinstance(discriminator, Discriminator) or (is_saved and not is_adapter):
+        raise ValueError(
+            "A discriminator that was trained before is trained further as it is, so that discriminator_peft_config "
+            "(discriminator_lora_kwargs) would have no effect. Leave it out."
+        )
 
 
 def _check_4bit(discriminator: str | PreTrainedModel | Discriminator | None, adapter: PeftConfig | None) -> None:

@@ -124,7 +124,7 @@ class DiscriminatorTrainer:
         self.loss_fn = LOSSES[args.discriminator_loss]
         self.batch_size = args.discriminator_batch_size or args.per_device_train_batch_size
         self.model = accelerator.prepare_model(discriminator)
-        self.discriminator = accelerator.unwrap_model(self.model)
+        self.discriminator = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self.parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=args.discriminator_learning_rate, weight_decay=args.discriminator_weight_decay

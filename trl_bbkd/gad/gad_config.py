@@ -3,6 +3,8 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
+from .inherited import check_choices, refuse_without_effect
+
 
 @dataclass
 class GADConfig(GRPOConfig):
@@ -17,7 +19,7 @@ class GADConfig(GRPOConfig):
     > Defaults that differ from [`~trl.GRPOConfig`]:
     > - `beta`: `0.001` instead of `0.0`
     > - `lr_scheduler_type`: `"constant"` instead of `"linear"`
-    > - `max_completion_length`: `1536` instead of `512`
+    > - `max_completion_length`: `1536` instead of `512`; a number, because both sides of the discriminator are cut there
     > - `max_grad_norm`: `0.2` instead of `1.0`
     > - `temperature`: `0.8` instead of `1.0`
     > - `use_bias_correction_kl`: `False` instead of `True` (the official runs use the plain k3 estimator)
@@ -134,7 +136,7 @@ class GADConfig(GRPOConfig):
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": "The scheduler type of the student's learning rate."}
     )
-    max_completion_length: int | None = field(
+    max_completion_length: int = field(
         default=1536, metadata={"help": "Longest answer in tokens, for the student's samples and the teacher's text."}
     )
     max_grad_norm: float = field(default=0.2, metadata={"help": "Gradient norm the student's gradient is clipped to."})
@@ -296,6 +298,8 @@ class GADConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        self._check_bounds()
+        refuse_without_effect(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ValueError(
                 "load_best_model_at_end needs metric_for_best_model, because the default, the policy's loss, says nothing: "
@@ -312,7 +316,7 @@ class GADConfig(GRPOConfig):
         super().__post_init__()
         if self.fp16:
             raise ValueError("GAD does not support fp16: the discriminator's loss is not scaled. Use `bf16=True`.")
-        self._check_bounds()
+        check_choices(self)
         self._check_stages()
         self._check_advantages()
         self._check_stabilizers()
@@ -335,6 +339,11 @@ class GADConfig(GRPOConfig):
             )
         if self.warmup_learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"warmup_learning_rate needs a positive learning_rate, got {self.learning_rate}.")
+        if self.warmup_learning_rate is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                "warmup_learning_rate multiplies a schedule that is fixed beforehand, but lr_scheduler_type="
+                f"{self.lr_scheduler_type.value!r} follows the evaluation. Set one of the two."
+            )
 
     def _check_advantages(self):
         if self.advantage_estimator == "gae" and self.critic is None:
@@ -384,6 +393,12 @@ class GADConfig(GRPOConfig):
                 "by; with advantage_estimator='gae' or scale_rewards='none' there is no such division. Set it to 0."
             )
 
+        if self.advantage_estimator == "gae" and self.scale_rewards == "none":
+            raise ValueError(
+                "scale_rewards='none' has no effect with advantage_estimator='gae', whose critic learns rewards in standard "
+                "deviations of the batch. Leave it out."
+            )
+
     def _check_stabilizers(self):
         for name in ("policy_min_accuracy", "discriminator_max_accuracy"):
             value = getattr(self, name)
@@ -423,6 +438,15 @@ class GADConfig(GRPOConfig):
 
     def _check_bounds(self):
         minimum = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "steps_per_generation": 1,
+            "num_iterations": 1,
+            "num_generations_eval": 1,
+            "max_completion_length": 1,
+            "max_steps": -1,
+            "learning_rate": 0,
             "warmup_learning_rate": 0,
             "discriminator_only_steps": 0,
             "discriminator_updates_per_batch": 0,
@@ -442,7 +466,7 @@ class GADConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}.")
-        for name in ("discriminator_max_grad_norm", "critic_max_grad_norm", "cliprange_value"):
+        for name in ("temperature", "discriminator_max_grad_norm", "critic_max_grad_norm", "cliprange_value"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("gamma", "lam"):

@@ -18,21 +18,24 @@ from trl import GRPOTrainer
 
 from .._compat import fused_forward, keep_4bit_weights_differentiable
 from ..evaluation import SampleMetrics, judge
+from ..preflight import refuse_adapted_head, refuse_frozen_adapter, require_tokenizer
 from ..reference import add_reference_adapter
 from ..sharding import refuse_sharding
-from ..teacher_data import tokenize_teacher_data
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
+from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator
 from .discriminator_setup import resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
+from .embeddings import match_embeddings
 from .gad_config import GADConfig
 from .held_out import HeldOutMetrics
 from .resumable import DISCRIMINATOR_FOLDER, ResumableGAD
+from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
 from .stabilizers import without_length_effect
 from .stages import TwoStageGAD
-from .warnings import TrainingMonitor
+from .teacher_rows import TeacherRows
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +69,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             The student, as in [`~trl.GRPOTrainer`].
         reward_funcs (`Callable | str | PreTrainedModel` or `list`, *optional*):
             Rewards added to the discriminator's score, as in [`~trl.GRPOTrainer`]. `args.reward_weights` has one
-            weight for each of them; the discriminator's weight is 1. Callables also receive the teacher's answer as
-            `teacher_completion`.
+            weight for each of them; the discriminator's weight is 1. Callables that take `teacher_completion`, or any
+            keyword argument, receive the teacher's answer by that name.
         args ([`GADConfig`], *optional*):
             Configuration. If `None`, the defaults are used.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -83,11 +86,16 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             Judge of the samples of an evaluation: prompts and completions to named lists with one number a completion.
             Their means are metrics of the evaluation (`eval_<name>`), usable as `metric_for_best_model`, as is
             `eval_teacher_nll`.
-        processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
-            As in [`~trl.GRPOTrainer`].
+        processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config, rollout_func:
+            As in [`~trl.GRPOTrainer`]. `optimizers` are the student's. `rollout_func` must not return `env_mask`.
+        tools, environment_factory:
+            Not supported: the teacher's answers are text, written without the tools or the environment of a rollout.
 
     Raises:
+        TypeError: If `args` is no [`GADConfig`], or `processing_class` no tokenizer.
         TeacherDataError: If the teacher text breaks the contract, before any model is loaded.
+        ValueError: If a model that is to be trained is frozen, has no embedding for some token or no adapter that can
+            learn; if there are fewer prompts than one generation batch has; with `tools` or `environment_factory`.
         ValueError: Under DeepSpeed or FSDP, which are not supported yet; if the discriminator cannot be trained beside
             this student (see [`~discriminator_setup.resolve_discriminator`]).
     """
@@ -124,10 +132,14 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
         discriminator: str | PreTrainedModel | Discriminator | None = None,
         discriminator_peft_config: PeftConfig | None = None,
         sample_metrics: SampleMetrics | None = None,
     ):
+        check_arguments(reward_funcs, args, optimizers, tools, environment_factory)
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
         refuse_sharding(args, "GADTrainer", "the discriminator, a second trained model, would not be synchronised")
@@ -139,36 +151,22 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 student_path, truncation_side="left", padding_side="left", **hub_kwargs
             )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise ValueError(f"GAD distils text: a tokenizer is needed, got {type(processing_class).__name__}.")
+        require_tokenizer(processing_class, "GADTrainer")
+        config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
+        check_student(model, peft_config, config, processing_class, args.critic)
         discriminator, discriminator_peft_config = resolve_discriminator(
             args, discriminator, discriminator_peft_config, model, peft_config, processing_class
         )
         critic_adapter = LoraConfig(**args.critic_lora_kwargs) if args.critic_lora_kwargs else None
-        config = AutoConfig.from_pretrained(model, **hub_kwargs) if isinstance(model, str) else model.config
-        tokenize_kwargs = {
-            "max_completion_length": args.max_completion_length,
-            "max_prompt_length": args.max_prompt_length,
-            "max_length": getattr(config.get_text_config(), "max_position_embeddings", None),
-            "chat_template_kwargs": args.chat_template_kwargs,
-        }
-
-        data_counts = {}
-
-        def tokenize(dataset, split):
-            if dataset is None or "teacher_ids" in (dataset.column_names or []):
-                return dataset
-            dataset, data_counts[split] = tokenize_teacher_data(dataset, processing_class, **tokenize_kwargs)
-            logger.info(data_counts[split])
-            return dataset
-
-        train_dataset = tokenize(train_dataset, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(dataset, name) for name, dataset in eval_dataset.items()}
-        else:
-            eval_dataset = tokenize(eval_dataset, "test")
+        refuse_frozen_adapter(critic_adapter, "critic")
+        check_checkpoint(model, student_path, peft_config, discriminator, args)
+        self._teacher_rows = TeacherRows(args, processing_class, config)
+        train_dataset = self._teacher_rows.prepare_training(train_dataset)
+        eval_dataset = self._teacher_rows.prepare_evaluation(eval_dataset)
 
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        check_rewards(reward_funcs, args.reward_weights, reward_processing_classes)
+        reward_funcs = [without_what_grpo_does_not_pass(reward) for reward in reward_funcs]
         if args.reward_weights is not None:
             args.reward_weights = [1.0, *args.reward_weights]
         if isinstance(reward_processing_classes, list):
@@ -188,7 +186,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            rollout_func=rollout_func,
         )
+        refuse_adapted_head(self._unwrapped_policy(), "student")
+        if self.ref_model is not None:
+            match_embeddings(self._unwrapped_reference(), self._unwrapped_policy())
 
         student_kwargs = {
             key: init_kwargs[key]
@@ -210,22 +212,20 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             )
             self.critic_trainer = CriticTrainer(critic, args, self.accelerator)
         self._estimate_advantages = AdvantageEstimator(args, self.accelerator, self.critic_trainer)
-        self.monitor = TrainingMonitor(self._tokenizer)
         self.sample_metrics = sample_metrics
         self._held_out = HeldOutMetrics(self.accelerator)
         if self.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(self.model, self.discriminator)
             # A saturated discriminator's gradients are denormal numbers, on which CPUs are many times slower
             torch.set_flush_denormal(True)
-        self._sft_forward = fused_forward(self._unwrapped_policy(), temperature=1.0)
+        self._sft_forward = fused_forward(
+            self._unwrapped_policy(), temperature=1.0, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
+        )
         if args.warmup_epochs > 0 and args.beta != 0 and isinstance(self.model, PeftModel):
             add_reference_adapter(self.accelerator.unwrap_model(self.model))
-        self.card.counts = data_counts
+        self.card.counts = self._teacher_rows.counts
         self._student_path = student_path
-        self._warmup_steps = None
-        self._in_warmup = False
-        self._policy_is_held = False
-        self._reference_is_set = False
+        self._begin()
 
     @property
     def discriminator(self) -> Discriminator:
@@ -243,6 +243,32 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
+    def _unwrapped_reference(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+
+    # Rows, whichever door they come through
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Run both stages. A second call begins again at the warm-up, with the weights of the first.
+
+        Raises:
+            ValueError: As in [`~resume.ResumableRun.train`]; if there are fewer prompts than one generation batch has.
+        """
+        self.train_dataset = self._teacher_rows.prepare_training(self.train_dataset)
+        self._begin()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = self._teacher_rows.prepare_evaluation(self.eval_dataset)
+        else:
+            eval_dataset = self._teacher_rows.prepare(eval_dataset, "evaluation")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset):
+        return super().get_test_dataloader(self._teacher_rows.prepare(test_dataset, "evaluation"))
+
     # Generation and rewards
 
     def _set_signature_columns_if_needed(self):
@@ -252,7 +278,15 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
                 self._signature_columns.append(column)
 
     def _generate(self, prompts):
+        is_training = self.model.training
         output = super()._generate(prompts)
+        # Continuous batching leaves the model in training mode, by which an evaluation would be taken for a step
+        self.model.train(is_training)
+        if output[2] is not None:
+            raise ValueError(
+                "rollout_func returned `env_mask`: the discriminator would read what the environment wrote as the student's. "
+                "Return the student's own tokens alone."
+            )
         self._prompt_ids = output[0]
         return output
 
@@ -301,7 +335,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
-        log_extra("teacher_completion", teacher_completion)
+        log_extra(TEACHER_COMPLETION, teacher_completion)
         return self._scores.student.tolist()
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -313,7 +347,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
                 "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
             )
         # TRL drops a column named `completion`: pass the teacher's answer under another name
-        inputs = [{**row, "teacher_completion": row["completion"]} for row in inputs]
+        inputs = [{**row, TEACHER_COMPLETION: row["completion"]} for row in inputs]
+        for row in inputs:
+            del row["teacher_ids"]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.args.length_control:
             lengths = self.accelerator.gather(
@@ -365,7 +401,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            log_probs, mask = self._teacher_log_probs(self.model, inputs)
+            log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
         self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

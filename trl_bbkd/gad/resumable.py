@@ -88,7 +88,7 @@ class ResumableGAD(ResumableRun):
             self._save(os.path.join(self.args.output_dir, WARMED_UP_STUDENT_FOLDER))
         model = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(model.state_dict())
+            self._unwrapped_reference().load_state_dict(model.state_dict())
         elif self.args.beta != 0 and REFERENCE_ADAPTER in model.peft_config:
             copy_adapter_to_reference(model)
         self._reference_is_set = True
@@ -100,7 +100,7 @@ class ResumableGAD(ResumableRun):
                     f"The KL reference of this run, {folder}, is missing. Put the folder back beside the checkpoints, "
                     "or start again from a checkpoint of the warm-up."
                 )
-            reference = self.accelerator.unwrap_model(self.ref_model)
+            reference = self._unwrapped_reference()
             warmed_up = type(self._unwrapped_policy()).from_pretrained(folder, dtype=reference.dtype)
             reference.load_state_dict(warmed_up.state_dict())
         self._reference_is_set = True

@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from .._compat import pad
+from .warnings import TrainingMonitor
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,16 @@ class TwoStageGAD:
     The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
     (section 2.2 of arXiv 2511.10643).
     """
+
+    def _begin(self) -> None:
+        """Begin at the warm-up, whatever a run of the same trainer has left; weights and optimizers stay."""
+        self._warmup_steps = None
+        self._in_warmup = False
+        self._policy_is_held = False
+        self._reference_is_set = False
+        self.beta = self.args.beta
+        self._step, self._buffered_inputs = 0, None
+        self.monitor = TrainingMonitor(self._tokenizer)
 
     def _count_warmup_steps(self, max_steps: int) -> int:
         share = self.args.warmup_epochs / self.args.num_train_epochs
@@ -86,8 +97,13 @@ class TwoStageGAD:
         windows = self.args.steps_per_generation / self.current_gradient_accumulation_steps
         return tokens_per_generation_batch / self.accelerator.num_processes / windows
 
-    def _teacher_log_probs(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the teacher's answers that count, and their mask, of shape `(B', T)`."""
+    def _teacher_log_probs(
+        self, model, inputs: dict[str, torch.Tensor], with_aux_loss: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Log-probabilities of the teacher's answers that count, and their mask, of shape `(B', T)`; the load-balancing loss
+        of a mixture of experts, if it is asked for.
+        """
         rows = inputs["teacher_mask"].any(dim=1)
         # Every process must run the model, or the others would wait for its gradients
         rows[0] |= ~rows.any()
@@ -95,19 +111,30 @@ class TwoStageGAD:
         input_ids = torch.cat([inputs["prompt_ids"][rows], teacher_ids], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"][rows], teacher_mask], dim=1)
         with self._sft_temperature():
-            log_probs, _, _ = self._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep=teacher_ids.size(1)
+            log_probs, _, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep=teacher_ids.size(1),
+                compute_aux_loss=with_aux_loss,
             )
-        return log_probs, teacher_mask
+        return log_probs, teacher_mask, aux_loss
 
     def _sft_loss(self, model, inputs):
-        """Cross-entropy on the teacher's answers (section 2.2): the token mean over one accumulation window."""
-        log_probs, mask = self._teacher_log_probs(model, inputs)
+        """
+        Cross-entropy on the teacher's answers (section 2.2): the token mean over one accumulation window. A mixture of
+        experts adds its load-balancing loss, as GRPO does.
+        """
+        log_probs, mask, aux_loss = self._teacher_log_probs(model, inputs, with_aux_loss=self.aux_loss_enabled)
         total = -(log_probs * mask).sum()
         nll = self.accelerator.reduce(torch.stack([total.detach(), mask.sum()]))
         if nll[1] > 0:
             self._log_metrics("train", {"teacher_nll": (nll[0] / nll[1]).item()})
-        return total / self._tokens_per_window(inputs["num_teacher_tokens"])
+        loss = total / self._tokens_per_window(inputs["num_teacher_tokens"])
+        if aux_loss is None:
+            return loss
+        self._log_metrics("train", {"aux_loss": self.accelerator.gather(aux_loss.detach()).mean().item()})
+        return loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
 
     @contextlib.contextmanager
     def _sft_temperature(self):

@@ -1,7 +1,6 @@
 import copy
 import logging
 import time
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -14,12 +13,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
 )
-from transformers.trainer_utils import TrainOutput
 
 from .._compat import keep_4bit_weights_differentiable
-from ..resume import TRAINER_STATE_NAME, last_finished_checkpoint
+from ..resume import last_finished_checkpoint
 from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
@@ -60,6 +57,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         ValueError: Under DeepSpeed or FSDP, which are not supported yet.
     """
 
+    _training_name = "distillation"
     _config_type: type[ProxyConfig]
     _stages_type: type[ProxyStages]
     _without_proxy: str  # how the method does without a proxy
@@ -212,20 +210,6 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         return super().check_output_dir(resume_from_checkpoint)
 
-    def _has_taken_all_steps(self, checkpoint: str) -> bool:
-        steps = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
-        return steps >= self.args.max_steps > 0
-
-    def _finished_before(self, checkpoint: str) -> TrainOutput:
-        """What `train` left, without the step more that `Trainer` would take from a run's last checkpoint."""
-        self.check_output_dir(checkpoint)
-        self.state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or checkpoint)
-        if self.accelerator.is_main_process:
-            logger.warning(f"distillation: finished before, in {checkpoint}; not run again.")
-        return TrainOutput(self.state.global_step, 0.0, {})
-
     def _describe_run(self) -> dict:
         # Only the stages' end tells what the student learns from; until then, there is less to compare
         return super()._describe_run() | self._learned_from
@@ -262,6 +246,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         if "distil" not in self.args.stages:
             return None
         if resume_from_checkpoint is not None and self._has_taken_all_steps(resume_from_checkpoint):
+            self.check_output_dir(resume_from_checkpoint)
             return self._finished_before(resume_from_checkpoint)
         if resume_from_checkpoint is not None and self.accelerator.is_main_process:
             logger.warning(f"distillation: going on from {resume_from_checkpoint}.")

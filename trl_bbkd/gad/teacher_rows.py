@@ -1,0 +1,105 @@
+import logging
+
+from datasets import Dataset, IterableDataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..preflight import refuse_too_few_rows
+from ..teacher_data import TeacherDataCounts, TeacherDataError, tokenize_teacher_data
+from .gad_config import GADConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherRows:
+    """
+    Prepares rows of teacher text for GAD, whichever door they come through: the constructor, `evaluate`, `predict`, or
+    an attribute that was set later.
+
+    Args:
+        args ([`GADConfig`]):
+            Its `max_prompt_length`, `max_completion_length` and `chat_template_kwargs`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's.
+        config ([`~transformers.PretrainedConfig`]):
+            The student's.
+    """
+
+    def __init__(self, args: GADConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.counts: dict[str, TeacherDataCounts] = {}
+        self._streams: list[IterableDataset] = []  # a stream that was prepared does not name its columns
+
+    def prepare(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
+        """
+        Rows with `teacher_ids`. What has them is returned as it is.
+
+        Args:
+            rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                Teacher text.
+            split (`str`):
+                Name of the rows, under which they are counted.
+
+        Raises:
+            [`~teacher_data.TeacherDataError`]: they are no data set, or break the contract of teacher text.
+        """
+        if not isinstance(rows, Dataset | IterableDataset):
+            raise TeacherDataError(
+                f"The rows ({split}) must be a `Dataset` or an `IterableDataset`, got {type(rows).__name__}: GAD needs "
+                "prompts and the teacher's answers."
+            )
+        if "teacher_ids" in (rows.column_names or []) or any(rows is stream for stream in self._streams):
+            return rows
+        rows, self.counts[split] = tokenize_teacher_data(
+            rows,
+            self.tokenizer,
+            max_completion_length=self.args.max_completion_length,
+            max_prompt_length=self.args.max_prompt_length,
+            max_length=self.max_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+        logger.info(self.counts[split])
+        if isinstance(rows, IterableDataset):
+            self._streams.append(rows)
+        return rows
+
+    def prepare_training(self, rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """
+        As [`~TeacherRows.prepare`], for `train_dataset`.
+
+        Raises:
+            ValueError: there are fewer prompts than one generation batch has. A stream cannot be counted.
+        """
+        rows = self.prepare(rows, "train")
+        if isinstance(rows, Dataset):
+            refuse_too_few_rows(len(rows), self._prompts_per_batch(), "prompts", self._how_to_fill_a_batch())
+        return rows
+
+    def prepare_evaluation(self, rows):
+        """As [`~TeacherRows.prepare`], for `eval_dataset`, which may be `None` or a dictionary of data sets."""
+        if rows is None:
+            return None
+        if isinstance(rows, dict):
+            return {name: self.prepare(split, name) for name, split in rows.items()}
+        return self.prepare(rows, "test")
+
+    def _prompts_per_batch(self) -> int:
+        return self.args.generation_batch_size // self.args.num_generations
+
+    def _how_to_fill_a_batch(self) -> str:
+        args = self.args
+        keys = [f"per_device_train_batch_size ({args.per_device_train_batch_size})"]
+        if args.steps_per_generation > 1:
+            taken = args.gradient_accumulation_steps == args.steps_per_generation
+            name = "gradient_accumulation_steps" if taken else "steps_per_generation"
+            keys.append(f"{name} ({args.steps_per_generation})")
+        remedy = f"lower {' or '.join(keys)}, or raise num_generations ({args.num_generations})"
+        counts = self.counts.get("train")
+        if counts is not None and counts.dropped_prompts:
+            remedy = (
+                f"raise max_prompt_length ({args.max_prompt_length}), which dropped {counts.dropped_prompts} of "
+                f"{counts.rows} rows, or {remedy}"
+            )
+        return remedy
