@@ -1,5 +1,7 @@
 """What every trainer asks before it builds anything: configuration, tokenizer, a model that can learn, enough rows."""
 
+import dataclasses
+
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -110,3 +112,47 @@ def refuse_too_few_rows(rows: int, needed: int, unit: str, remedy: str) -> None:
             f"{rows} training {unit} do not fill one batch of {needed} {unit}: not a single step would be taken. "
             f"Get more teacher rows, or {remedy}."
         )
+
+
+def refuse_no_steps(steps: int, what: str) -> None:
+    """
+    Refuse to call a run done that has learned nothing.
+
+    Args:
+        steps (`int`):
+            Optimizer steps taken.
+        what (`str`):
+            What has ended: `"Distillation"`.
+
+    Raises:
+        ValueError: there were none.
+    """
+    if steps == 0:
+        raise ValueError(
+            f"{what} ended without an optimizer step: nothing was learned. Raise num_train_epochs or max_steps, or get more rows."
+        )
+
+
+def refuse_fields(args, refused: dict[str, str], where: str, harmless: dict[str, tuple] | None = None) -> None:
+    """
+    Refuse fields of TRL's configuration that would be taken and have no effect.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration, as it is after TRL's own checks.
+        refused (`dict[str, str]`):
+            Reason, and what to do instead, by the field's name.
+        where (`str`):
+            Where they have none, as in `"with soft targets"`.
+        harmless (`dict[str, tuple]`, *optional*):
+            Values of a field that, beside its default, say what is done anyway.
+
+    Raises:
+        ValueError: one of them was set to another value than its default.
+    """
+    defaults = {field.name: field for field in dataclasses.fields(args)}
+    for name, reason in refused.items():
+        value, field = getattr(args, name), defaults[name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default and value not in (harmless or {}).get(name, ()):
+            raise ValueError(f"{name}={value!r} is not possible {where}: {reason}")
