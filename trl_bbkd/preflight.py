@@ -1,10 +1,10 @@
 """What every trainer asks before it builds anything: configuration, tokenizer, a model that can learn, enough rows."""
 
-import dataclasses
-
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TrainableTokensWrapper
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def require_config(args, config_type: type, trainer: str) -> None:
@@ -70,6 +70,70 @@ def refuse_frozen(model: nn.Module, role: str) -> None:
     raise ValueError(f"The {role} has no trainable parameter: it would take every step and learn nothing. {remedy}.")
 
 
+def refuse_frozen_adapter(adapter: PeftConfig | None, role: str) -> None:
+    """
+    Refuse the configuration of an adapter that would be made without a trainable parameter, as a saved one's is.
+
+    Args:
+        adapter ([`~peft.PeftConfig`], *optional*):
+            The adapter that is to be trained.
+        role (`str`):
+            What the model is.
+
+    Raises:
+        ValueError: `adapter` is for inference.
+    """
+    if adapter is not None and adapter.inference_mode:
+        raise ValueError(
+            f"The {role}'s {type(adapter).__name__} has inference_mode=True, as one read from a saved adapter: it would take "
+            "every step and learn nothing. Set inference_mode=False; to go on with that adapter, hand in "
+            "PeftModel.from_pretrained(base, path, is_trainable=True) instead."
+        )
+
+
+def refuse_adapted_head(model: PreTrainedModel, role: str) -> None:
+    """
+    Refuse an adapter on an output layer whose weight is multiplied with the hidden states directly.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, without its PEFT wrapper.
+        role (`str`):
+            What the model is.
+
+    Raises:
+        ValueError: the output layer has an adapter. A copy of the layer (`modules_to_save`) is none.
+    """
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper):
+        raise ValueError(
+            f"The {role} has an adapter on its output layer, which would never be trained: log-probabilities are computed "
+            "from the layer's weight directly. Take the layer ('lm_head') out of target_modules, and leave out "
+            "trainable_token_indices and ensure_weight_tying if it is tied to the embeddings; modules_to_save=['lm_head'] "
+            "trains all of it."
+        )
+
+
+def refuse_short_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, role: str) -> None:
+    """
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Whose ids the model reads.
+        num_embeddings (`int`):
+            Rows of the model's embedding.
+        role (`str`):
+            What the model is.
+
+    Raises:
+        ValueError: the tokenizer has ids beyond the embedding.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_embeddings:
+        raise ValueError(
+            f"The tokenizer has ids up to {largest}, but the {role} has embeddings for {num_embeddings} tokens. Resize them, "
+            f"model.resize_token_embeddings({largest + 1}), and hand in the model, or save it and hand in its path."
+        )
+
+
 def refuse_prompt_learning(adapter: PeftConfig | None, role: str, why: str) -> None:
     """
     Args:
@@ -131,28 +195,3 @@ def refuse_no_steps(steps: int, what: str) -> None:
         raise ValueError(
             f"{what} ended without an optimizer step: nothing was learned. Raise num_train_epochs or max_steps, or get more rows."
         )
-
-
-def refuse_fields(args, refused: dict[str, str], where: str, harmless: dict[str, tuple] | None = None) -> None:
-    """
-    Refuse fields of TRL's configuration that would be taken and have no effect.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Configuration, as it is after TRL's own checks.
-        refused (`dict[str, str]`):
-            Reason, and what to do instead, by the field's name.
-        where (`str`):
-            Where they have none, as in `"with soft targets"`.
-        harmless (`dict[str, tuple]`, *optional*):
-            Values of a field that, beside its default, say what is done anyway.
-
-    Raises:
-        ValueError: one of them was set to another value than its default.
-    """
-    defaults = {field.name: field for field in dataclasses.fields(args)}
-    for name, reason in refused.items():
-        value, field = getattr(args, name), defaults[name]
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value != default and value not in (harmless or {}).get(name, ()):
-            raise ValueError(f"{name}={value!r} is not possible {where}: {reason}")

@@ -7,12 +7,12 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..preflight import refuse_frozen, refuse_prompt_learning
+from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
 from ..teacher_data import TeacherDataError, check_teacher_data
 from .config import ProxyConfig
-from .model import ADAPTER_CONFIG, ProxyModelError, base_of_adapter
+from .model import ADAPTER_CONFIG, ProxyModelError, adapter_of, base_of_adapter
 
 
 VOCABULARY_TEXTS = 256
@@ -123,6 +123,7 @@ def check_models(
             path that is an adapter's.
     """
     refuse_prompt_learning(adapter_of(student) or peft_config, "student", NO_VIRTUAL_TOKENS)
+    refuse_frozen_adapter(peft_config, "student")
     if isinstance(student, str):
         if (Path(student) / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -138,11 +139,6 @@ def check_models(
         if proxy is not None and TRAINING_STAGES.intersection(args.stages):
             refuse_frozen(proxy, "proxy")
     refuse_prompt_learning(adapter, "proxy", NO_VIRTUAL_TOKENS)
-
-
-def adapter_of(model) -> PeftConfig | None:
-    """The configuration of a model's adapter, if it has one."""
-    return model.active_peft_config if isinstance(model, PeftModel) else None
 
 
 def check_tokens(rows: Dataset, context: int | None, vocab_size: int) -> None:

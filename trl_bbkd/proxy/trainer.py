@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from .._compat import keep_4bit_weights_differentiable
-from ..preflight import refuse_no_steps, require_config, require_tokenizer
+from ..preflight import require_config, require_tokenizer
 from ..resume import TRAINER_STATE_NAME, last_finished_checkpoint
 from ..seqkd import sft_rows
 from ..sharding import refuse_sharding
@@ -324,7 +324,6 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         set_seed(self.args.seed)
         started = time.perf_counter()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
-        refuse_no_steps(self.state.global_step, "Distillation")
         self._seconds = time.perf_counter() - started
         return output
 

@@ -3,7 +3,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..preflight import refuse_fields
+from ..refused_fields import refuse_fields
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
-from ..preflight import refuse_fields
+from ..refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
 
