@@ -3,6 +3,9 @@
 import dataclasses
 
 
+SHOWN_CHARACTERS = 80
+
+
 def refuse_fields(args, refused: dict[str, str], where: str, harmless: dict[str, tuple] | None = None) -> None:
     """
     Refuse fields of TRL's configuration that would be taken and have no effect.
@@ -25,4 +28,5 @@ def refuse_fields(args, refused: dict[str, str], where: str, harmless: dict[str,
         value, field = getattr(args, name), defaults[name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value != default and value not in (harmless or {}).get(name, ()):
-            raise ValueError(f"{name}={value!r} is not possible {where}: {reason}")
+            shown = " ".join(repr(value).split())[:SHOWN_CHARACTERS]
+            raise ValueError(f"{name}={shown} is not possible {where}: {reason}")

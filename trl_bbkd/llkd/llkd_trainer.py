@@ -78,7 +78,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             The student's tokenizer; by default, that at its path.
         compute_metrics (`Callable`, *optional*):
             As in [`~transformers.Trainer`]. By default [`classification_metrics`].
-        callbacks, optimizers, preprocess_logits_for_metrics:
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train; its `task_type` is `"SEQ_CLS"`, by which the head is trained as well.
@@ -127,6 +127,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
     ):
         self._student_path = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
@@ -184,6 +185,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             compute_metrics=compute_metrics or classification_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         # Trainer then counts the rows of a whole step (below), and does not divide the loss by its micro-batches

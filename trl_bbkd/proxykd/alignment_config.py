@@ -122,6 +122,7 @@ class ProxyAlignmentConfig(DPOConfig):
         own = {"loss_type": ["sigmoid", "sft"], "loss_weights": [self.preference_weight, self.sft_weight]}
         # What it sets itself comes back where a configuration is made from another one's fields
         refuse_fields(self, OWN_FIELDS, "here", {name: (value,) for name, value in own.items()})
+        refuse_fields(self, REFUSED, "here")
         self.loss_type, self.loss_weights = own.values()
         super().__post_init__()
         for name in ("preference_weight", "sft_weight"):
@@ -133,7 +134,6 @@ class ProxyAlignmentConfig(DPOConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_rounds(self)
-        refuse_fields(self, REFUSED, "here")
         if self.save_strategy == "best":
             raise ValueError(
                 "save_strategy='best' is not possible here: set alignment_patience to keep the best proxy."
