@@ -155,7 +155,8 @@ ALIGNMENT = {
     "f_alpha_divergence_coef": ACTS,
     "label_smoothing": OTHER_LOSS,
     "beta": ACTS,
-    "use_weighting": ACTS,
+    "train_sampling_strategy": "differs: 'random' or 'sequential'; others are refused, because a pair has no one length",
+    "use_weighting": "refused: TRL cannot weigh the NLL of equation 3",
     "discopop_tau": OTHER_LOSS,
     "activation_offloading": ACTS,
     "sync_ref_model": REFERENCE,
@@ -231,6 +232,7 @@ REFUSED_VALUES = {
     "save_only_model": True,
     "sync_ref_model": True,
     "use_liger_kernel": True,
+    "use_weighting": True,
 }
 
 PROXY_ARGUMENTS = {

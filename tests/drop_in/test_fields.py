@@ -102,6 +102,14 @@ def test_what_is_done_anyway_may_be_said(config):
     config("out", completion_only_loss=True, router_aux_loss_coef=0.0, eval_packing=False, **ON_CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_sampling_strategy", "group_by_length"), ("save_strategy", "best")]
+)
+def test_a_value_that_an_alignment_has_no_use_for(name, value):
+    with pytest.raises(ValueError, match=f"{name}='{value}' is not possible here"):
+        ProxyAlignmentConfig("out", **{**ON_CPU, name: value})
+
+
 @pytest.mark.parametrize("name", BY_TRAINER)
 @pytest.mark.parametrize("trainer", [ProxyKDTrainer, BayesKDTrainer, ProxyAlignmentTrainer])
 def test_sharding_is_refused_by_the_trainer(monkeypatch, trainer, name):

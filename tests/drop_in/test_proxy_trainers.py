@@ -55,8 +55,8 @@ class TestConfiguration:
         made = trainer(tiny_model_dir, args, train_dataset=rows)
         assert made.args.output_dir == str(tmp_path)
         assert made.proxy_stages.proxy == other_model_dir
-        with pytest.raises(TypeError, match="got str"):
-            trainer(tiny_model_dir, args, "something else", train_dataset=rows)
+        with pytest.raises(TypeError, match="was given two configurations"):
+            trainer(tiny_model_dir, args, args, train_dataset=rows)
 
     def test_metrics_and_optimizer_of_trl_act(self, tmp_path, tiny_model_dir):
         seen = []

@@ -92,7 +92,11 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         student_path = model if isinstance(model, str) else model.config._name_or_path
-        if isinstance(proxy_model, TrainingArguments) and args is None:
+        if isinstance(proxy_model, TrainingArguments):
+            if args is not None:
+                raise TypeError(
+                    f"{type(self).__name__} was given two configurations, second and third. Leave one out."
+                )
             # `Trainer(model, args)`, as all others are called
             proxy_model, args = None, proxy_model
         if args is None:

@@ -134,6 +134,11 @@ class ProxyAlignmentConfig(DPOConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_rounds(self)
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} is not possible here: a pair has no one length. Take "
+                "'random' or 'sequential'."
+            )
         if self.save_strategy == "best":
             raise ValueError(
                 "save_strategy='best' is not possible here: set alignment_patience to keep the best proxy."
@@ -170,6 +175,7 @@ REFUSED = {
     "precompute_ref_batch_size": "each round has samples and a reference of its own. Leave it out.",
     "label_smoothing": "no loss of equation 6 has it. Leave it out.",
     "label_smoothing_factor": "no loss of equation 6 has it. Leave it out.",
+    "use_weighting": "TRL cannot weigh the NLL of equation 3. Leave it out.",
     "discopop_tau": "it belongs to a loss that is not this one. Leave it out.",
     "dataset_num_proc": "rows are tokenised in one process. Leave it out.",
     "length_column_name": "lengths are those of the tokens, and no other column is kept. Leave it out.",
