@@ -42,6 +42,26 @@ OVERRIDDEN = {
     (SFTTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (SFTTrainer, "_set_signature_columns_if_needed"): ["self"],
     (SFTTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (SFTTrainer, "_prepare_dataset"): [
+        "self",
+        "dataset",
+        "processing_class",
+        "args",
+        "packing",
+        "formatting_func",
+        "dataset_name",
+    ],
+    (Trainer, "_get_dataloader"): [
+        "self",
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ],
+    (DPOTrainer, "evaluate"): ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    (DPOTrainer, "predict"): ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
     (DPOTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
     (DPOTrainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (_compat.DataCollatorForLanguageModeling, "torch_call"): ["self", "examples"],
@@ -93,6 +113,13 @@ def test_soft_target_seams():
         assert part in source, message + part
     assert SFTTrainer.loss_is_scaled_for_ga is None, message + "loss_is_scaled_for_ga"
     assert {"input_ids", "labels"} <= set(inspect.getsource(SFTTrainer._set_signature_columns_if_needed).split('"'))
+
+
+def test_rows_handed_in_are_prepared_by_the_seam_that_prepares_those_of_the_constructor():
+    for trainer in (SFTTrainer, DPOTrainer):
+        assert "self._prepare_dataset(" in inspect.getsource(trainer.evaluate), "Adapt proxy/trainer.py."
+    for name in ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader"):
+        assert "self._get_dataloader(" in inspect.getsource(getattr(Trainer, name)), "Adapt proxy/ and llkd/ trainers."
 
 
 def test_the_adapter_that_dpo_takes_for_its_reference_is_ours():

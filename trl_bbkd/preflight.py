@@ -176,3 +176,22 @@ def refuse_too_few_rows(rows: int, needed: int, unit: str, remedy: str) -> None:
             f"{rows} training {unit} do not fill one batch of {needed} {unit}: not a single step would be taken. "
             f"Get more teacher rows, or {remedy}."
         )
+
+
+def refuse_no_steps(steps: int, what: str) -> None:
+    """
+    Refuse to call a run done that has learned nothing.
+
+    Args:
+        steps (`int`):
+            Optimizer steps taken.
+        what (`str`):
+            What has ended: `"Distillation"`.
+
+    Raises:
+        ValueError: there were none.
+    """
+    if steps == 0:
+        raise ValueError(
+            f"{what} ended without an optimizer step: nothing was learned. Raise num_train_epochs or max_steps, or get more rows."
+        )

@@ -105,7 +105,8 @@ def test_bad_evaluation_rows(tmp_path, rows, message):
 def test_rows_longer_than_the_student(tmp_path):
     rows = make_rows(8).remove_columns("text").add_column("text", ["A"] * 7 + ["A dog has four legs. " * 20])
     with pytest.raises(
-        LLKDDataError, match=r"Row 7 of the training rows has \d+ tokens; the student takes 1 to 64. max_length=64"
+        LLKDDataError,
+        match=r"Row 7 of the training rows has \d+ tokens, but the student takes 64 at most. Set max_length to 64",
     ):
         make_trainer(tmp_path, rows=rows, max_length=None)
     make_trainer(tmp_path, rows=rows, max_length=64)

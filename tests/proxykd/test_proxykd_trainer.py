@@ -465,9 +465,18 @@ class TestWarnings:
 
     def test_an_alignment_that_lowers_agreement(self, finished):
         trainer = finished[0]
-        report = {"stage": "proxy alignment", "metrics": [{"top1_agreement": 0.8}, {"top1_agreement": 0.7}]}
-        kept, trainer.proxy_stages.reports = trainer.proxy_stages.reports, [report]
-        assert "from 0.800 to 0.700" in trainer.warnings[0]["text"]
+        kept = trainer.proxy_stages.reports
+
+        def warnings_of(error):
+            metrics = [{"top1_agreement": share, "top1_agreement_se": error} for share in (0.8, 0.7)]
+            trainer.proxy_stages.reports = [{"stage": "proxy alignment", "metrics": metrics}]
+            return [warning["text"] for warning in trainer.warnings if "alignment lowered" in warning["text"]]
+
+        assert (
+            "from 0.800 to 0.700 of held-out positions (standard error of the difference 0.028)"
+            in warnings_of(0.02)[0]
+        )
+        assert warnings_of(0.04) == []  # within noise
         trainer.proxy_stages.reports = kept
 
 

@@ -134,10 +134,11 @@ class BayesKDTrainer(ProxyTargetTrainer):
         texts, found = [], self.calibration
         if TOP_LOGPROBS in self.proxy_stages.rows.estimate.column_names and self.args.posterior_weight == 0:
             texts.append(f"`{TOP_LOGPROBS}` was not used: it is part of the posterior, and posterior_weight is 0.")
-        if found is not None and found["posterior"] > found["proxy"]:
+        error = None if found is None else found.get("gain_se")
+        if error is not None and found["posterior"] - found["proxy"] > 2 * error:
             texts.append(
                 f"The posterior predicts held-out teacher text worse than the proxy alone: {found['posterior']:.3f} against "
-                f"{found['proxy']:.3f} nats per token, because of the n-gram prior. Try a lower posterior_concentration or "
-                "more posterior_draws, and compare the students."
+                f"{found['proxy']:.3f} nats per token (standard error of the difference {error:.3f}), because of the n-gram prior. "
+                "Try a lower posterior_concentration or more posterior_draws, and compare the students."
             )
         return [{"step": 0, "text": text} for text in texts]

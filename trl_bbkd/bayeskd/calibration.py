@@ -52,7 +52,7 @@ def calibration(tokens: HeldOutTokens, draws: int, concentration: float, vocab_s
 
     Returns:
         `dict`: `tokens`, `draws`, `concentration`; `prior`, `proxy`, `posterior` (in expectation) and
-        `posterior_drawn`, NLLs; and `table`, a list of `draws`, `concentration`, `expected`, `drawn`.
+        `posterior_drawn`, NLLs; `gain_se`, the standard error of `proxy` less `posterior`; and `table`, a list of `draws`, `concentration`, `expected`, `drawn`.
     """
 
     def expected(count: int, kappa: float) -> float:
@@ -64,6 +64,9 @@ def calibration(tokens: HeldOutTokens, draws: int, concentration: float, vocab_s
     def nll(probs: torch.Tensor) -> float:
         return float(smoothed_nll(probs, FLOOR, vocab_size))
 
+    def log_probs(probs: torch.Tensor) -> torch.Tensor:
+        return ((1.0 - FLOOR) * probs + FLOOR / vocab_size).log()
+
     return {
         "tokens": len(tokens.ngram),
         "draws": draws,
@@ -72,12 +75,21 @@ def calibration(tokens: HeldOutTokens, draws: int, concentration: float, vocab_s
         "proxy": nll(tokens.proxy),
         "posterior": expected(draws, concentration),
         "posterior_drawn": drawn(draws, concentration),
+        "gain_se": mean_standard_error(
+            log_probs(beta_posterior(tokens.ngram, draws * tokens.proxy, draws, concentration))
+            - log_probs(tokens.proxy)
+        ),
         "table": [
             {"draws": count, "concentration": kappa, "expected": expected(count, kappa), "drawn": drawn(count, kappa)}
             for kappa in sorted({*CONCENTRATIONS, concentration} - {0.0})
             for count in sorted({*DRAWS, draws})
         ],
     }
+
+
+def mean_standard_error(values: torch.Tensor) -> float | None:
+    """Standard error of the mean of values, `(N,)`; `None` of one alone."""
+    return float(values.double().std()) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def hits(draws: np.ndarray, tokens: np.ndarray, counts: tuple[int, ...]) -> dict[int, torch.Tensor]:

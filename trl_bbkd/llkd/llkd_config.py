@@ -3,6 +3,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from ..refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
 
@@ -92,6 +93,7 @@ class LLKDConfig(SelectionConfig, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_fields(self, REFUSED, "for a classifier")
         for name in ("max_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -100,3 +102,8 @@ class LLKDConfig(SelectionConfig, TrainingArguments):
             raise ValueError(f"labels must be a list of different names, got {self.labels!r}.")
         if self.labels is not None and len(self.labels) < 2:
             raise ValueError(f"labels must name at least two classes, got {self.labels!r}.")
+
+
+REFUSED = {
+    "parallelism_config": "pools are scored by the student as a whole. Use plain data parallelism.",
+}

@@ -21,13 +21,15 @@ from transformers import (
 )
 
 from .._compat import get_config_model_id
+from ..preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_tokenizer
 from ..resume import ResumableRun
 from ..selection.collator import CARRIED_COLUMNS
-from ..selection.config import SELECTION_ARGUMENTS
+from ..selection.config import SELECTION_ARGUMENTS, check_batches
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
 from ..trainer_hub import StudentHubMixin
+from .checks import check_all_classes, check_labels, check_token_rows, refuse_other_columns
 from .llkd_config import LLKDConfig
 
 
@@ -76,7 +78,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             The student's tokenizer; by default, that at its path.
         compute_metrics (`Callable`, *optional*):
             As in [`~transformers.Trainer`]. By default [`classification_metrics`].
-        callbacks, optimizers, preprocess_logits_for_metrics:
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
             As in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train; its `task_type` is `"SEQ_CLS"`, by which the head is trained as well.
@@ -125,31 +127,37 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
     ):
         self._student_path = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
+        require_config(args, LLKDConfig, type(self).__name__)
+        refuse_frozen_adapter(peft_config, "student")
+        if not isinstance(model, str) and peft_config is None:
+            refuse_frozen(model, "student")
+        if args.batch_eval_metrics and compute_metrics is None:
+            raise ValueError(
+                "batch_eval_metrics=True needs compute_metrics of your own: accuracy and macro F1 are of all rows at once."
+            )
         self.class_names = class_names(train_dataset, args.labels)
         revision = {"revision": (args.model_init_kwargs or {}).get("revision", "main")}
         config = AutoConfig.from_pretrained(model, **revision) if isinstance(model, str) else model.config
-        num_labels = self._num_labels(model, config, args)
+        self._num_classes = self._num_labels(model, config, args)
+        self._max_positions = max_positions(config)
+        self._vocab_size = config.get_text_config().vocab_size
+        self._collates_itself = data_collator is None
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
         evaluated = {name: rows for name, rows in evaluated.items() if rows is not None}
-        check_labels(train_dataset, "label", num_labels, self.class_names, "training")
-        if not args.allow_missing_classes:
-            check_all_classes(train_dataset, num_labels, self.class_names)
-        if "gold" in train_dataset.column_names:
-            check_labels(train_dataset, "gold", num_labels, self.class_names, "training", may_be_unknown=True)
+        self._check_training_rows(train_dataset, args)
         for name, rows in evaluated.items():
-            check_labels(rows, "label", num_labels, self.class_names, name)
+            check_labels(rows, "label", self._num_classes, self.class_names, name)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self._student_path, **revision)
+        require_tokenizer(processing_class, type(self).__name__)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        self._max_positions = max_positions(config)
-        train_dataset = self._tokenized(train_dataset, processing_class, args, "training")
-        if args.selection == "none":
-            train_dataset = without(train_dataset, (*CARRIED_COLUMNS, "gold"))
+        train_dataset = self._training_rows(train_dataset, processing_class, args)
         evaluated = {
             name: without(self._tokenized(rows, processing_class, args, name), (*CARRIED_COLUMNS, "gold"))
             for name, rows in evaluated.items()
@@ -177,6 +185,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             compute_metrics=compute_metrics or classification_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         # Trainer then counts the rows of a whole step (below), and does not divide the loss by its micro-batches
@@ -219,9 +228,9 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             )
 
     def _tokenized(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLKDConfig, where: str) -> Dataset:
-        """Rows with `input_ids`, none of which is too long for the student."""
-        limit = self._max_positions
-        if "input_ids" not in rows.column_names:
+        """Rows with `input_ids`, all of which the student can read."""
+        is_text = "input_ids" not in rows.column_names
+        if is_text:
             if args.text_column not in rows.column_names:
                 raise LLKDDataError(
                     f"The {where} rows have no column `{args.text_column}`, and no `input_ids`; columns found: "
@@ -242,14 +251,39 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
                     remove_columns=[args.text_column],
                     desc=f"Tokenizing {where} rows",
                 )
-        for row, input_ids in enumerate(rows["input_ids"]):
-            if not input_ids or (limit is not None and len(input_ids) > limit):
-                advice = f"max_length={limit} cuts them" if input_ids else "Drop it"
-                raise LLKDDataError(
-                    f"Row {row} of the {where} rows has {len(input_ids)} tokens; the student takes 1 to "
-                    f"{limit or 'any number'}. {advice}."
-                )
+        check_token_rows(rows, where, self._max_positions, self._vocab_size, max_length_acts=is_text)
+        if not args.remove_unused_columns and self._collates_itself:
+            refuse_other_columns(rows, where, tokenizer.model_input_names)
         return rows
+
+    def _check_training_rows(self, rows: Dataset, args: LLKDConfig) -> None:
+        check_labels(rows, "label", self._num_classes, self.class_names, "training")
+        if not args.allow_missing_classes:
+            check_all_classes(rows, self._num_classes, self.class_names)
+        if "gold" in rows.column_names:
+            check_labels(rows, "gold", self._num_classes, self.class_names, "training", may_be_unknown=True)
+        check_batches(len(rows), args)
+
+    def _training_rows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLKDConfig) -> Dataset:
+        rows = self._tokenized(rows, tokenizer, args, "training")
+        return without(rows, (*CARRIED_COLUMNS, "gold")) if args.selection == "none" else rows
+
+    def train(self, *args, **kwargs):
+        """As in [`~transformers.Trainer`]; `train_dataset` may have been replaced by other rows."""
+        if "input_ids" not in self.train_dataset.column_names:
+            self._check_training_rows(self.train_dataset, self.args)
+            self.train_dataset = self._training_rows(self.train_dataset, self.processing_class, self.args)
+            if self.selector is not None:
+                self._start_selection()
+        return super().train(*args, **kwargs)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        # An `eval_dataset` that was replaced
+        if not is_training and isinstance(dataset, Dataset) and "input_ids" not in dataset.column_names:
+            dataset = self._to_evaluate(dataset)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):
         return super().get_eval_dataloader(self._to_evaluate(eval_dataset))
@@ -261,6 +295,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         """Rows handed in after the constructor may be text as well."""
         if not isinstance(rows, Dataset):
             return rows
+        if "label" in rows.column_names:
+            check_labels(rows, "label", self._num_classes, self.class_names, "evaluation")
         rows = self._tokenized(rows, self.processing_class, self.args, "evaluation")
         return without(rows, (*CARRIED_COLUMNS, "gold"))
 
@@ -343,61 +379,6 @@ def class_names(rows: Dataset, labels: list[str] | None) -> list[str] | None:
             f"There is one class only, {names[0]!r}; a student must choose one of two or more. Set `labels`."
         )
     return names
-
-
-def check_labels(
-    rows: Dataset,
-    column: str,
-    num_labels: int,
-    names: list[str] | None,
-    where: str,
-    may_be_unknown: bool = False,
-) -> None:
-    """
-    Refuse labels that are none of the classes.
-
-    Raises:
-        [`~selection.signals.LLKDDataError`]: the column is missing, numbers its classes otherwise, or has a value that
-        is no class.
-    """
-    if column not in rows.column_names:
-        advice = "Make it with `trl_bbkd.pseudo_label`" if where == "training" else "It is the true one there"
-        raise LLKDDataError(
-            f"The {where} rows have no column `{column}`; columns found: {', '.join(rows.column_names)}. {advice}."
-        )
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel) and names is not None and feature.names != names:
-        raise LLKDDataError(
-            f"In `{column}` of the {where} rows the classes are {', '.join(feature.names)}, but those to learn are "
-            f"{', '.join(names)}. Bring them into the same order: `dataset.align_labels_with_mapping`."
-        )
-    for row, value in enumerate(rows[column]):
-        if may_be_unknown and value is None:
-            continue
-        if not isinstance(value, int) or not 0 <= value < num_labels:
-            advice = (
-                "turn names into numbers with `dataset.class_encode_column`"
-                if isinstance(value, str)
-                else "drop the row, or mend it"
-            )
-            raise LLKDDataError(
-                f"Row {row} of the {where} rows: `{column}` is {value!r}, which is none of the student's {num_labels} "
-                f"classes, 0 to {num_labels - 1}; {advice}."
-            )
-
-
-def check_all_classes(rows: Dataset, num_labels: int, names: list[str] | None) -> None:
-    """
-    Raises:
-        [`~selection.signals.LLKDDataError`]: a class has no row.
-    """
-    missing = sorted(set(range(num_labels)) - set(rows["label"]))
-    if missing:
-        name = f" ({names[missing[0]]!r})" if names is not None else ""
-        raise LLKDDataError(
-            f"No row has label {missing[0]}{name}: the student would never learn that class. Label more rows, take it out "
-            "of the labels, or go on without it: allow_missing_classes=True."
-        )
 
 
 def tokenize(batch: dict, indices: list[int], tokenizer, text_column: str, max_length: int | None, where: str) -> dict:

@@ -1,5 +1,7 @@
 """How much of the teacher a proxy has learned (appendix A.2 of arXiv 2401.07013v2)."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -30,12 +32,12 @@ def teacher_agreement(
             Padding token.
 
     Returns:
-        `dict[str, float]`: `top1_agreement`, the share of answer tokens that are the model's likeliest ones, and
-        `nll`, in nats per token.
+        `dict[str, float]`: `top1_agreement`, the share of answer tokens that are the model's likeliest ones,
+        `top1_agreement_se`, its standard error, and `nll`, in nats per token.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(7, dtype=torch.float64, device=accelerator.device)
     own = rows[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(own), batch_size):
         batch = own[start : start + batch_size]
@@ -50,7 +52,45 @@ def teacher_agreement(
             found = soft_target_loss(
                 hidden, lm_head(model), labels[:, 1:][scored], [], one, one.new_zeros(0, len(one))
             )
-        totals += torch.stack([found.is_top1.sum().double(), found.nll.sum().double(), one.sum().double()])
+        rows = scored.nonzero()[:, 0]
+        correct, tokens = (
+            torch.zeros(len(batch), dtype=torch.float64, device=model.device).index_add_(0, rows, values.double())
+            for values in (found.is_top1, one)
+        )
+        products = torch.stack([correct * correct, correct * tokens, tokens * tokens]).sum(dim=1)
+        sums = torch.stack(
+            [correct.sum(), found.nll.sum().double(), tokens.sum(), one.new_tensor(len(batch)).double()]
+        )
+        totals += torch.cat([sums, products])
     model.train(was_training)
-    correct, nll, tokens = accelerator.reduce(totals).tolist()
-    return {"top1_agreement": correct / tokens, "nll": nll / tokens}
+    correct, nll, tokens, count, *products = accelerator.reduce(totals).tolist()
+    share = correct / tokens
+    return {
+        "top1_agreement": share,
+        "top1_agreement_se": share_standard_error(share, tokens, int(count), *products),
+        "nll": nll / tokens,
+    }
+
+
+def share_standard_error(
+    share: float, tokens: float, rows: int, correct_squared: float, correct_tokens: float, tokens_squared: float
+) -> float:
+    """
+    Standard error of a share of tokens that come in rows, by linearisation: tokens of one row are not independent.
+
+        SE = √( R / (R - 1) · Σ_r (c_r - p n_r)² ) / N
+
+    Of one row alone, that of independent tokens, `√(p (1 - p) / N)`.
+
+    Args:
+        share, tokens (`float`):
+            p and N.
+        rows (`int`):
+            R.
+        correct_squared, correct_tokens, tokens_squared (`float`):
+            Σ c_r², Σ c_r n_r and Σ n_r².
+    """
+    if rows < 2:
+        return math.sqrt(share * (1 - share) / tokens)
+    squares = correct_squared - 2 * share * correct_tokens + share * share * tokens_squared
+    return math.sqrt(max(squares, 0.0) * rows / (rows - 1)) / tokens

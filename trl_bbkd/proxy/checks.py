@@ -4,16 +4,22 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
 from ..teacher_data import TeacherDataError, check_teacher_data
 from .config import ProxyConfig
-from .model import ProxyModelError, base_of_adapter
+from .model import ADAPTER_CONFIG, ProxyModelError, adapter_of, base_of_adapter
 
 
 VOCABULARY_TEXTS = 256
+TRAINING_STAGES = {"warmup", "align"}  # those that train the proxy
+NO_VIRTUAL_TOKENS = (
+    "soft targets and their loss are computed in the model below the adapter, without its virtual tokens"
+)
 
 
 def check_proxy(
@@ -103,10 +109,43 @@ def check_shared_vocabulary(
     return proxy_config
 
 
-def check_lengths(rows: Dataset, context: int | None) -> None:
+def check_models(
+    student: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    proxy: str | PreTrainedModel | PeftModel | None,
+    args: ProxyConfig,
+) -> None:
+    """
+    Refuse models that could not learn, and adapters that the loss does not see.
+
+    Raises:
+        ValueError: a student, or a proxy that is to be trained, without trainable parameters; virtual tokens; a student's
+            path that is an adapter's.
+    """
+    refuse_prompt_learning(adapter_of(student) or peft_config, "student", NO_VIRTUAL_TOKENS)
+    refuse_frozen_adapter(peft_config, "student")
+    if isinstance(student, str):
+        if (Path(student) / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"The student {student} is an adapter. Hand in PeftModel.from_pretrained(base, {student!r}, is_trainable=True), or "
+                "the merged model."
+            )
+    elif peft_config is None:
+        refuse_frozen(student, "student")
+    if isinstance(proxy, str):
+        adapter = PeftConfig.from_pretrained(proxy) if base_of_adapter(proxy) is not None else None
+    else:
+        adapter = adapter_of(proxy)
+        if proxy is not None and TRAINING_STAGES.intersection(args.stages):
+            refuse_frozen(proxy, "proxy")
+    refuse_prompt_learning(adapter, "proxy", NO_VIRTUAL_TOKENS)
+
+
+def check_tokens(rows: Dataset, context: int | None, vocab_size: int) -> None:
     """
     Raises:
-        [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy.
+        [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy, or has a token that one of
+            them has no embedding of.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest = int(np.argmax(lengths))
@@ -115,3 +154,26 @@ def check_lengths(rows: Dataset, context: int | None) -> None:
             f"Row {longest} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
             f"{context} tokens. Lower `max_completion_length`, or drop rows with `max_prompt_length`."
         )
+    largest = [max(ids) for ids in rows["input_ids"]]
+    row = int(np.argmax(largest))
+    if largest[row] >= vocab_size:
+        raise TeacherDataError(
+            f"Row {row} has token {largest[row]}, but the models have {vocab_size} embeddings only: tokenizer and models do "
+            "not belong together. After adding tokens, call `model.resize_token_embeddings(len(tokenizer))` and save both."
+        )
+
+
+def check_enough_rows(rows: Dataset, args: ProxyConfig) -> None:
+    """
+    Refuse rows of the student that would not make one batch.
+
+    Raises:
+        ValueError: `dataloader_drop_last` drops all of them, or a pool of the selection is larger.
+        [`~teacher_data.TeacherDataError`]: `max_length` leaves no answer.
+    """
+    kept = len(rows)
+    if args.max_length is not None and args.truncation_mode == "keep_start":
+        kept = sum(any(label != -100 for label in labels[: args.max_length]) for labels in rows["labels"])
+    if not kept:
+        raise TeacherDataError(f"max_length={args.max_length} cuts off every answer. Raise it, or leave it out.")
+    check_batches(kept, args)

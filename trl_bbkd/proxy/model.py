@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
@@ -36,6 +36,11 @@ def base_of_adapter(path: str) -> str | None:
             "the model it was trained on, or hand in the merged model."
         )
     return base
+
+
+def adapter_of(model: str | PreTrainedModel | PeftModel | None) -> PeftConfig | None:
+    """The configuration of the adapter that a model in memory has, if there is one."""
+    return model.active_peft_config if isinstance(model, PeftModel) else None
 
 
 def load_proxy(path: str, trainable: bool = False, **kwargs) -> PreTrainedModel | PeftModel:

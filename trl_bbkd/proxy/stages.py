@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from .._compat import keep_4bit_weights_differentiable
+from ..preflight import refuse_no_steps
 from ..resume import checkpoints, last_finished_checkpoint
 from ..seqkd import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint, tokenizer_fingerprint
@@ -94,10 +95,18 @@ class ProxyStages:
         vocab_size: int,
         accelerator: Accelerator,
     ):
-        self.proxy, self.args, self.rows, self.tokenizer = proxy, args, rows, tokenizer
+        self.args, self.rows, self.tokenizer = args, rows, tokenizer
         self.vocab_size, self.accelerator = vocab_size, accelerator
         self.folder = Path(args.output_dir) / PROXY_FOLDER
         self.held_out = held_out
+        self._handed_in = proxy
+        # What a stage that was finished here was made from: a proxy in memory has learned since
+        self._made_from: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Go through the stages from the first one, with the proxy that was handed in."""
+        self.proxy = self._handed_in
         self.reports: list[dict] = []
         self.log_history: list[dict] = []
 
@@ -119,7 +128,8 @@ class ProxyStages:
     def _run(self, stage: str, rows: Dataset, train, settings: dict) -> None:
         folder = self.folder / stage
         keys = soft_target_rows(rows, self.tokenizer, self.args.chat_template_kwargs)["row_key"]
-        fingerprint = {"proxy": self._proxy_fingerprint(), "rows": rows_fingerprint(list(keys)), **settings}
+        proxy = self._made_from.get(stage) or self._proxy_fingerprint()
+        fingerprint = {"proxy": proxy, "rows": rows_fingerprint(list(keys)), **settings}
         report = finished_stage(folder, fingerprint)
         if report is None:
             if self.accelerator.is_main_process:
@@ -141,6 +151,7 @@ class ProxyStages:
             self.accelerator.wait_for_everyone()
         elif self.accelerator.is_main_process:
             logger.warning(f"{self.labels[stage]}: finished before, in {folder}; not run again.")
+        self._made_from[stage] = proxy
         # As it is read back by a run that goes on
         self.log_history += [{**line, "stage": stage} for line in report["log_history"]]
         self.reports.append({key: value for key, value in report.items() if key != "log_history"})
@@ -173,6 +184,7 @@ class ProxyStages:
             keep_4bit_weights_differentiable(trainer.model)
         checkpoint = last_finished_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        refuse_no_steps(trainer.state.global_step, "The proxy's training")
         proxy = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.args.should_save:
             save_proxy(proxy, self.tokenizer, folder)

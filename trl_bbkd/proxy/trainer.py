@@ -1,29 +1,34 @@
 import copy
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from .._compat import keep_4bit_weights_differentiable
+from ..preflight import require_config, require_tokenizer
 from ..resume import last_finished_checkpoint
+from ..seqkd import sft_rows
 from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
-from ..teacher_data import TeacherDataError, tokenize_teacher_data
-from .checks import check_lengths, check_proxy, check_shared_vocabulary
+from ..student_tokenizer import student_tokenizer
+from ..teacher_data import TeacherDataCounts, TeacherDataError, tokenize_teacher_data
+from .checks import check_enough_rows, check_models, check_proxy, check_shared_vocabulary, check_tokens
 from .config import ProxyConfig
 from .stages import ProxyStages
 
@@ -49,8 +54,11 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             Teacher text in TRL's prompt-completion format, standard or conversational.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Held-out teacher text in the same format, for the student's evaluation and the proxy's measurements.
+        compute_metrics, optimizer_cls_and_kwargs, preprocess_logits_for_metrics:
+            As in [`~trl.SFTTrainer`].
 
     Raises:
+        TypeError: If `args` is another trainer's configuration, or `processing_class` no tokenizer.
         TeacherDataError: If the teacher text breaks the contract or a stage has no rows, before any model is loaded.
         VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
         ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
@@ -77,14 +85,21 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         student_path = model if isinstance(model, str) else model.config._name_or_path
+        if isinstance(proxy_model, TrainingArguments):
+            if args is not None:
+                raise TypeError(
+                    f"{type(self).__name__} was given two configurations, second and third. Leave one out."
+                )
+            # `Trainer(model, args)`, as all others are called
+            proxy_model, args = None, proxy_model
         if args is None:
             args = self._config_type(f"{student_path.split('/')[-1]}-{self._name.replace('-', '')}")
-        if not isinstance(args, self._config_type):
-            raise TypeError(
-                f"args of {type(self).__name__} must be a {self._config_type.__name__}, got {type(args).__name__}."
-            )
+        require_config(args, self._config_type, type(self).__name__)
         args = copy.copy(args)
         refuse_sharding(args, type(self).__name__, "the output layer, which the loss reads, would be in pieces")
         if not isinstance(train_dataset, Dataset):
@@ -97,6 +112,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         self._needs_proxy = args.needs_proxy and not self._has_targets(args)
         if self._needs_proxy:
             check_proxy(proxy, model, args, self._name, self._without_proxy)
+        check_models(model, peft_config, proxy if self._needs_proxy else None, args)
         self._check_setup(args, eval_dataset)
 
         student_kwargs, proxy_kwargs = (
@@ -104,58 +120,46 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             | {k: v for k, v in (kwargs or {}).items() if k == "revision"}
             for kwargs in (args.model_init_kwargs, args.proxy_model_init_kwargs)
         )
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(student_path, padding_side="left", **student_kwargs)
+        if processing_class is not None:
+            require_tokenizer(processing_class, type(self).__name__)
+        processing_class = student_tokenizer(model, args, processing_class, **student_kwargs)
+        if args.chat_template_path is not None:
+            # The tokenizer has it. With another one's template came its end of a turn, which the model is to know
+            args.chat_template_path, args.eos_token = None, processing_class.eos_token
         config = AutoConfig.from_pretrained(model, **student_kwargs) if isinstance(model, str) else model.config
         configs = [config]
         if self._needs_proxy:
             configs.append(check_shared_vocabulary(processing_class, config, proxy, proxy_kwargs, train_dataset))
         contexts = [getattr(each.get_text_config(), "max_position_embeddings", None) for each in configs]
-        context = min((size for size in contexts if size), default=None)
+        self._context = min((size for size in contexts if size), default=None)
+        shared_size = self._shared_size = min(each.get_text_config().vocab_size for each in configs)
 
-        data_counts = {}
-
-        def tokenize(dataset, split):
-            if dataset is None or "teacher_ids" in dataset.column_names:
-                return dataset
-            dataset, data_counts[split] = tokenize_teacher_data(
-                dataset,
-                processing_class,
-                max_completion_length=args.max_completion_length,
-                max_prompt_length=args.max_prompt_length,
-                max_length=context,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-            return dataset
-
-        def prepared(dataset):
-            rows = soft_target_rows(dataset, processing_class, args.chat_template_kwargs)
-            if len(rows):
-                check_lengths(rows, context)
-            return rows
-
-        teacher_rows = tokenize(train_dataset, "train")
-        held_out = tokenize(eval_dataset, "test")
-        shared_size = min(each.get_text_config().vocab_size for each in configs)
+        teacher_rows, train_counts = self._tokenized(train_dataset, processing_class, args)
+        held_out, held_out_counts = None, None
+        if eval_dataset is not None:
+            held_out, held_out_counts = self._tokenized(eval_dataset, processing_class, args)
         self._check_rows(teacher_rows, processing_class, shared_size)
         stage_rows, student_teacher_rows = self._divide(teacher_rows, args)
         for part in stage_rows:
             if part is not student_teacher_rows:
-                prepared(part)
-        student_rows = prepared(student_teacher_rows)
+                self._student_rows(part, processing_class, args)
+        student_rows = self._student_rows(student_teacher_rows, processing_class, args)
+        if "distil" in args.stages:
+            check_enough_rows(student_rows, args)
         super().__init__(
             model=model,
             args=args,
             train_dataset=student_rows,
-            eval_dataset=None if held_out is None else prepared(held_out).remove_columns("row_key"),
+            eval_dataset=None if held_out is None else self._rows_to_evaluate(held_out, processing_class, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if not len(self.train_dataset):
-            raise TeacherDataError(f"max_length={args.max_length} cuts off every answer. Raise it, or leave it out.")
         if self.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(self.model)
         vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
@@ -166,8 +170,56 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         self._whole_rows = student_rows
         self._seconds = 0.0
         self._learned_from: dict[str, str] = {}
-        self.card.counts = data_counts
+        counts = {"train": train_counts, "test": held_out_counts}
+        self.card.counts = {split: found for split, found in counts.items() if found is not None}
         self.card.conversational = isinstance(teacher_rows[0]["prompt"], list)
+
+    # Rows, whichever door they come through
+
+    def _tokenized(
+        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig
+    ) -> tuple[Dataset | IterableDataset, TeacherDataCounts | None]:
+        """Teacher rows with `teacher_ids`, and their counts if they had none before."""
+        if "teacher_ids" in (dataset.column_names or ()):
+            return dataset, None
+        return tokenize_teacher_data(
+            dataset,
+            tokenizer,
+            max_completion_length=args.max_completion_length,
+            max_prompt_length=args.max_prompt_length,
+            max_length=self._context,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+
+    def _student_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig) -> Dataset:
+        rows = soft_target_rows(dataset, tokenizer, args.chat_template_kwargs)
+        if len(rows):
+            check_tokens(rows, self._context, self._shared_size)
+        return rows
+
+    def _rows_to_evaluate(
+        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig
+    ) -> Dataset | IterableDataset:
+        """Rows without soft targets, with the prompts that callbacks generate from."""
+        dataset, _ = self._tokenized(dataset, tokenizer, args)
+        rows = sft_rows(dataset, tokenizer, args.chat_template_kwargs)
+        if isinstance(rows, IterableDataset):
+            return rows
+        check_tokens(rows, self._context, self._shared_size)
+        return concatenate_datasets([rows, dataset.select_columns(["prompt"])], axis=1)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        # Those of the constructor have `input_ids`; those of `evaluate` and `predict` are teacher text
+        if "input_ids" not in _columns(dataset):
+            dataset = self._rows_to_evaluate(dataset, processing_class, args)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if not is_training and "input_ids" not in _columns(dataset):
+            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, False, None, description)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _has_targets(self, args: ProxyConfig) -> bool:
         """Whether all that a proxy would be needed for is on disk."""
@@ -236,7 +288,14 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
         Raises:
             ValueError: `output_dir` holds stages or checkpoints made from something else.
+            TeacherDataError: `train_dataset` was replaced by other teacher text.
         """
+        if "row_key" not in self.train_dataset.column_names:
+            raise TeacherDataError(
+                f"train_dataset was replaced, but {self._name} divides rows between its stages when it is made: make a new "
+                "trainer with these rows."
+            )
+        self.proxy_stages.begin()
         resume_from_checkpoint = self.check_output_dir(resume_from_checkpoint)
         self._prepare_targets()
         self._learned_from = self._describe_targets()
@@ -260,3 +319,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
 def _kind(dataset) -> str:
     return "a stream. Turn streaming off" if isinstance(dataset, IterableDataset) else type(dataset).__name__
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset)))

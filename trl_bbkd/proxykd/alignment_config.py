@@ -3,6 +3,8 @@ from typing import Any
 
 from trl import DPOConfig
 
+from ..refused_fields import refuse_fields
+
 
 @dataclass
 class ProxyAlignmentConfig(DPOConfig):
@@ -20,7 +22,8 @@ class ProxyAlignmentConfig(DPOConfig):
     > - `max_length`: `None` instead of `1024` (`max_completion_length` bounds the answers)
     > - `num_train_epochs`: `1.0` instead of `3.0`
     >
-    > `loss_type` and `loss_weights` are set: `["sigmoid", "sft"]`, weighted by `preference_weight` and `sft_weight`.
+    > `loss_type` and `loss_weights` are set: `["sigmoid", "sft"]`, weighted by `preference_weight` and `sft_weight`;
+    > others are refused, as are fields that would have no effect (docs/drop_in.md).
 
     Parameters:
         > Parameters that control the data
@@ -116,8 +119,11 @@ class ProxyAlignmentConfig(DPOConfig):
     num_completions_to_print: int = field(default=5, metadata={"help": "How many pairs are printed."})
 
     def __post_init__(self):
-        self.loss_type = ["sigmoid", "sft"]
-        self.loss_weights = [self.preference_weight, self.sft_weight]
+        own = {"loss_type": ["sigmoid", "sft"], "loss_weights": [self.preference_weight, self.sft_weight]}
+        # What it sets itself comes back where a configuration is made from another one's fields
+        refuse_fields(self, OWN_FIELDS, "here", {name: (value,) for name, value in own.items()})
+        refuse_fields(self, REFUSED, "here")
+        self.loss_type, self.loss_weights = own.values()
         super().__post_init__()
         for name in ("preference_weight", "sft_weight"):
             if getattr(self, name) < 0:
@@ -128,9 +134,15 @@ class ProxyAlignmentConfig(DPOConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_rounds(self)
-        for name, reason in REFUSED.items():
-            if getattr(self, name) not in (False, "no"):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not possible here: {reason}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} is not possible here: a pair has no one length. Take "
+                "'random' or 'sequential'."
+            )
+        if self.save_strategy == "best":
+            raise ValueError(
+                "save_strategy='best' is not possible here: set alignment_patience to keep the best proxy."
+            )
 
 
 def check_rounds(args) -> None:
@@ -148,9 +160,46 @@ def check_rounds(args) -> None:
         raise ValueError(f"sample_top_p must lie in (0, 1], got {args.sample_top_p}.")
 
 
+OWN_FIELDS = {
+    "loss_type": "the loss is that of equation 6. Set preference_weight and sft_weight.",
+    "loss_weights": "set preference_weight and sft_weight.",
+}
+MEASURED = "the proxy is measured on the held-out rows before and after every round. Leave it out."
+NO_LOOP = "agreement with the teacher takes the place of TRL's evaluation. Leave it out."
+PUSHED = "an aligned proxy is a step on the way: upload the folder `output_dir` yourself. Leave it out."
 REFUSED = {
     "sync_ref_model": "the reference is the proxy as it was when the round began.",
+    "ref_model_mixup_alpha": "the reference is the proxy as it was when the round began. Leave it out.",
+    "ref_model_sync_steps": "the reference is the proxy as it was when the round began. Leave it out.",
     "precompute_ref_log_probs": "each round has samples and a reference of its own.",
-    "eval_strategy": "the proxy is measured on the held-out rows before and after every round.",
+    "precompute_ref_batch_size": "each round has samples and a reference of its own. Leave it out.",
+    "label_smoothing": "no loss of equation 6 has it. Leave it out.",
+    "label_smoothing_factor": "no loss of equation 6 has it. Leave it out.",
+    "use_weighting": "TRL cannot weigh the NLL of equation 3. Leave it out.",
+    "discopop_tau": "it belongs to a loss that is not this one. Leave it out.",
+    "dataset_num_proc": "rows are tokenised in one process. Leave it out.",
+    "length_column_name": "lengths are those of the tokens, and no other column is kept. Leave it out.",
+    "save_only_model": "its checkpoints cannot be gone on from. Set it to False.",
+    "parallelism_config": "the reference's weights are replaced every round. Use plain data parallelism.",
+    "eval_strategy": MEASURED,
+    "eval_steps": MEASURED,
+    "eval_delay": MEASURED,
+    "eval_on_start": MEASURED,
     "load_best_model_at_end": "set alignment_patience to keep the best proxy.",
+    "metric_for_best_model": "set alignment_patience to keep the best proxy.",
+    "greater_is_better": "set alignment_patience to keep the best proxy.",
+    "prediction_loss_only": NO_LOOP,
+    "eval_do_concat_batches": NO_LOOP,
+    "eval_use_gather_object": NO_LOOP,
+    "eval_accumulation_steps": NO_LOOP,
+    "include_for_metrics": NO_LOOP,
+    "batch_eval_metrics": NO_LOOP,
+    "bf16_full_eval": NO_LOOP,
+    "fp16_full_eval": NO_LOOP,
+    "push_to_hub": PUSHED,
+    "hub_model_id": PUSHED,
+    "hub_private_repo": PUSHED,
+    "hub_strategy": PUSHED,
+    "hub_always_push": PUSHED,
+    "hub_revision": PUSHED,
 }

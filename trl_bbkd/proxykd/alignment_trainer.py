@@ -6,14 +6,24 @@ import time
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer
 
 from .._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
+from ..preflight import (
+    refuse_frozen,
+    refuse_frozen_adapter,
+    refuse_no_steps,
+    refuse_prompt_learning,
+    refuse_too_few_rows,
+    require_config,
+    require_tokenizer,
+)
 from ..proxy.agreement import teacher_agreement
-from ..proxy.model import load_weights, save_proxy
+from ..proxy.checks import NO_VIRTUAL_TOKENS
+from ..proxy.model import adapter_of, load_weights, save_proxy
 from ..proxy.stage import StageError
 from ..reference import add_reference_adapter, copy_adapter_to_reference
 from ..resume import differences, last_finished_checkpoint
@@ -96,31 +106,44 @@ class ProxyAlignmentTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         self._proxy_path = model if isinstance(model, str) else model.config._name_or_path
-        args = ProxyAlignmentConfig(f"{self._proxy_path.split('/')[-1]}-aligned") if args is None else copy.copy(args)
+        if args is None:
+            args = ProxyAlignmentConfig(f"{self._proxy_path.split('/')[-1]}-aligned")
+        require_config(args, ProxyAlignmentConfig, type(self).__name__)
+        args = copy.copy(args)
         refuse_sharding(
             args, type(self).__name__, "its reference is a second model whose weights are replaced every round"
         )
-        if train_dataset is None:
-            raise ValueError("train_dataset is required: the teacher's prompts and completions.")
+        refuse_other_than_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            refuse_other_than_dataset("eval_dataset", eval_dataset)
         if eval_dataset is None and args.alignment_patience is not None:
             raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
         if args.use_vllm and args.world_size > 1:
             raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
+        refuse_prompt_learning(adapter_of(model) or peft_config, "proxy", NO_VIRTUAL_TOKENS)
+        refuse_frozen_adapter(peft_config, "proxy")
+        if not isinstance(model, str) and peft_config is None:
+            refuse_frozen(model, "proxy")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 self._proxy_path, padding_side="left", trust_remote_code=args.trust_remote_code
             )
-        rows = self._tokenize(train_dataset, processing_class, args)
+        require_tokenizer(processing_class, type(self).__name__)
+        rows = self._with_room(self._tokenize(train_dataset, processing_class, args), processing_class, args)
         if len(rows) < args.num_rounds:
             raise TeacherDataError(
                 f"Round {len(rows) + 1} of {args.num_rounds} has an empty shard: there are only {len(rows)} rows to align "
                 f"on. Set the number of rounds to {len(rows)} at most, or give alignment more rows."
             )
+        if args.dataloader_drop_last:
+            refuse_too_few_rows(
+                len(rows) // args.num_rounds,
+                args.per_device_train_batch_size * args.world_size,
+                "rows of a round",
+                "lower num_rounds or per_device_train_batch_size, or set dataloader_drop_last to False",
+            )
         self._teacher_rows = rows
-        self._held_out = None
-        if eval_dataset is not None:
-            held_out = self._tokenize(eval_dataset, processing_class, args)
-            self._held_out = soft_target_rows(held_out, processing_class, args.chat_template_kwargs).to_list()
+        self._held_out = self._rows_to_measure(eval_dataset, processing_class, args)
         in_memory = not isinstance(model, str) and not isinstance(model, PeftModel) and peft_config is None
         super().__init__(
             model=model,
@@ -133,6 +156,8 @@ class ProxyAlignmentTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        # For callbacks that generate from its prompts
+        self.eval_dataset = eval_dataset
         if isinstance(self.model, PeftModel):
             add_reference_adapter(self.model)
         if self.accelerator.device.type == "cpu":
@@ -140,6 +165,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
         check_head(self.model)
         self._output_dir = Path(args.output_dir)
         self.rounds: list[dict] = []
+        self._run: dict | None = None
 
     @staticmethod
     def _tokenize(dataset: Dataset, tokenizer, args: ProxyAlignmentConfig) -> Dataset:
@@ -152,6 +178,23 @@ class ProxyAlignmentTrainer(DPOTrainer):
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.chat_template_kwargs,
         )[0]
+
+    @staticmethod
+    def _with_room(rows: Dataset, tokenizer, args: ProxyAlignmentConfig) -> Dataset:
+        """Without rows whose prompt alone fills `max_length`, which TRL drops when it prepares rows."""
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return rows
+        prompts = prompt_token_ids(tokenizer, list(rows["prompt"]), args.chat_template_kwargs)
+        kept = [index for index, ids in enumerate(prompts) if len(ids) < args.max_length]
+        if not kept:
+            raise TeacherDataError(f"max_length={args.max_length} cuts off every answer. Raise it, or leave it out.")
+        return rows.select(kept) if len(kept) < len(rows) else rows
+
+    def _rows_to_measure(self, dataset: Dataset | None, tokenizer, args: ProxyAlignmentConfig) -> list[dict] | None:
+        if dataset is None:
+            return None
+        held_out = self._tokenize(dataset, tokenizer, args)
+        return soft_target_rows(held_out, tokenizer, args.chat_template_kwargs).to_list()
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Rows get their token ids when their round begins: a sample's own, not those of its text
@@ -170,8 +213,10 @@ class ProxyAlignmentTrainer(DPOTrainer):
         Raises:
             ValueError: `output_dir` holds the alignment of another proxy, or with other rows or settings.
         """
-        self._check_run()
         self.rounds = self._finished_rounds()
+        # The proxy in memory has learned since, and goes on from a round on disk
+        if self._run is None or not self.rounds or self.rounds[-1]["round"] == 0:
+            self._check_run()
         if self.rounds and self.rounds[-1]["round"] > 0:
             load_weights(self._unwrapped(), self._round_folder(self.rounds[-1]["round"]) / PROXY_FOLDER)
         if not self.rounds:
@@ -183,6 +228,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             self._begin_round(number)
             checkpoint = last_finished_checkpoint(self.args.output_dir)
             super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            refuse_no_steps(self.state.global_step, f"Round {number}")
             log = self.state.log_history
             self._finish_round(number, self._measure(), log, time.perf_counter() - started)
         self.args.output_dir = str(self._output_dir)
@@ -272,12 +318,47 @@ class ProxyAlignmentTrainer(DPOTrainer):
 
     # What is kept on disk
 
-    def _measure(self) -> dict[str, float]:
-        if self._held_out is None:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Measure the proxy's agreement with the teacher, as before and after every round.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], *optional*):
+                Held-out teacher text; by default that of the constructor.
+            ignore_keys:
+                Ignored: there are no predictions.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                What the names of the metrics begin with.
+
+        Returns:
+            `dict[str, float]`: as [`~proxy.agreement.teacher_agreement`].
+        """
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        refuse_other_than_dataset("eval_dataset", eval_dataset)
+        rows = self._rows_to_measure(eval_dataset, self.processing_class, self.args)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(rows).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        raise ValueError(
+            "predict is not possible here: teacher text has no rejected answers to score. `evaluate` measures the proxy's "
+            "agreement with the teacher."
+        )
+
+    def _measure(self, rows: list[dict] | None = None) -> dict[str, float]:
+        rows = self._held_out if rows is None else rows
+        if rows is None:
             return {}
         return teacher_agreement(
             self._unwrapped(),
-            self._held_out,
+            rows,
             self.accelerator,
             self.args.per_device_eval_batch_size,
             self._tokenizer.pad_token_id,
@@ -359,6 +440,19 @@ class ProxyAlignmentTrainer(DPOTrainer):
 
     def _unwrapped(self) -> PreTrainedModel | PeftModel:
         return self.accelerator.unwrap_model(self.model)
+
+
+def refuse_other_than_dataset(name: str, dataset) -> None:
+    """
+    Raises:
+        [`~teacher_data.TeacherDataError`]: `dataset` is missing, a stream, several, or something else.
+    """
+    if not isinstance(dataset, Dataset):
+        kind = "a stream: turn streaming off" if isinstance(dataset, IterableDataset) else type(dataset).__name__
+        raise TeacherDataError(
+            f"{name} is {'missing' if dataset is None else kind}; an alignment needs one `Dataset` of prompts and the teacher's "
+            "completions."
+        )
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -97,7 +97,7 @@ class ProxyKDStages(ProxyStages):
         trainer.train()
         metrics = [
             {"at": f"round {entry['round']}" if entry["round"] else "before"}
-            | {key: entry[key] for key in ("top1_agreement", "nll") if key in entry}
+            | {key: entry[key] for key in ("top1_agreement", "top1_agreement_se", "nll") if key in entry}
             for entry in trainer.rounds
         ]
         return metrics, trainer.log_history

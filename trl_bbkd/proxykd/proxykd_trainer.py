@@ -1,5 +1,6 @@
 import importlib.util
 import logging
+import math
 
 import numpy as np
 from datasets import Dataset
@@ -125,12 +126,17 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         """What looks wrong, with its remedy: `step` (0, because the stages come before the student's steps) and `text`."""
         texts = []
         for report in self.proxy_stages.reports:
-            agreement = [entry["top1_agreement"] for entry in report["metrics"] if "top1_agreement" in entry]
-            if report["stage"] == ProxyKDStages.labels["align"] and agreement and agreement[-1] < agreement[0]:
+            measured = [entry for entry in report["metrics"] if "top1_agreement_se" in entry]
+            if report["stage"] != ProxyKDStages.labels["align"] or not measured:
+                continue
+            first, last = (measured[position]["top1_agreement"] for position in (0, -1))
+            # Both are of the same tokens: of their difference this is the most that it can be
+            error = math.hypot(*(measured[position]["top1_agreement_se"] for position in (0, -1)))
+            if first - last > 2 * error:
                 texts.append(
-                    f"The alignment lowered the proxy's agreement with the teacher, from {agreement[0]:.3f} to "
-                    f"{agreement[-1]:.3f} of held-out positions. Lower alignment_learning_rate or alignment_epochs, or set "
-                    "alignment_patience, which keeps the best round."
+                    f"The alignment lowered the proxy's agreement with the teacher, from {first:.3f} to {last:.3f} of held-out "
+                    f"positions (standard error of the difference {error:.3f}). Lower alignment_learning_rate or alignment_epochs, "
+                    "or set alignment_patience, which keeps the best round."
                 )
         if self.row_weights is not None and self.row_weights.length_correlation < LENGTH_PENALTY:
             texts.append(

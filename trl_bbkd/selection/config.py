@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..preflight import refuse_too_few_rows
+from .signals import LLKDDataError
 from .thresholds import SelectionSettings
 
 
@@ -91,6 +93,10 @@ class SelectionConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.pool_factor < 1 or self.pool_factor % 1:
             raise ValueError(f"pool_factor must be a whole number of at least 1, got {self.pool_factor}.")
+        if self.selection == "llkd" and self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True is not possible with selection='llkd': a pool is a multiple of the batch. Set it to False."
+            )
         self.selection_settings(num_groups=1)
 
     def selection_settings(self, num_groups: int) -> SelectionSettings:
@@ -113,3 +119,29 @@ class SelectionConfig:
         except ValueError as error:
             # It starts with the setting's name
             raise ValueError(f"selection_{error}") from None
+
+
+def check_batches(rows: int, args) -> None:
+    """
+    Refuse fewer rows than a training step draws, before a model is loaded.
+
+    Args:
+        rows (`int`):
+            Rows to train on.
+        args ([`SelectionConfig`]):
+            Configuration of a trainer.
+
+    Raises:
+        [`~signals.LLKDDataError`]: a pool is larger than the data set.
+        ValueError: `dataloader_drop_last` drops all rows.
+    """
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.selection == "llkd" and batch * args.pool_factor > rows:
+        raise LLKDDataError(
+            f"A pool of {batch * args.pool_factor} rows (per_device_train_batch_size times pool_factor, of all processes) is larger "
+            f"than the data set of {rows}. Lower pool_factor."
+        )
+    if args.dataloader_drop_last:
+        refuse_too_few_rows(
+            rows, batch, "rows", "lower per_device_train_batch_size, or set dataloader_drop_last to False"
+        )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ..resume import differences
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
-from .config import SELECTION_ARGUMENTS, SelectionConfig
+from .config import SELECTION_ARGUMENTS, SelectionConfig, check_batches
 from .signals import LLKDDataError, check_confidence
 from .tally import SelectionTally
 from .thresholds import Selector
@@ -75,12 +75,7 @@ class LLKDMixin:
                 "(trl_bbkd.selection.signals)."
             )
         check_confidence(rows["teacher_confidence"])
-        pool = args.per_device_train_batch_size * args.pool_factor * self.accelerator.num_processes
-        if pool > len(rows):
-            raise LLKDDataError(
-                f"A pool of {pool} rows (per_device_train_batch_size times pool_factor, of all processes) is larger than the "
-                f"data set of {len(rows)}. Lower pool_factor."
-            )
+        check_batches(len(rows), args)
         if "row_id" not in rows.column_names:
             self.train_dataset = rows.add_column("row_id", list(range(len(rows))))
         columns, num_groups = self.train_dataset, 1

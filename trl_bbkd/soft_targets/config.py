@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
+from ..refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
 
@@ -78,13 +79,7 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_types()
-        for name, reason in REFUSED.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} is not possible with soft targets: {reason}")
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"loss_type={self.loss_type!r} is not possible with soft targets: the hard loss is the NLL."
-            )
+        refuse_fields(self, REFUSED, "with soft targets", HARMLESS)
         if self.hard_weight < 0:
             raise ValueError(f"hard_weight must be at least 0, got {self.hard_weight}.")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
@@ -119,9 +114,22 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
 NUMBERS = {int: Real, float: Real, int | None: NoneType, float | None: NoneType}
 REFUSED = {
     "packing": "a row's targets and its weight belong to one answer, and packing mixes several in a row. Set it to False.",
+    "packing_strategy": "it belongs to packing. Leave it out.",
+    "eval_packing": "it belongs to packing. Leave it out.",
     "padding_free": "targets are looked up row by row. Set it to False.",
     "label_smoothing_factor": "the soft targets take its place. Set it to 0.",
     "fp16": "gradients are made with the loss, before they could be scaled. Use bf16.",
     "save_only_model": "its checkpoints cannot be gone on from. Set it to False.",
     "use_liger_kernel": "it replaces the forward that the loss is computed in. Set it to False.",
+    "liger_kernel_config": "it belongs to use_liger_kernel. Leave it out.",
+    "parallelism_config": "the output layer, which the loss reads, would be in pieces. Use plain data parallelism.",
+    "loss_type": "the hard loss is the NLL.",
+    "completion_only_loss": "the teacher wrote the answers, not the prompts: only an answer's tokens have targets. Leave it out.",
+    "assistant_only_loss": "a row is one prompt and one answer, and the loss is the answer's already. Leave it out.",
+    "dataset_text_field": "rows are `prompt` and `completion`. Leave it out.",
+    "dataset_kwargs": "rows are always prepared here. Leave it out.",
+    "length_column_name": "lengths are those of the tokens, and no other column is kept. Leave it out.",
+    "router_aux_loss_coef": "the auxiliary loss of a mixture of experts is not added. Set it to 0.0.",
 }
+# What is done anyway
+HARMLESS = {"completion_only_loss": (True,), "eval_packing": (False,), "router_aux_loss_coef": (0.0,)}
