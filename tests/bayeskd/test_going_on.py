@@ -168,12 +168,17 @@ class TestWarnings:
     def test_a_posterior_worse_than_the_proxy_is_logged_before_the_student_learns(
         self, tmp_path, tiny_model_dir, other_model_dir, caplog
     ):
-        config = {"stages": ["warmup", "estimate"], "proxy_warmup_epochs": 30.0, "prior_gamma": 1.0}
-        config |= {"posterior_concentration": 1e4, "ngram_context_length": 1}
-        trainer = make_trainer(tmp_path, tiny_model_dir, other_model_dir, **config)
+        # Counts of answers that the held-out ones have nothing in common with
+        rows = [*make_rows(8), *(row | {"completion": " #%$@"[: 2 + i % 4]} for i, row in enumerate(make_rows(16)))]
+        trainer = make_trainer(
+            tmp_path, tiny_model_dir, other_model_dir, rows, stages=["estimate"], posterior_concentration=1e4
+        )
         trainer.train()
-        assert trainer.calibration["posterior"] > trainer.calibration["proxy"]
+        loss = trainer.calibration["posterior"] - trainer.calibration["proxy"]
+        assert loss > 2 * trainer.calibration["gain_se"] > 0
         assert "predicts held-out teacher text worse than the proxy alone" in caplog.text
+        trainer.proxy_stages.calibration["gain_se"] = loss
+        assert trainer.warnings == []  # within noise
 
     def test_log_probabilities_that_nothing_reads(self, tmp_path, tiny_model_dir, caplog):
         rows = [row | {"top_logprobs": None} for row in make_rows(8)]
