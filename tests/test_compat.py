@@ -17,6 +17,7 @@ OVERRIDDEN = {
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],

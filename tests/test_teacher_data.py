@@ -14,6 +14,7 @@ from trl_bbkd.teacher_data import (
     load_teacher_data,
     tokenize_teacher_data,
 )
+from trl_bbkd.teacher_tokens import prompt_and_answer_ids
 
 
 SHARED = Path(os.environ.get("TRL_BBKD_SHARED", Path(__file__).parents[2] / "shared"))
@@ -45,6 +46,14 @@ def tokenizer():
 
 def rows(*pairs):
     return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+def ids_without_end(tokenizer, prompt, answer, chat_template_kwargs=None):
+    """Ids of the prompt, and of the answer without the token that ends it."""
+    batch = {"prompt": [prompt], "completion": [answer]}
+    (prompt_ids,), (answer_ids,), _ = prompt_and_answer_ids(tokenizer, batch, chat_template_kwargs or {}, "keep", [0])
+    assert answer_ids[-1] == tokenizer.eos_token_id
+    return prompt_ids, answer_ids[:-1]
 
 
 def write_jsonl(path, *pairs):
@@ -200,11 +209,9 @@ class TestTokenization:
     @pytest.mark.parametrize("answer", ["It is blue.", " It is blue.", "\nIt is blue.", "ly blue", "\n"])
     @pytest.mark.parametrize("prompt", ["What is the colour?", "What is the ", "Once upon a time\n", "the colour of"])
     def test_prompt_and_answer_ids_spell_the_text(self, tokenizer, prompt, answer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
-        prompt_ids, answer_ids = _prompt_and_answer_ids(tokenizer, {"prompt": [prompt], "completion": [answer]}, {})
-        assert prompt_ids[0] == tokenizer(text=prompt)["input_ids"]
-        assert tokenizer.decode(prompt_ids[0] + answer_ids[0]) == prompt + answer
+        prompt_ids, answer_ids = ids_without_end(tokenizer, prompt, answer)
+        assert prompt_ids == tokenizer(text=prompt)["input_ids"]
+        assert tokenizer.decode(prompt_ids + answer_ids) == prompt + answer
 
     @pytest.mark.parametrize("length", range(1, 9))
     def test_ends_in_eos_if_and_only_if_not_truncated(self, tokenizer, length):
@@ -218,12 +225,9 @@ class TestTokenization:
         assert counts.truncated_answers == int(not fits)
 
     def test_conversational_prompt_ids_are_those_of_grpo(self, tokenizer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
-        batch = {"prompt": [USER], "completion": [ASSISTANT]}
-        prompt_ids, answer_ids = _prompt_and_answer_ids(tokenizer, batch, {"brief": True})
-        assert tokenizer.decode(prompt_ids[0]).endswith("<|im_start|>assistant\n(brief) ")
-        assert tokenizer.decode(answer_ids[0]) == "It is blue."
+        prompt_ids, answer_ids = ids_without_end(tokenizer, USER, ASSISTANT, {"brief": True})
+        assert tokenizer.decode(prompt_ids).endswith("<|im_start|>assistant\n(brief) ")
+        assert tokenizer.decode(answer_ids) == "It is blue."
 
     def test_chat_and_plain_text_of_the_same_prompt_agree(self, tokenizer):
         rendered = tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
@@ -292,10 +296,8 @@ class TestTokenization:
     )
     @pytest.mark.parametrize("answer", ["there was a fox.", " there was a fox.", "ly fox", "\nThe end."])
     def test_no_space_appears_between_prompt_and_answer(self, path, prompt, answer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
         llama = AutoTokenizer.from_pretrained(path)
-        prompt_ids, answer_ids = _prompt_and_answer_ids(llama, {"prompt": [prompt], "completion": [answer]}, {})
-        assert prompt_ids[0] == llama(text=prompt)["input_ids"]
-        assert llama.decode(prompt_ids[0] + answer_ids[0], skip_special_tokens=True) == prompt + answer
-        assert llama.bos_token_id not in answer_ids[0]
+        prompt_ids, answer_ids = ids_without_end(llama, prompt, answer)
+        assert prompt_ids == llama(text=prompt)["input_ids"]
+        assert llama.decode(prompt_ids + answer_ids, skip_special_tokens=True) == prompt + answer
+        assert llama.bos_token_id not in answer_ids

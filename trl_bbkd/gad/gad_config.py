@@ -3,6 +3,8 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
+from ..messages import REASONING_HELP, ReasoningPolicy, check_reasoning
+
 
 @dataclass
 class GADConfig(GRPOConfig):
@@ -28,6 +30,9 @@ class GADConfig(GRPOConfig):
 
         max_prompt_length (`int`, *optional*, defaults to `2048`):
             Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+        reasoning (`str`, *optional*, defaults to `"keep"`):
+            What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
+            `"drop"` it.
 
         > Parameters that control the stages
 
@@ -151,6 +156,7 @@ class GADConfig(GRPOConfig):
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
     )
+    reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
 
     # Stages
     warmup_epochs: float = field(
@@ -296,6 +302,7 @@ class GADConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        check_reasoning(self.reasoning)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ValueError(
                 "load_best_model_at_end needs metric_for_best_model, because the default, the policy's loss, says nothing: "

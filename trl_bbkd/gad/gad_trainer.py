@@ -20,7 +20,7 @@ from .._compat import fused_forward, keep_4bit_weights_differentiable
 from ..evaluation import SampleMetrics, judge
 from ..reference import add_reference_adapter
 from ..sharding import refuse_sharding
-from ..teacher_data import tokenize_teacher_data
+from ..teacher_data import end_token_id, tokenize_teacher_data
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .critic import CriticTrainer, build_critic
@@ -151,6 +151,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             "max_prompt_length": args.max_prompt_length,
             "max_length": getattr(config.get_text_config(), "max_position_embeddings", None),
             "chat_template_kwargs": args.chat_template_kwargs,
+            "reasoning": args.reasoning,
         }
 
         data_counts = {}
@@ -158,7 +159,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         def tokenize(dataset, split):
             if dataset is None or "teacher_ids" in (dataset.column_names or []):
                 return dataset
-            dataset, data_counts[split] = tokenize_teacher_data(dataset, processing_class, **tokenize_kwargs)
+            dataset, data_counts[split] = tokenize_teacher_data(
+                dataset, processing_class, held_out=split != "train", **tokenize_kwargs
+            )
             logger.info(data_counts[split])
             return dataset
 
@@ -167,6 +170,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             eval_dataset = {name: tokenize(dataset, name) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = tokenize(eval_dataset, "test")
+
+        first_row = None if train_dataset is None else next(iter(train_dataset), None)
+        self._end_id = end_token_id(processing_class, first_row["prompt"]) if first_row else None
+        if args.use_vllm and self._end_id not in (None, processing_class.eos_token_id):
+            args.generation_kwargs = {"stop_token_ids": [self._end_id], **(args.generation_kwargs or {})}
 
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         if args.reward_weights is not None:
@@ -190,6 +198,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             peft_config=peft_config,
         )
 
+        self._stop_at_the_end_of_a_turn()
         student_kwargs = {
             key: init_kwargs[key]
             for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")
@@ -239,6 +248,16 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if self.args.push_discriminator:
             self.discriminator.save_pretrained(Path(self.args.output_dir) / DISCRIMINATOR_FOLDER)
 
+    def _stop_at_the_end_of_a_turn(self) -> None:
+        """Have the student stop where the teacher's answers end, now and when it is used, if its settings do not say so."""
+        if self._end_id in self.eos_token_ids:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, self._end_id]
+        self._unwrapped_policy().generation_config.eos_token_id = self.eos_token_ids
+        if not self.use_vllm:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
+
     def _unwrapped_policy(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -247,9 +266,13 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for column in ("completion", "teacher_ids"):
+        for column in ("completion", "prompt_ids", "teacher_ids"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def _tokenize_prompts(self, prompts):
+        # Rendered with the row's own tools and template settings, as the teacher's answer beside it
+        return [list(row["prompt_ids"]) for row in self._rows], None, {}
 
     def _generate(self, prompts):
         output = super()._generate(prompts)
@@ -257,6 +280,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return output
 
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         if self.model.training:
             self._start_generation_batch()
         output = super()._generate_and_score_completions(inputs)
@@ -287,9 +311,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return [row // num_generations for row in range(first, first + num_rows)]
 
     def _collect_pairs(self, inputs: list[dict], completion_ids: list[list[int]]) -> PairBatch:
-        eos, eos_ids = self._tokenizer.eos_token_id, self.eos_token_ids
-        # A model may end its answer with any of several ids. Which one is no sign of quality: show the discriminator one
-        student_ids = [ids[:-1] + [eos] if ids and ids[-1] in eos_ids else list(ids) for ids in completion_ids]
+        end, eos_ids = self._end_id, self.eos_token_ids
+        # A model may end its answer with any of several ids. Which one is no sign of quality: show the discriminator one,
+        # that of the teacher's answers
+        student_ids = [ids[:-1] + [end] if ids and ids[-1] in eos_ids else list(ids) for ids in completion_ids]
         numbers = self._prompt_numbers(len(inputs))
         first_rows = [row for row, number in enumerate(numbers) if row == 0 or number != numbers[row - 1]]
         return PairBatch(

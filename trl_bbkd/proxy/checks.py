@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..soft_targets.vocabulary import check_vocabularies
-from ..teacher_data import TeacherDataError, check_teacher_data
+from ..teacher_data import TeacherDataError, answer_text, check_teacher_data
 from .config import ProxyConfig
 from .model import ProxyModelError, base_of_adapter
 
@@ -98,13 +98,21 @@ def check_shared_vocabulary(
         proxy_tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
         first_rows = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))
         check_teacher_data(first_rows)
-        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in first_rows["completion"]]
+        texts = [answer_text(answer) for answer in first_rows["completion"]]
         check_vocabularies(tokenizer, proxy_tokenizer, config, proxy_config, texts)
     return proxy_config
 
 
-def check_lengths(rows: Dataset, context: int | None) -> None:
+def check_lengths(rows: Dataset, context: int | None, names: list[int]) -> None:
     """
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows with `input_ids`.
+        context (`int`, *optional*):
+            Tokens of context that student and proxy share.
+        names (`list[int]`):
+            The rows' names in errors.
+
     Raises:
         [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy.
     """
@@ -112,6 +120,6 @@ def check_lengths(rows: Dataset, context: int | None) -> None:
     longest = int(np.argmax(lengths))
     if context is not None and lengths[longest] > context:
         raise TeacherDataError(
-            f"Row {longest} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
+            f"Row {names[longest]} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
             f"{context} tokens. Lower `max_completion_length`, or drop rows with `max_prompt_length`."
         )

@@ -25,7 +25,7 @@ from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
-from ..teacher_data import TeacherDataError, tokenize_teacher_data
+from ..teacher_data import TeacherDataError, row_names, tokenize_teacher_data
 from .checks import check_lengths, check_proxy, check_shared_vocabulary
 from .config import ProxyConfig
 from .stages import ProxyStages
@@ -127,13 +127,15 @@ class ProxyTargetTrainer(SoftTargetTrainer):
                 max_prompt_length=args.max_prompt_length,
                 max_length=context,
                 chat_template_kwargs=args.chat_template_kwargs,
+                reasoning=args.reasoning,
+                held_out=split != "train",
             )
             return dataset
 
         def prepared(dataset):
             rows = soft_target_rows(dataset, processing_class, args.chat_template_kwargs)
             if len(rows):
-                check_lengths(rows, context)
+                check_lengths(rows, context, row_names(dataset))
             return rows
 
         teacher_rows = tokenize(train_dataset, "train")

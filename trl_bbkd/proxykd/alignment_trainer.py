@@ -21,7 +21,7 @@ from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
-from ..teacher_data import TeacherDataError, prompt_token_ids, tokenize_teacher_data
+from ..teacher_data import TeacherDataError, prompt_ids_of, tokenize_teacher_data
 from .alignment_config import ProxyAlignmentConfig
 from .sampling import ModelSampler, VLLMSampler, sample_completions
 
@@ -151,6 +151,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             max_completion_length=args.max_completion_length,
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.chat_template_kwargs,
+            reasoning=args.reasoning,
         )[0]
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -215,7 +216,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             samples = self._sample(shard, folder, number)
         else:
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
-        prompts = prompt_token_ids(self.processing_class, list(shard["prompt"]), self.args.chat_template_kwargs)
+        prompts = prompt_ids_of(self.processing_class, shard[:], self.args.chat_template_kwargs)
         self.train_dataset = Dataset.from_dict(
             {"prompt_ids": prompts, "chosen_ids": list(shard["teacher_ids"]), "rejected_ids": samples}
         )
@@ -228,12 +229,11 @@ class ProxyAlignmentTrainer(DPOTrainer):
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._unwrapped().state_dict())
 
     def _sample(self, shard: Dataset, folder: Path, number: int) -> list[list[int]]:
-        rows = shard.select_columns(["prompt", "completion"]).to_list()
+        rows = shard.select_columns(["prompt", "completion", "prompt_ids"]).to_list()
         settings = {
             "max_new_tokens": self.args.max_completion_length,
             "temperature": self.args.sample_temperature,
             "top_p": self.args.sample_top_p,
-            "chat_template_kwargs": self.args.chat_template_kwargs,
         }
         if self.args.use_vllm:
             sampler = self._vllm_sampler(folder / SAMPLER_FOLDER, settings)

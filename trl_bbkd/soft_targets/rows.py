@@ -17,7 +17,7 @@ def soft_target_rows(dataset: Dataset, tokenizer, chat_template_kwargs: dict | N
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer.
         chat_template_kwargs (`dict`, *optional*):
-            Passed to `apply_chat_template`.
+            Passed to `apply_chat_template`, for prompts that are not tokenised yet.
 
     Returns:
         [`~datasets.Dataset`]: `input_ids`, `labels` (-100 at the prompt), `row_key`, the row's name in a store, and what
