@@ -24,6 +24,7 @@ __all__ = [
     "check_teacher_data",
     "end_token_id",
     "load_teacher_data",
+    "places_of",
     "prompt_ids_of",
     "prompt_token_ids",
     "row_names",

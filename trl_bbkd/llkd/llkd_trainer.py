@@ -27,6 +27,7 @@ from ..selection.config import SELECTION_ARGUMENTS
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
+from ..teacher_data import places_of, row_names
 from ..trainer_hub import StudentHubMixin
 from .llkd_config import LLKDConfig
 
@@ -242,7 +243,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
                     remove_columns=[args.text_column],
                     desc=f"Tokenizing {where} rows",
                 )
-        for row, input_ids in enumerate(rows["input_ids"]):
+        for row, input_ids in zip(row_names(rows), rows["input_ids"], strict=True):
             if not input_ids or (limit is not None and len(input_ids) > limit):
                 advice = f"max_length={limit} cuts them" if input_ids else "Drop it"
                 raise LLKDDataError(
@@ -371,7 +372,7 @@ def check_labels(
             f"In `{column}` of the {where} rows the classes are {', '.join(feature.names)}, but those to learn are "
             f"{', '.join(names)}. Bring them into the same order: `dataset.align_labels_with_mapping`."
         )
-    for row, value in enumerate(rows[column]):
+    for row, value in zip(row_names(rows), rows[column], strict=True):
         if may_be_unknown and value is None:
             continue
         if not isinstance(value, int) or not 0 <= value < num_labels:
@@ -402,7 +403,7 @@ def check_all_classes(rows: Dataset, num_labels: int, names: list[str] | None) -
 
 def tokenize(batch: dict, indices: list[int], tokenizer, text_column: str, max_length: int | None, where: str) -> dict:
     """The tokens of texts, for [`~datasets.Dataset.map`]."""
-    for row, text in zip(indices, batch[text_column], strict=True):
+    for row, text in zip(places_of(batch, indices), batch[text_column], strict=True):
         if not isinstance(text, str):
             raise LLKDDataError(f"Row {row} of the {where} rows: `{text_column}` is {text!r}; it must be a string.")
     return dict(tokenizer(batch[text_column], truncation=max_length is not None, max_length=max_length))
