@@ -362,9 +362,10 @@ def _warnings(counts: TeacherDataCounts, dataset, max_completion_length: int, he
         first = next(
             row for row, note in zip(dataset[ROW_COLUMN], dataset[NOTES], strict=True) if note & Note.CUT_AT_END_TOKEN
         )
+        subject = "answer of the {} holds" if counts.cut_at_end_token == 1 else "answers of the {} hold"
         found.append(
-            f"{counts.cut_at_end_token:,} answers of the {rows} hold the text of an end token, the first in row {first}: they "
-            "are cut there, where a student's would stop, and have no end."
+            f"{counts.cut_at_end_token:,} {subject.format(rows)} the text of an end token, the first in row {first}: cut there, "
+            "where a student would stop, and not counted as finished."
         )
     if not held_out and counts.kept < FEW_ROWS:
         found.append(

@@ -1,8 +1,10 @@
 """Where teacher text comes from: local files and folders, the Hub, and mixtures of them."""
 
+import codecs
 import gzip
 import json
 import re
+import zlib
 from pathlib import Path
 
 import datasets
@@ -143,6 +145,9 @@ def _read_files(files: list[Path], streaming: bool):
     for file in files:
         if file.stat().st_size == 0:
             raise TeacherDataError(f"{file} is empty.")
+        # pyarrow takes text of any encoding, and fails when it is used
+        if kind == "json" and not streaming and not _is_utf8(file):
+            raise TeacherDataError(f"Could not read {_what_is_wrong(file, kind)}")
     try:
         rows = datasets.load_dataset(
             kind,
@@ -181,14 +186,29 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _open(file: Path):
+    return gzip.open(file, "rb") if file.suffix == COMPRESSED else open(file, "rb")
+
+
+def _is_utf8(file: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with _open(file) as content:
+            while chunk := content.read(1 << 20):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error):
+        return False
+    return True
+
+
 def _what_is_wrong(file: Path, kind: str) -> str | None:
     """What a reader's error does not say of a file of text, or `None`."""
     if kind == "parquet":
         return None
-    opened = gzip.open if file.suffix == COMPRESSED else open
     lines, number = 0, 0
     try:
-        with opened(file, "rb") as content:
+        with _open(file) as content:
             for number, line in enumerate(content, start=1):  # noqa: B007
                 text = line.decode("utf-8-sig")
                 lines += bool(text.strip())
@@ -198,7 +218,7 @@ def _what_is_wrong(file: Path, kind: str) -> str | None:
         return f"{file}: line {number} is not UTF-8. Save the file as UTF-8."
     except json.JSONDecodeError as error:
         return f"{file}: line {number} is no JSON: {error}."
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         return f"{file}: {_first_line(error)}."
     if lines <= (kind == "csv"):
         return f"{file}: it has no rows."
