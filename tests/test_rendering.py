@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from trl_bbkd.evaluation import evaluate_teacher, generate_completion_ids, teacher_nll
+from trl_bbkd.evaluation import evaluate_student, evaluate_teacher, generate_completion_ids, teacher_nll
 from trl_bbkd.proxykd.sampling import ModelSampler
 from trl_bbkd.seqkd import sft_rows
 from trl_bbkd.soft_targets.rows import soft_target_rows
@@ -396,11 +396,14 @@ class TestConsumers:
 
         def generate(input_ids, attention_mask, generation_config):
             asked.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
-            return input_ids
+            return torch.cat([input_ids, torch.full((len(input_ids), 1), tokenizer.eos_token_id)], dim=1)
 
         monkeypatch.setattr(model, "generate", generate)
         sampler = ModelSampler(model, tokenizer, max_new_tokens=2, temperature=1.0, top_p=1.0, batch_size=1)
         sampler(data, 0)
+        assert sorted(asked) == sorted(row["prompt_ids"] for row in data)
+        asked.clear()
+        evaluate_student(model, tokenizer, data, max_new_tokens=2, temperatures=(0.0,))
         assert sorted(asked) == sorted(row["prompt_ids"] for row in data)
         bare = [{key: row[key] for key in ("prompt", "teacher_ids")} for row in data]
         assert teacher_nll(model, tokenizer, data) != teacher_nll(model, tokenizer, bare)

@@ -188,6 +188,8 @@ class TestLoading:
         assert [row["completion"] for row in train] == [*words[:-1], "a\nb", "a"]
         assert train[0]["note"] == "None" and train[-1]["note"] is None
         check_teacher_data(load(path, dataset_streaming=streaming)[0])
+        path.write_text("prompt,completion\n1,7\n2,007\n")
+        assert [row["completion"] for row in load(path, dataset_streaming=streaming)[0]] == ["7", "007"]
         path.write_text("prompt,completion\nq,a\nq,\n")
         with pytest.raises(TeacherDataError, match="Row 1: `completion` is null"):
             check_teacher_data(load(path, dataset_streaming=streaming)[0])

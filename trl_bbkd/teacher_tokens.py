@@ -95,7 +95,7 @@ def prompt_and_answer_ids(
     ]
     answer_ids = []
     for prompt, joint, (answer, is_whole), end_id in zip(prompt_ids, joint_ids, cut, end_ids, strict=True):
-        answer_ids.append(_continuation(tokenizer, prompt, joint, answer, ends) + [end_id] * is_whole)
+        answer_ids.append(_continuation(tokenizer, prompt, joint, answer) + [end_id] * is_whole)
     notes = [note | Note.CUT_AT_END_TOKEN * (not whole) for note, (_, whole) in zip(notes, cut, strict=True)]
     return prompt_ids, answer_ids, [int(note) for note in notes]
 
@@ -112,8 +112,8 @@ def _cut_at_end(answer: str, ends: list[str]) -> tuple[str, bool]:
     return answer[:start], not rest.strip()
 
 
-def _continuation(tokenizer, prompt_ids: list[int], joint_ids: list[int], answer: str, ends: set[int]) -> list[int]:
-    """Ids that spell `answer` after `prompt_ids`, without the end that some tokenizers write after every text."""
+def _continuation(tokenizer, prompt_ids: list[int], joint_ids: list[int], answer: str) -> list[int]:
+    """Ids that spell `answer` after `prompt_ids`."""
     if joint_ids[: len(prompt_ids)] == prompt_ids:
         ids = joint_ids[len(prompt_ids) :]
     else:
@@ -125,5 +125,4 @@ def _continuation(tokenizer, prompt_ids: list[int], joint_ids: list[int], answer
         decode = tokenizer.decode
         if decode(prompt_ids + ids) != decode(prompt_ids) + answer and after_break[: len(line_break)] == line_break:
             ids = after_break[len(line_break) :]
-    stop = next((position for position, token in enumerate(ids) if token in ends), len(ids))
-    return ids[:stop]
+    return ids
