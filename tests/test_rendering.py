@@ -128,6 +128,16 @@ class TestReasoning:
         with pytest.raises(TeacherDataError, match="Row 0 has reasoning"):
             learned(family("qwen25"), talk, FOUR)
 
+    @pytest.mark.parametrize("policy", ["keep", "drop"])
+    def test_without_an_answer(self, family, policy):
+        completion = [{"role": "assistant", "content": "<think>\n2 and 2\n</think>\n\n"}]
+        with pytest.raises(TeacherDataError, match="Row 0: `completion` has reasoning and no answer after it"):
+            learned(family("qwen3"), USER, completion, reasoning=policy)
+
+    def test_that_is_no_text(self, family):
+        with pytest.raises(TeacherDataError, match="Row 0: `completion` has a `thinking` that is 7, no text"):
+            learned(family("qwen3"), USER, thought("thinking", 7))
+
     def test_two_different_reasonings(self, family):
         message = thought()[0] | {"thinking": "another"}
         with pytest.raises(TeacherDataError, match="Row 0: `completion` has a message with different texts under"):

@@ -10,6 +10,7 @@ from trl_bbkd.bayeskd.top_logprobs import check_top_logprobs
 from trl_bbkd.llkd.llkd_trainer import tokenize as tokenize_texts
 from trl_bbkd.proxy.checks import check_lengths
 from trl_bbkd.proxykd.splits import split_rows
+from trl_bbkd.report import counts_table
 from trl_bbkd.selection.signals import LLKDDataError
 from trl_bbkd.soft_targets.rows import soft_target_rows
 from trl_bbkd.teacher_data import TeacherDataError, check_teacher_data, row_names, tokenize_teacher_data
@@ -122,3 +123,11 @@ class TestWarnings:
         assert self.warnings(self.GOOD[:2], tokenizer, caplog, held_out=True) == []
         (found,) = self.warnings([("a", "b"), ("a", "c")], tokenizer, caplog, held_out=True)
         assert found.startswith("All 2 prompts of the held-out rows are the same")
+
+
+def test_a_count_of_one_split_alone_is_in_the_table(tokenizer):
+    splits = {"train": ("Once", "a"), "test": ("Once", "a<|im_end|>b")}
+    counts = {
+        name: tokenize_teacher_data(rows(pair), tokenizer, max_completion_length=9)[1] for name, pair in splits.items()
+    }
+    assert "| answers cut at the text of an end token | – | 1 |" in counts_table(counts)

@@ -65,7 +65,7 @@ def _plain_message(message: Any, place: str) -> dict:
     fields = {key: without_none(value) for key, value in message.items() if value is not None}
     plain = {"role": fields.pop("role")}
     content = fields.pop("content", None)
-    reasoning = [fields.pop(name) for name in REASONING_FIELDS if name in fields]
+    reasoning = [_text(fields.pop(name), place, name) for name in REASONING_FIELDS if name in fields]
     # What is empty says nothing: APIs answer with `tool_calls: []` and the like
     fields = {key: value for key, value in fields.items() if value not in ("", [], {})}
     if content is None and "tool_calls" not in fields:
@@ -73,7 +73,6 @@ def _plain_message(message: Any, place: str) -> dict:
             f"{place} has a message of {plain['role']!r} without text (`content` is null); remove the row or fill it in."
         )
     plain["content"] = "" if content is None else _text(content, place)
-    reasoning = [_text(text, place) for text in reasoning]
     if len(set(reasoning)) > 1:
         raise TeacherDataError(
             f"{place} has a message with different texts under {', '.join(f'`{name}`' for name in REASONING_FIELDS)}; "
@@ -84,18 +83,18 @@ def _plain_message(message: Any, place: str) -> dict:
     return plain | fields
 
 
-def _text(content: Any, place: str) -> str:
+def _text(content: Any, place: str, field: str = "content") -> str:
     """A text as it is, or the texts of content parts, joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise TeacherDataError(f"{place} has a `content` that is {short(content)}, no text.")
+        raise TeacherDataError(f"{place} has a `{field}` that is {short(content)}, no text.")
     texts = []
     for part in content:
         part = without_none(part)
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise TeacherDataError(
-                f"{place} has a `content` that holds {short(part)}; a part of text is {{'type': 'text', 'text': ...}}."
+                f"{place} has a `{field}` that holds {short(part)}; a part of text is {{'type': 'text', 'text': ...}}."
             )
         if part["type"] != "text" or not isinstance(part.get("text"), str):
             raise TeacherDataError(

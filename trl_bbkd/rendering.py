@@ -101,6 +101,8 @@ class ChatRenderer:
         (message,) = plain_messages(row["completion"], f"{place}: `completion`")
         end = self._turn_end(kwargs)
         reasoning, content = split_reasoning(message)
+        if not content.strip() and "tool_calls" not in message:
+            raise TeacherDataError(f"{place}: `completion` has reasoning and no answer after it; remove the row.")
         if self.reasoning == "drop":
             message, kept = without_reasoning(message), ""
         else:
