@@ -21,6 +21,7 @@ OVERRIDDEN = {
     (Trainer, "get_test_dataloader"): ["self", "test_dataset"],
     (Trainer, "set_initial_training_values"): ["self", "args", "dataloader"],
     (Trainer, "create_optimizer_and_scheduler"): ["self", "num_training_steps"],
+    (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],

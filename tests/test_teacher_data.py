@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from trl_bbkd.teacher_data import (
+    INTERNAL_COLUMNS,
     TeacherDataError,
     check_teacher_data,
     load_teacher_data,
     tokenize_teacher_data,
 )
+from trl_bbkd.teacher_tokens import prompt_and_answer_ids
 
 
 SHARED = Path(os.environ.get("TRL_BBKD_SHARED", Path(__file__).parents[2] / "shared"))
@@ -45,6 +48,14 @@ def tokenizer():
 
 def rows(*pairs):
     return Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+
+def ids_without_end(tokenizer, prompt, answer, chat_template_kwargs=None):
+    """Ids of the prompt, and of the answer without the token that ends it."""
+    batch = {"prompt": [prompt], "completion": [answer]}
+    (prompt_ids,), (answer_ids,), _ = prompt_and_answer_ids(tokenizer, batch, chat_template_kwargs or {}, "keep", [0])
+    assert answer_ids[-1] == tokenizer.eos_token_id
+    return prompt_ids, answer_ids[:-1]
 
 
 def write_jsonl(path, *pairs):
@@ -119,6 +130,76 @@ class TestLoading:
         with pytest.raises(TeacherDataError, match="Could not read .*train.jsonl"):
             load(tmp_path)
 
+    @pytest.mark.parametrize(
+        "name, content, message",
+        [
+            ("a.jsonl", json.dumps({"prompt": "é"}, ensure_ascii=False).encode("latin-1"), "line 1 is not UTF-8"),
+            ("a.json", json.dumps([{"prompt": "é"}], ensure_ascii=False).encode("utf-16"), "line 1 is not UTF-8"),
+            ("a.csv", "prompt,completion\na,b\né,x\n".encode("latin-1"), "line 3 is not UTF-8"),
+            ("a.jsonl", b"", "is empty"),
+            ("a.csv", b"", "is empty"),
+            ("a.parquet", b"", "is empty"),
+            ("a.jsonl", b"\n\n", "it has no rows"),
+            ("a.jsonl.gz", gzip.compress(b""), "it has no rows"),
+            ("a.csv", b"prompt,completion\n", "it has no rows"),
+            ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+            ("a.jsonl.gz", b'{"prompt": "a"}', "Not a gzipped file"),
+            ("a.parquet", b"text", "Parquet"),
+            ("a.csv", b"prompt,completion\na,b,c,d\ne,f,g,h\n", "more cells than the header has names"),
+        ],
+    )
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_what_is_wrong_with_a_file_is_one_line(self, tmp_path, name, content, message, streaming):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TeacherDataError, match=f"{tmp_path / name}.*{message}") as error:
+            load(tmp_path / name, dataset_streaming=streaming)
+        assert "\n" not in str(error.value) and not str(error.value).endswith(": ")
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_compressed_file(self, tmp_path, suffix, streaming):
+        data = rows(("a", "b"), ("c", "d"))
+        plain = tmp_path / f"plain.{suffix}"
+        (data.to_csv if suffix == "csv" else data.to_json)(str(plain))
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / f"train.{suffix}.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        for name in (folder, folder / f"train.{suffix}.gz"):
+            train, _ = load(name, dataset_streaming=streaming)
+            assert [row["completion"] for row in train] == ["b", "d"]
+
+    def test_parquet_is_not_compressed_again(self, tmp_path):
+        (tmp_path / "a.parquet.gz").write_bytes(b"x")
+        with pytest.raises(TeacherDataError, match=r"ends in none of .json, .jsonl, .parquet, .csv \(.gz after them"):
+            load(tmp_path / "a.parquet.gz")
+
+    def test_file_that_is_a_folder(self, tmp_path):
+        (tmp_path / "train.jsonl").mkdir()
+        for name in (tmp_path, tmp_path / "train.jsonl"):
+            with pytest.raises(TeacherDataError, match="has no file for the `train` split; data files found: none"):
+                load(name)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_in_csv_only_an_empty_cell_is_missing(self, tmp_path, streaming):
+        path = tmp_path / "a.csv"
+        words = ["None", "NA", "null", "nan", "N/A", "7", "007", "True", '"a\nb"']
+        path.write_text("prompt,completion,note\n" + "".join(f"q,{word},{word}\n" for word in words) + "q,a,\n")
+        train = list(load(path, dataset_streaming=streaming)[0])
+        assert [row["completion"] for row in train] == [*words[:-1], "a\nb", "a"]
+        assert train[0]["note"] == "None" and train[-1]["note"] is None
+        check_teacher_data(load(path, dataset_streaming=streaming)[0])
+        path.write_text("prompt,completion\n1,7\n2,007\n")
+        assert [row["completion"] for row in load(path, dataset_streaming=streaming)[0]] == ["7", "007"]
+        path.write_text("prompt,completion\nq,a\nq,\n")
+        with pytest.raises(TeacherDataError, match="Row 1: `completion` is null"):
+            check_teacher_data(load(path, dataset_streaming=streaming)[0])
+
+    def test_labels_in_csv_too(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("text,label,gold\n5,None,\nb,NA,NA\n")
+        train, _ = load(path)
+        assert (train["text"][:], train["label"][:], train["gold"][:]) == (["5", "b"], ["None", "NA"], [None, "NA"])
+
     def test_streaming_set_cannot_be_divided(self, tmp_path):
         path = write_jsonl(tmp_path / "train.jsonl", ("a", "b"))
         with pytest.raises(TeacherDataError, match="`test_split_size` cannot divide a streaming set"):
@@ -149,6 +230,11 @@ class TestChecks:
             ([([], ASSISTANT)], "Row 0: `prompt` is empty"),
             ([([{"role": "user", "content": ""}], ASSISTANT)], "Row 0: `prompt` is empty"),
             ([([{"content": "a"}], ASSISTANT)], "Row 0: `prompt` holds .*'role'"),
+            (
+                [(["text"], ASSISTANT)],
+                r"Row 0: `prompt` is \['text'\], a list of str; it must be a string, or a list of",
+            ),
+            ([("a", ["text"])], r"Row 0: `completion` is \['text'\], a list of str"),
         ],
     )
     def test_one_clear_error(self, data, message):
@@ -166,7 +252,10 @@ class TestChecks:
             (("instruction", "completion"), "no column `prompt`.*rename that column to `prompt`"),
             (("prompt", "output"), "columns found: prompt, output. If `output` holds it"),
             (("prompt", "completions"), "If `completions` holds it, rename that column to `completion`"),
-            (("messages", "id"), "Split each conversation"),
+            (("messages", "id"), r"Split each conversation: .*row\[\"messages\"\]\[:-1\]"),
+            (("messages", "content"), "Split each conversation"),
+            (("conversations",), r"row\[\"conversations\"\]\[-1:\]"),
+            (("prompt", "chosen", "rejected"), "If `chosen` holds it, rename that column to `completion`"),
         ],
     )
     def test_missing_column_names_the_likely_one(self, columns, message):
@@ -200,11 +289,9 @@ class TestTokenization:
     @pytest.mark.parametrize("answer", ["It is blue.", " It is blue.", "\nIt is blue.", "ly blue", "\n"])
     @pytest.mark.parametrize("prompt", ["What is the colour?", "What is the ", "Once upon a time\n", "the colour of"])
     def test_prompt_and_answer_ids_spell_the_text(self, tokenizer, prompt, answer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
-        prompt_ids, answer_ids = _prompt_and_answer_ids(tokenizer, {"prompt": [prompt], "completion": [answer]}, {})
-        assert prompt_ids[0] == tokenizer(text=prompt)["input_ids"]
-        assert tokenizer.decode(prompt_ids[0] + answer_ids[0]) == prompt + answer
+        prompt_ids, answer_ids = ids_without_end(tokenizer, prompt, answer)
+        assert prompt_ids == tokenizer(text=prompt)["input_ids"]
+        assert tokenizer.decode(prompt_ids + answer_ids) == prompt + answer
 
     @pytest.mark.parametrize("length", range(1, 9))
     def test_ends_in_eos_if_and_only_if_not_truncated(self, tokenizer, length):
@@ -218,12 +305,9 @@ class TestTokenization:
         assert counts.truncated_answers == int(not fits)
 
     def test_conversational_prompt_ids_are_those_of_grpo(self, tokenizer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
-        batch = {"prompt": [USER], "completion": [ASSISTANT]}
-        prompt_ids, answer_ids = _prompt_and_answer_ids(tokenizer, batch, {"brief": True})
-        assert tokenizer.decode(prompt_ids[0]).endswith("<|im_start|>assistant\n(brief) ")
-        assert tokenizer.decode(answer_ids[0]) == "It is blue."
+        prompt_ids, answer_ids = ids_without_end(tokenizer, USER, ASSISTANT, {"brief": True})
+        assert tokenizer.decode(prompt_ids).endswith("<|im_start|>assistant\n(brief) ")
+        assert tokenizer.decode(answer_ids) == "It is blue."
 
     def test_chat_and_plain_text_of_the_same_prompt_agree(self, tokenizer):
         rendered = tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False)
@@ -236,6 +320,19 @@ class TestTokenization:
             rows(("Once", " a time<|im_end|>\n"), ("Once", " a time")), tokenizer, max_completion_length=40
         )
         assert data[0]["teacher_ids"] == data[1]["teacher_ids"]
+
+    def test_an_answer_cut_there_is_not_finished_and_counted(self, tokenizer, caplog):
+        data, counts = tokenize_teacher_data(
+            rows(("Once", " a time"), ("Once", " a time<|im_end|> ago"), ("Once", " a time<|im_end|><|im_end|>")),
+            tokenizer,
+            max_completion_length=40,
+        )
+        whole, cut, ended = data["teacher_ids"]
+        assert cut == whole[:-1] and ended == whole
+        assert (counts.cut_at_end_token, counts.truncated_answers, counts.kept) == (1, 0, 3)
+        assert "answers cut at the text of an end token: 1" in str(counts)
+        assert "1 answer of the training rows holds the text of an end token, the first in row 1" in caplog.text
+        assert set(data.column_names) == {"prompt", "completion", *INTERNAL_COLUMNS}
 
     def test_tokenizer_that_appends_its_own_eos(self, tokenizer):
         class AppendsEos:
@@ -266,6 +363,11 @@ class TestTokenization:
         with pytest.raises(TeacherDataError, match=f"No room for an answer: row 0 has a prompt of {length} tokens"):
             tokenize_teacher_data(rows((prompt, "a")), tokenizer, max_completion_length=8, max_length=length + 7)
         tokenize_teacher_data(rows((prompt, "a")), tokenizer, max_completion_length=8, max_length=length + 8)
+        with pytest.raises(TeacherDataError, match="drop such rows with `max_prompt_length: 7`"):
+            tokenize_teacher_data(rows((prompt, "a")), tokenizer, max_completion_length=8, max_length=15)
+        for length in (8, 9):  # no prompt at all would fit
+            with pytest.raises(TeacherDataError, match="Lower `max_completion_length`: it alone fills the context.$"):
+                tokenize_teacher_data(rows((prompt, "a")), tokenizer, max_completion_length=length, max_length=8)
         with pytest.raises(TeacherDataError, match="all 1 prompts are longer than `max_prompt_length: 4`"):
             tokenize_teacher_data(rows((prompt, "a")), tokenizer, max_completion_length=8, max_prompt_length=4)
 
@@ -292,10 +394,8 @@ class TestTokenization:
     )
     @pytest.mark.parametrize("answer", ["there was a fox.", " there was a fox.", "ly fox", "\nThe end."])
     def test_no_space_appears_between_prompt_and_answer(self, path, prompt, answer):
-        from trl_bbkd.teacher_data import _prompt_and_answer_ids
-
         llama = AutoTokenizer.from_pretrained(path)
-        prompt_ids, answer_ids = _prompt_and_answer_ids(llama, {"prompt": [prompt], "completion": [answer]}, {})
-        assert prompt_ids[0] == llama(text=prompt)["input_ids"]
-        assert llama.decode(prompt_ids[0] + answer_ids[0], skip_special_tokens=True) == prompt + answer
-        assert llama.bos_token_id not in answer_ids[0]
+        prompt_ids, answer_ids = ids_without_end(llama, prompt, answer)
+        assert prompt_ids == llama(text=prompt)["input_ids"]
+        assert llama.decode(prompt_ids + answer_ids, skip_special_tokens=True) == prompt + answer
+        assert llama.bos_token_id not in answer_ids

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .teacher_data import prompt_token_ids
+from .teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -32,6 +32,7 @@ def generate_completions(
     batch_size: int = 32,
     seed: int = 0,
     chat_template_kwargs: dict | None = None,
+    prompt_ids: list[list[int]] | None = None,
 ) -> list[list[str]]:
     """
     Sample completions. The global random state and the model's mode are as before afterwards.
@@ -57,6 +58,9 @@ def generate_completions(
             Seed of the samples.
         chat_template_kwargs (`dict`, *optional*):
             Passed to `apply_chat_template`.
+        prompt_ids (`list[list[int]]`, *optional*):
+            The prompts' token ids, as the rows of [`~teacher_data.tokenize_teacher_data`] have them. By default, the
+            prompts are tokenised here.
 
     Returns:
         `list[list[str]]`: for each prompt its completions, without special tokens.
@@ -72,6 +76,7 @@ def generate_completions(
         batch_size=batch_size,
         seed=seed,
         chat_template_kwargs=chat_template_kwargs,
+        prompt_ids=prompt_ids,
     )
     return [tokenizer.batch_decode(samples, skip_special_tokens=True) for samples in ids]
 
@@ -89,10 +94,11 @@ def generate_completion_ids(
     batch_size=32,
     seed=0,
     chat_template_kwargs=None,
+    prompt_ids=None,
 ) -> list[list[list[int]]]:
-    """[`generate_completions`], as token ids up to and including the end-of-sequence token."""
+    """[`generate_completions`], as token ids up to and including the token that ends an answer."""
     num_samples = num_samples if temperature > 0 else 1
-    end_ids = end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer, prompts[0])
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     # Everything is stated, because generate() takes what is left open from the checkpoint's own settings.
@@ -106,7 +112,8 @@ def generate_completion_ids(
         use_cache=True,
         disable_compile=True,
     )
-    prompt_ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
+    if prompt_ids is None:
+        prompt_ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
     # Neighbours of like length need little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
     queue = [index for index in order for _ in range(num_samples)]
@@ -130,11 +137,11 @@ def generate_completion_ids(
     return completions
 
 
-def end_token_ids(model, tokenizer) -> list[int]:
-    """The tokens that end an answer, as `GRPOTrainer` sees them: the model's own and the tokenizer's."""
+def end_token_ids(model, tokenizer, prompt: str | list) -> list[int]:
+    """The tokens that end an answer to `prompt`: the teacher's answers', the tokenizer's and the model's own."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else [own] if isinstance(own, int) else own
-    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+    return list(dict.fromkeys([end_token_id(tokenizer, prompt), tokenizer.eos_token_id, *own]))
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +151,11 @@ def pad_rows(rows: list[list[int]], pad_id: int, device, side: str) -> tuple[tor
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
     return ids.to(device), pad(masks, batch_first=True, padding_side=side).to(device)
+
+
+def _prompt_ids(tokenizer, rows: list[dict], chat_template_kwargs: dict | None) -> list[list[int]]:
+    batch = {column: [row[column] for row in rows] for column in rows[0]}
+    return prompt_ids_of(tokenizer, batch, chat_template_kwargs)
 
 
 @torch.no_grad()
@@ -156,7 +168,7 @@ def teacher_nll(
     chat_template_kwargs: dict | None = None,
 ) -> float:
     """
-    Mean negative log-likelihood, in nats per token, of the teacher's answers (end-of-sequence token included).
+    Mean negative log-likelihood, in nats per token, of the teacher's answers (the token that ends them included).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -170,10 +182,10 @@ def teacher_nll(
         chat_template_kwargs (`dict`, *optional*):
             Passed to `apply_chat_template`.
     """
-    prompt_ids = prompt_token_ids(tokenizer, [row["prompt"] for row in rows], chat_template_kwargs)
+    prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
     pairs = [(prompt, list(row["teacher_ids"])) for prompt, row in zip(prompt_ids, rows, strict=True)]
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    pad_id = end_token_ids(model, tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     was_training = model.training
     model.eval()
@@ -230,7 +242,8 @@ def evaluate_student(
     metrics = {}
     prompts = [row["prompt"] for row in rows]
     teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
-    end_ids = end_token_ids(model, tokenizer)
+    end_ids = end_token_ids(model, tokenizer, prompts[0])
+    prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
     for temperature in temperatures:
         at = temperature_name(temperature)
         grouped = generate_completion_ids(
@@ -242,7 +255,7 @@ def evaluate_student(
             num_samples=num_samples,
             batch_size=batch_size,
             seed=seed,
-            chat_template_kwargs=chat_template_kwargs,
+            prompt_ids=prompt_ids,
         )
         samples = [ids for group in grouped for ids in group]
         sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
@@ -267,10 +280,24 @@ def evaluate_student(
     return metrics
 
 
-def evaluate_teacher(rows: list[dict], sample_metrics: SampleMetrics | None = None) -> dict[str, float]:
-    """The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once."""
-    answers = [row["completion"] for row in rows]
-    texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in answers]
+def evaluate_teacher(
+    rows: list[dict], sample_metrics: SampleMetrics | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, float]:
+    """
+    The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once.
+
+    Args:
+        rows (`list[dict]`):
+            Held-out rows with `prompt`, `completion` and `teacher_ids`.
+        sample_metrics (`Callable`, *optional*):
+            As in [`evaluate_student`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer: the judge sees conversational answers as a student writes them, with what the chat
+            template adds, such as reasoning. By default it sees the text of the messages.
+    """
+    texts = [answer_text(row["completion"]) for row in rows]
+    if tokenizer is not None and not isinstance(rows[0]["prompt"], str):
+        texts = tokenizer.batch_decode([row["teacher_ids"] for row in rows], skip_special_tokens=True)
     metrics = {"length@t1.0": sum(len(row["teacher_ids"]) for row in rows) / len(rows), "length_ratio@t1.0": 1.0}
     if sample_metrics is not None:
         judged = judge(sample_metrics, [row["prompt"] for row in rows], texts)

@@ -137,7 +137,8 @@ def render_markdown(report: Report) -> str:
 def counts_table(counts: dict) -> list[str]:
     """Lines of a Markdown table of data counts, one column a split."""
     cells = {split: dict(split_counts.table_rows()) for split, split_counts in counts.items()}
-    labels = next(iter(cells.values()))
+    # Some are told only of a split that has any
+    labels = dict.fromkeys(label for split in cells.values() for label in split)
     return table(["", *cells], [[label, *(cells[split].get(label, "–") for split in cells)] for label in labels])
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from ._compat import keep_4bit_weights_differentiable
-from .teacher_data import prompt_token_ids
+from .teacher_data import prompt_ids_of
 
 
 CURVE_POINTS = 8
@@ -136,11 +136,11 @@ def sft_rows(dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: 
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer.
         chat_template_kwargs (`dict`, *optional*):
-            Passed to `apply_chat_template`.
+            Passed to `apply_chat_template`, for prompts that are not tokenised yet.
     """
 
     def build(batch):
-        prompts = prompt_token_ids(tokenizer, batch["prompt"], chat_template_kwargs)
+        prompts = prompt_ids_of(tokenizer, batch, chat_template_kwargs)
         pairs = list(zip(prompts, batch["teacher_ids"], strict=True))
         return {
             "input_ids": [prompt + list(answer) for prompt, answer in pairs],

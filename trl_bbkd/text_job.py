@@ -78,9 +78,10 @@ class TextJob(Job):
             max_prompt_length=self.args.max_prompt_length,
             max_length=getattr(config, "max_position_embeddings", None),
             chat_template_kwargs=self.args.chat_template_kwargs,
+            reasoning=self.args.reasoning,
         )
         self.train, train_counts = tokenize(train)
-        test, test_counts = tokenize(test)
+        test, test_counts = tokenize(test, held_out=True)
         self.test = list(itertools.islice(test, EVALUATION_PROMPTS))
         self.counts = {"train": train_counts, "test": test_counts}
         if self.is_main_process:
@@ -115,7 +116,7 @@ class TextJob(Job):
                 UNDISTILLED: undistilled,
                 trainer._name: distilled,
                 **self._on_main_process(lambda: self.method.more_results(trainer)),
-                TEACHER: evaluate_teacher(self.test, self.sample_metrics),
+                TEACHER: evaluate_teacher(self.test, self.sample_metrics, self.tokenizer),
             },
             # It starts and ends with the numbers of the table
             curves={

@@ -2,7 +2,7 @@ from datasets import Dataset
 
 from ..proxy.trainer import ProxyTargetTrainer
 from ..selection.config import SELECTION_ARGUMENTS
-from ..teacher_data import TeacherDataError
+from ..teacher_data import TeacherDataError, end_token_id, row_names
 from .bayeskd_config import BayesKDConfig
 from .bayeskd_stages import BayesKDRows, BayesKDStages
 from .top_logprobs import TOP_LOGPROBS, check_top_logprobs
@@ -106,7 +106,8 @@ class BayesKDTrainer(ProxyTargetTrainer):
         if not any(rows["teacher_ids"]):
             raise TeacherDataError("The teacher's answers have no tokens: there is nothing to count.")
         if TOP_LOGPROBS in rows.column_names:
-            check_top_logprobs(rows[TOP_LOGPROBS], rows["teacher_ids"], vocab_size, tokenizer.eos_token_id)
+            end_id = end_token_id(tokenizer, rows[0]["prompt"])
+            check_top_logprobs(rows[TOP_LOGPROBS], rows["teacher_ids"], vocab_size, end_id, row_names(rows))
 
     def _prepare_targets(self) -> None:
         if not self.args.needs_targets:

@@ -38,7 +38,9 @@ class KnownProbs(NamedTuple):
     is_known: np.ndarray
 
 
-def check_top_logprobs(values: list[dict | None], answers: list[list[int]], vocab_size: int, eos_id: int) -> None:
+def check_top_logprobs(
+    values: list[dict | None], answers: list[list[int]], vocab_size: int, eos_id: int, names: list[int] | None = None
+) -> None:
     """
     Check a column of log-probabilities.
 
@@ -50,12 +52,15 @@ def check_top_logprobs(values: list[dict | None], answers: list[list[int]], voca
         vocab_size (`int`):
             Size of the vocabulary.
         eos_id (`int`):
-            The end-of-sequence token.
+            The token that ends an answer.
+        names (`list[int]`, *optional*):
+            The rows' names in errors; by default, their positions.
 
     Raises:
         [`~teacher_data.TeacherDataError`]: at the first problem, naming row, position and value.
     """
-    for row, (value, answer) in enumerate(zip(values, answers, strict=True)):
+    names = range(len(values)) if names is None else names
+    for row, value, answer in zip(names, values, answers, strict=True):
         if value is None:
             continue
         place = f"Row {row}: `{TOP_LOGPROBS}`"

@@ -3,6 +3,7 @@ from typing import Any, Literal
 
 from trl import GRPOConfig
 
+from ..messages import REASONING_HELP, ReasoningPolicy, check_reasoning
 from .inherited import check_choices, refuse_without_effect
 
 
@@ -30,6 +31,9 @@ class GADConfig(GRPOConfig):
 
         max_prompt_length (`int`, *optional*, defaults to `2048`):
             Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+        reasoning (`str`, *optional*, defaults to `"keep"`):
+            What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
+            `"drop"` it.
 
         > Parameters that control the stages
 
@@ -153,6 +157,7 @@ class GADConfig(GRPOConfig):
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
     )
+    reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
 
     # Stages
     warmup_epochs: float = field(
@@ -300,6 +305,7 @@ class GADConfig(GRPOConfig):
     def __post_init__(self):
         self._check_bounds()
         refuse_without_effect(self)
+        check_reasoning(self.reasoning)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ValueError(
                 "load_best_model_at_end needs metric_for_best_model, because the default, the policy's loss, says nothing: "

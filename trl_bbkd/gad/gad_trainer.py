@@ -21,6 +21,7 @@ from ..evaluation import SampleMetrics, judge
 from ..preflight import refuse_adapted_head, refuse_frozen_adapter, require_tokenizer
 from ..reference import add_reference_adapter
 from ..sharding import refuse_sharding
+from ..teacher_data import INTERNAL_COLUMNS, end_token_id
 from ..trainer_hub import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
@@ -164,6 +165,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         train_dataset = self._teacher_rows.prepare_training(train_dataset)
         eval_dataset = self._teacher_rows.prepare_evaluation(eval_dataset)
 
+        self._end_id = end_token_id(processing_class, next(iter(train_dataset))["prompt"])
+        if args.use_vllm and self._end_id != processing_class.eos_token_id:
+            args.generation_kwargs = {"stop_token_ids": [self._end_id], **(args.generation_kwargs or {})}
+
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_rewards(reward_funcs, args.reward_weights, reward_processing_classes)
         reward_funcs = [without_what_grpo_does_not_pass(reward) for reward in reward_funcs]
@@ -192,6 +197,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if self.ref_model is not None:
             match_embeddings(self._unwrapped_reference(), self._unwrapped_policy())
 
+        self._stop_at_the_end_of_a_turn()
         student_kwargs = {
             key: init_kwargs[key]
             for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")
@@ -239,6 +245,16 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if self.args.push_discriminator:
             self.discriminator.save_pretrained(Path(self.args.output_dir) / DISCRIMINATOR_FOLDER)
 
+    def _stop_at_the_end_of_a_turn(self) -> None:
+        """Have the student stop where the teacher's answers end, now and when it is used, if its settings do not say so."""
+        if self._end_id in self.eos_token_ids:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, self._end_id]
+        self._unwrapped_policy().generation_config.eos_token_id = self.eos_token_ids
+        if not self.use_vllm:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            self.generation_config.eos_token_id = self.eos_token_ids
+
     def _unwrapped_policy(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -273,9 +289,13 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for column in ("completion", "teacher_ids"):
+        for column in ("completion", "prompt_ids", "teacher_ids"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def _tokenize_prompts(self, prompts):
+        # Rendered with the row's own tools and template settings, as the teacher's answer beside it
+        return [list(row["prompt_ids"]) for row in self._rows], None, {}
 
     def _generate(self, prompts):
         is_training = self.model.training
@@ -291,6 +311,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return output
 
     def _generate_and_score_completions(self, inputs):
+        self._rows = inputs
         if self.model.training:
             self._start_generation_batch()
         output = super()._generate_and_score_completions(inputs)
@@ -321,9 +342,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return [row // num_generations for row in range(first, first + num_rows)]
 
     def _collect_pairs(self, inputs: list[dict], completion_ids: list[list[int]]) -> PairBatch:
-        eos, eos_ids = self._tokenizer.eos_token_id, self.eos_token_ids
-        # A model may end its answer with any of several ids. Which one is no sign of quality: show the discriminator one
-        student_ids = [ids[:-1] + [eos] if ids and ids[-1] in eos_ids else list(ids) for ids in completion_ids]
+        end, eos_ids = self._end_id, self.eos_token_ids
+        # A model may end its answer with any of several ids. Which one is no sign of quality: show the discriminator one,
+        # that of the teacher's answers
+        student_ids = [ids[:-1] + [end] if ids and ids[-1] in eos_ids else list(ids) for ids in completion_ids]
         numbers = self._prompt_numbers(len(inputs))
         first_rows = [row for row, number in enumerate(numbers) if row == 0 or number != numbers[row - 1]]
         return PairBatch(
@@ -347,9 +369,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
                 "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
             )
         # TRL drops a column named `completion`: pass the teacher's answer under another name
-        inputs = [{**row, TEACHER_COMPLETION: row["completion"]} for row in inputs]
-        for row in inputs:
-            del row["teacher_ids"]
+        own = [{name: value for name, value in row.items() if name not in INTERNAL_COLUMNS} for row in inputs]
+        inputs = [{**row, TEACHER_COMPLETION: row["completion"]} for row in own]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.args.length_control:
             lengths = self.accelerator.gather(

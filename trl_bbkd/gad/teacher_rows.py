@@ -4,7 +4,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..preflight import refuse_too_few_rows
-from ..teacher_data import TeacherDataCounts, TeacherDataError, tokenize_teacher_data
+from ..teacher_data import TeacherDataCounts, TeacherDataError, is_tokenized, tokenize_teacher_data
 from .gad_config import GADConfig
 
 
@@ -18,7 +18,7 @@ class TeacherRows:
 
     Args:
         args ([`GADConfig`]):
-            Its `max_prompt_length`, `max_completion_length` and `chat_template_kwargs`.
+            Its `max_prompt_length`, `max_completion_length`, `chat_template_kwargs` and `reasoning`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
         config ([`~transformers.PretrainedConfig`]):
@@ -50,7 +50,7 @@ class TeacherRows:
                 f"The rows ({split}) must be a `Dataset` or an `IterableDataset`, got {type(rows).__name__}: GAD needs "
                 "prompts and the teacher's answers."
             )
-        if "teacher_ids" in (rows.column_names or []) or any(rows is stream for stream in self._streams):
+        if is_tokenized(rows) or any(rows is stream for stream in self._streams):
             return rows
         rows, self.counts[split] = tokenize_teacher_data(
             rows,
@@ -59,6 +59,8 @@ class TeacherRows:
             max_prompt_length=self.args.max_prompt_length,
             max_length=self.max_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            reasoning=self.args.reasoning,
+            held_out=split != "train",
         )
         logger.info(self.counts[split])
         if isinstance(rows, IterableDataset):

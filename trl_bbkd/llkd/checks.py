@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset
 
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.signals import LLKDDataError
+from ..teacher_data import row_names
 
 
 # What the default collator and the trainer know beside the tokenizer's own columns
@@ -38,7 +39,7 @@ def check_labels(
             f"In `{column}` of the {where} rows the classes are {', '.join(feature.names)}, but those to learn are "
             f"{', '.join(names)}. Bring them into the same order: `dataset.align_labels_with_mapping`."
         )
-    for row, value in enumerate(rows[column]):
+    for row, value in zip(row_names(rows), rows[column], strict=True):
         if may_be_unknown and value is None:
             continue
         if not isinstance(value, int) or not 0 <= value < num_labels:
@@ -86,7 +87,7 @@ def check_token_rows(rows: Dataset, where: str, limit: int | None, vocab_size: i
     Raises:
         [`~selection.signals.LLKDDataError`]: a row without tokens, with too many, or with one that has no embedding.
     """
-    for row, input_ids in enumerate(rows["input_ids"]):
+    for row, input_ids in zip(row_names(rows), rows["input_ids"], strict=True):
         if not input_ids:
             raise LLKDDataError(f"Row {row} of the {where} rows has 0 tokens: its text is empty. Drop it.")
         if limit is not None and len(input_ids) > limit:

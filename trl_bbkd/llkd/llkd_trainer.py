@@ -28,6 +28,7 @@ from ..selection.config import SELECTION_ARGUMENTS, check_batches
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
+from ..teacher_data import places_of
 from ..trainer_hub import StudentHubMixin
 from .checks import check_all_classes, check_labels, check_token_rows, refuse_other_columns
 from .llkd_config import LLKDConfig
@@ -383,7 +384,7 @@ def class_names(rows: Dataset, labels: list[str] | None) -> list[str] | None:
 
 def tokenize(batch: dict, indices: list[int], tokenizer, text_column: str, max_length: int | None, where: str) -> dict:
     """The tokens of texts, for [`~datasets.Dataset.map`]."""
-    for row, text in zip(indices, batch[text_column], strict=True):
+    for row, text in zip(places_of(batch, indices), batch[text_column], strict=True):
         if not isinstance(text, str):
             raise LLKDDataError(f"Row {row} of the {where} rows: `{text_column}` is {text!r}; it must be a string.")
     return dict(tokenizer(batch[text_column], truncation=max_length is not None, max_length=max_length))

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
-from ..teacher_data import TeacherDataError, check_teacher_data
+from ..teacher_data import TeacherDataError, answer_text, check_teacher_data
 from .config import ProxyConfig
 from .model import ADAPTER_CONFIG, ProxyModelError, adapter_of, base_of_adapter
 
@@ -104,7 +104,7 @@ def check_shared_vocabulary(
         proxy_tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
         first_rows = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))
         check_teacher_data(first_rows)
-        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in first_rows["completion"]]
+        texts = [answer_text(answer) for answer in first_rows["completion"]]
         check_vocabularies(tokenizer, proxy_tokenizer, config, proxy_config, texts)
     return proxy_config
 
@@ -141,8 +141,18 @@ def check_models(
     refuse_prompt_learning(adapter, "proxy", NO_VIRTUAL_TOKENS)
 
 
-def check_tokens(rows: Dataset, context: int | None, vocab_size: int) -> None:
+def check_tokens(rows: Dataset, context: int | None, vocab_size: int, names: list[int]) -> None:
     """
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Rows with `input_ids`.
+        context (`int`, *optional*):
+            Tokens of context that student and proxy share.
+        vocab_size (`int`):
+            Embeddings that both have.
+        names (`list[int]`):
+            The rows' names in errors.
+
     Raises:
         [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy, or has a token that one of
             them has no embedding of.
@@ -151,14 +161,14 @@ def check_tokens(rows: Dataset, context: int | None, vocab_size: int) -> None:
     longest = int(np.argmax(lengths))
     if context is not None and lengths[longest] > context:
         raise TeacherDataError(
-            f"Row {longest} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
+            f"Row {names[longest]} has {lengths[longest]} tokens, prompt and answer, but the context that student and proxy share is "
             f"{context} tokens. Lower `max_completion_length`, or drop rows with `max_prompt_length`."
         )
     largest = [max(ids) for ids in rows["input_ids"]]
     row = int(np.argmax(largest))
     if largest[row] >= vocab_size:
         raise TeacherDataError(
-            f"Row {row} has token {largest[row]}, but the models have {vocab_size} embeddings only: tokenizer and models do "
+            f"Row {names[row]} has token {largest[row]}, but the models have {vocab_size} embeddings only: tokenizer and models do "
             "not belong together. After adding tokens, call `model.resize_token_embeddings(len(tokenizer))` and save both."
         )
 

@@ -27,7 +27,7 @@ from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
 from ..student_tokenizer import student_tokenizer
-from ..teacher_data import TeacherDataCounts, TeacherDataError, tokenize_teacher_data
+from ..teacher_data import TeacherDataCounts, TeacherDataError, is_tokenized, row_names, tokenize_teacher_data
 from .checks import check_enough_rows, check_models, check_proxy, check_shared_vocabulary, check_tokens
 from .config import ProxyConfig
 from .stages import ProxyStages
@@ -137,7 +137,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         teacher_rows, train_counts = self._tokenized(train_dataset, processing_class, args)
         held_out, held_out_counts = None, None
         if eval_dataset is not None:
-            held_out, held_out_counts = self._tokenized(eval_dataset, processing_class, args)
+            held_out, held_out_counts = self._tokenized(eval_dataset, processing_class, args, held_out=True)
         self._check_rows(teacher_rows, processing_class, shared_size)
         stage_rows, student_teacher_rows = self._divide(teacher_rows, args)
         for part in stage_rows:
@@ -177,10 +177,14 @@ class ProxyTargetTrainer(SoftTargetTrainer):
     # Rows, whichever door they come through
 
     def _tokenized(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        args: ProxyConfig,
+        held_out: bool = False,
     ) -> tuple[Dataset | IterableDataset, TeacherDataCounts | None]:
         """Teacher rows with `teacher_ids`, and their counts if they had none before."""
-        if "teacher_ids" in (dataset.column_names or ()):
+        if is_tokenized(dataset):
             return dataset, None
         return tokenize_teacher_data(
             dataset,
@@ -189,23 +193,25 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             max_prompt_length=args.max_prompt_length,
             max_length=self._context,
             chat_template_kwargs=args.chat_template_kwargs,
+            reasoning=args.reasoning,
+            held_out=held_out,
         )
 
     def _student_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig) -> Dataset:
         rows = soft_target_rows(dataset, tokenizer, args.chat_template_kwargs)
         if len(rows):
-            check_tokens(rows, self._context, self._shared_size)
+            check_tokens(rows, self._context, self._shared_size, row_names(dataset))
         return rows
 
     def _rows_to_evaluate(
         self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig
     ) -> Dataset | IterableDataset:
         """Rows without soft targets, with the prompts that callbacks generate from."""
-        dataset, _ = self._tokenized(dataset, tokenizer, args)
+        dataset, _ = self._tokenized(dataset, tokenizer, args, held_out=True)
         rows = sft_rows(dataset, tokenizer, args.chat_template_kwargs)
         if isinstance(rows, IterableDataset):
             return rows
-        check_tokens(rows, self._context, self._shared_size)
+        check_tokens(rows, self._context, self._shared_size, row_names(dataset))
         return concatenate_datasets([rows, dataset.select_columns(["prompt"])], axis=1)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):

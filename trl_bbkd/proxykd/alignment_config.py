@@ -3,6 +3,7 @@ from typing import Any
 
 from trl import DPOConfig
 
+from ..messages import REASONING_HELP, ReasoningPolicy, check_reasoning
 from ..refused_fields import refuse_fields
 
 
@@ -34,6 +35,9 @@ class ProxyAlignmentConfig(DPOConfig):
             Longest answer, in tokens, the teacher's and the proxy's.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to `apply_chat_template`.
+        reasoning (`str`, *optional*, defaults to `"keep"`):
+            What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
+            `"drop"` it.
 
         > Parameters that control the rounds
 
@@ -89,6 +93,7 @@ class ProxyAlignmentConfig(DPOConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
     )
+    reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
 
     # Rounds
     num_rounds: int = field(
@@ -125,6 +130,7 @@ class ProxyAlignmentConfig(DPOConfig):
         refuse_fields(self, REFUSED, "here")
         self.loss_type, self.loss_weights = own.values()
         super().__post_init__()
+        check_reasoning(self.reasoning)
         for name in ("preference_weight", "sft_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")

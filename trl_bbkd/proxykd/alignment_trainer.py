@@ -31,7 +31,7 @@ from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
-from ..teacher_data import TeacherDataError, prompt_token_ids, tokenize_teacher_data
+from ..teacher_data import TeacherDataError, is_tokenized, prompt_ids_of, tokenize_teacher_data
 from .alignment_config import ProxyAlignmentConfig
 from .sampling import ModelSampler, VLLMSampler, sample_completions
 
@@ -129,7 +129,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
                 self._proxy_path, padding_side="left", trust_remote_code=args.trust_remote_code
             )
         require_tokenizer(processing_class, type(self).__name__)
-        rows = self._with_room(self._tokenize(train_dataset, processing_class, args), processing_class, args)
+        rows = self._with_room(self._tokenize(train_dataset, processing_class, args), args)
         if len(rows) < args.num_rounds:
             raise TeacherDataError(
                 f"Round {len(rows) + 1} of {args.num_rounds} has an empty shard: there are only {len(rows)} rows to align "
@@ -169,7 +169,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
 
     @staticmethod
     def _tokenize(dataset: Dataset, tokenizer, args: ProxyAlignmentConfig) -> Dataset:
-        if "teacher_ids" in dataset.column_names:
+        if is_tokenized(dataset):
             return dataset
         return tokenize_teacher_data(
             dataset,
@@ -177,15 +177,15 @@ class ProxyAlignmentTrainer(DPOTrainer):
             max_completion_length=args.max_completion_length,
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.chat_template_kwargs,
+            reasoning=args.reasoning,
         )[0]
 
     @staticmethod
-    def _with_room(rows: Dataset, tokenizer, args: ProxyAlignmentConfig) -> Dataset:
+    def _with_room(rows: Dataset, args: ProxyAlignmentConfig) -> Dataset:
         """Without rows whose prompt alone fills `max_length`, which TRL drops when it prepares rows."""
         if args.max_length is None or args.truncation_mode != "keep_start":
             return rows
-        prompts = prompt_token_ids(tokenizer, list(rows["prompt"]), args.chat_template_kwargs)
-        kept = [index for index, ids in enumerate(prompts) if len(ids) < args.max_length]
+        kept = [index for index, ids in enumerate(rows["prompt_ids"]) if len(ids) < args.max_length]
         if not kept:
             raise TeacherDataError(f"max_length={args.max_length} cuts off every answer. Raise it, or leave it out.")
         return rows.select(kept) if len(kept) < len(rows) else rows
@@ -261,7 +261,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             samples = self._sample(shard, folder, number)
         else:
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
-        prompts = prompt_token_ids(self.processing_class, list(shard["prompt"]), self.args.chat_template_kwargs)
+        prompts = prompt_ids_of(self.processing_class, shard[:], self.args.chat_template_kwargs)
         self.train_dataset = Dataset.from_dict(
             {"prompt_ids": prompts, "chosen_ids": list(shard["teacher_ids"]), "rejected_ids": samples}
         )
@@ -274,12 +274,11 @@ class ProxyAlignmentTrainer(DPOTrainer):
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._unwrapped().state_dict())
 
     def _sample(self, shard: Dataset, folder: Path, number: int) -> list[list[int]]:
-        rows = shard.select_columns(["prompt", "completion"]).to_list()
+        rows = shard.select_columns(["prompt", "completion", "prompt_ids"]).to_list()
         settings = {
             "max_new_tokens": self.args.max_completion_length,
             "temperature": self.args.sample_temperature,
             "top_p": self.args.sample_top_p,
-            "chat_template_kwargs": self.args.chat_template_kwargs,
         }
         if self.args.use_vllm:
             sampler = self._vllm_sampler(folder / SAMPLER_FOLDER, settings)

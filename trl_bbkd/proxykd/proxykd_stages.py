@@ -81,6 +81,7 @@ class ProxyKDStages(ProxyStages):
                 preference_weight=args.preference_weight,
                 max_completion_length=args.max_completion_length,
                 chat_template_kwargs=args.chat_template_kwargs,
+                reasoning=args.reasoning,
                 sample_temperature=args.sample_temperature,
                 sample_top_p=args.sample_top_p,
                 sample_batch_size=args.per_device_eval_batch_size,

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..evaluation import end_token_ids, generate_completion_ids
-from ..teacher_data import prompt_token_ids
+from ..teacher_data import end_token_id
 
 
 BATCHES_PER_FILE = 4
@@ -22,9 +22,9 @@ def sample_completions(folder: str | Path, rows: list[dict], generate, batch_siz
         folder (`str` or `Path`):
             Where samples are kept, a JSON Lines file for every few batches, each written in one piece.
         rows (`list[dict]`):
-            Rows with `prompt` and `completion`.
-        generate (`Callable[[list, int], tuple[list[list[int]], list[str]]]`):
-            Makes token ids and texts for some prompts, with a seed.
+            Rows with `prompt`, `completion` and what `generate` needs.
+        generate (`Callable[[list[dict], int], tuple[list[list[int]], list[str]]]`):
+            Makes token ids and texts for some rows, with a seed.
         batch_size (`int`):
             Samples made at once.
         seed (`int`):
@@ -40,7 +40,7 @@ def sample_completions(folder: str | Path, rows: list[dict], generate, batch_siz
     state.wait_for_everyone()
     own = missing[state.process_index :: state.num_processes]
     for number, part in tqdm(own, desc="Sampling from the proxy", disable=not state.is_main_process or not own):
-        ids, texts = generate([row["prompt"] for row in part], seed + number)
+        ids, texts = generate(part, seed + number)
         lines = [
             {"prompt": row["prompt"], "teacher": row["completion"], "proxy": text, "proxy_ids": sample}
             for row, text, sample in zip(part, texts, ids, strict=True)
@@ -70,20 +70,23 @@ def _write(path: Path, lines: list[dict]) -> None:
 class ModelSampler:
     """Samples with transformers, from a model in memory. The arguments are those of [`~evaluation.generate_completions`]."""
 
-    def __init__(self, model, tokenizer, *, max_new_tokens, temperature, top_p, batch_size, chat_template_kwargs=None):
+    def __init__(self, model, tokenizer, *, max_new_tokens, temperature, top_p, batch_size):
         self.model, self.tokenizer = model, tokenizer
         self.settings = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "batch_size": batch_size,
-            "chat_template_kwargs": chat_template_kwargs,
         }
 
-    def __call__(self, prompts: list, seed: int) -> tuple[list[list[int]], list[str]]:
-        groups = generate_completion_ids(self.model, self.tokenizer, prompts, seed=seed, **self.settings)
-        ends = end_token_ids(self.model, self.tokenizer)
-        ids = [_with_one_end(group[0], ends, self.tokenizer.eos_token_id) for group in groups]
+    def __call__(self, rows: list[dict], seed: int) -> tuple[list[list[int]], list[str]]:
+        prompts, prompt_ids = [row["prompt"] for row in rows], [row["prompt_ids"] for row in rows]
+        groups = generate_completion_ids(
+            self.model, self.tokenizer, prompts, seed=seed, prompt_ids=prompt_ids, **self.settings
+        )
+        ends = end_token_ids(self.model, self.tokenizer, prompts[0])
+        end = end_token_id(self.tokenizer, prompts[0])
+        ids = [_with_one_end(group[0], ends, end) for group in groups]
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -98,16 +101,15 @@ class VLLMSampler:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        chat_template_kwargs: dict | None = None,
         adapter: str | None = None,
         vllm_kwargs: dict | None = None,
     ):
         from vllm import LLM, SamplingParams
 
-        self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
+        self.tokenizer = tokenizer
         self.llm = LLM(model=path, enable_lora=adapter is not None, **(vllm_kwargs or {}))
-        self.parameters = lambda seed: SamplingParams(
-            temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed
+        self.parameters = lambda seed, end: SamplingParams(
+            temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed, stop_token_ids=[end]
         )
         self.request = {}
         if adapter is not None:
@@ -115,16 +117,15 @@ class VLLMSampler:
 
             self.request = {"lora_request": LoRARequest("proxy", 1, adapter)}
 
-    def __call__(self, prompts: list, seed: int) -> tuple[list[list[int]], list[str]]:
-        prompt_ids = prompt_token_ids(self.tokenizer, prompts, self.chat_template_kwargs)
-        inputs = [{"prompt_token_ids": ids} for ids in prompt_ids]
-        parameters = [self.parameters(seed + row) for row in range(len(inputs))]
+    def __call__(self, rows: list[dict], seed: int) -> tuple[list[list[int]], list[str]]:
+        inputs = [{"prompt_token_ids": list(row["prompt_ids"])} for row in rows]
+        eos, end = self.tokenizer.eos_token_id, end_token_id(self.tokenizer, rows[0]["prompt"])
+        parameters = [self.parameters(seed + row, end) for row in range(len(inputs))]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False, **self.request)
-        eos = self.tokenizer.eos_token_id
-        ids = [_with_one_end(list(output.outputs[0].token_ids), [eos], eos) for output in outputs]
+        ids = [_with_one_end(list(output.outputs[0].token_ids), [eos, end], end) for output in outputs]
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def _with_one_end(ids: list[int], ends: list[int], eos: int) -> list[int]:
-    """A model may end its answer with any of several tokens; the teacher's answers end with the tokenizer's."""
-    return [*ids[:-1], eos] if ids and ids[-1] in ends else ids
+def _with_one_end(ids: list[int], ends: list[int], end: int) -> list[int]:
+    """A model may end its answer with any of several tokens; the teacher's answers all end with the same."""
+    return [*ids[:-1], end] if ids and ids[-1] in ends else ids

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from ..teacher_data import TeacherDataError
+from ..teacher_data import TeacherDataError, row_names
 
 
 STAGE_COLUMN = "stage"
@@ -45,7 +45,7 @@ def split_rows(dataset: Dataset, warmup_share: float, alignment_share: float, se
         unknown = next((row for row, stage in enumerate(stages) if stage not in STAGES), None)
         if unknown is not None:
             raise TeacherDataError(
-                f"Row {unknown}: `{STAGE_COLUMN}` is {stages[unknown]!r}; it must be one of {', '.join(STAGES)}."
+                f"Row {row_names(dataset)[unknown]}: `{STAGE_COLUMN}` is {stages[unknown]!r}; it must be one of {', '.join(STAGES)}."
             )
         return StageRows(*(dataset.select(_indices(stages, stage)) for stage in STAGES))
     groups: dict[str, list[int]] = {}

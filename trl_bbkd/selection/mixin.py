@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..resume import differences
+from ..teacher_data import row_names
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
 from .config import SELECTION_ARGUMENTS, SelectionConfig, check_batches
 from .signals import LLKDDataError, check_confidence
@@ -74,7 +75,7 @@ class LLKDMixin:
                 "`trl_bbkd.pseudo_label`, or from the teacher's token log-probabilities or the agreement of several answers "
                 "(trl_bbkd.selection.signals)."
             )
-        check_confidence(rows["teacher_confidence"])
+        check_confidence(rows["teacher_confidence"], row_names(rows))
         check_batches(len(rows), args)
         if "row_id" not in rows.column_names:
             self.train_dataset = rows.add_column("row_id", list(range(len(rows))))

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
+from ..messages import REASONING_HELP, ReasoningPolicy
 from ..refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
@@ -32,6 +33,9 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
             Longest answer, in tokens. Longer ones are cut, and counted.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Passed to `apply_chat_template`.
+        reasoning (`str`, *optional*, defaults to `"keep"`):
+            What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
+            `"drop"` it.
 
         > Parameters that control the loss
 
@@ -64,6 +68,7 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
     )
+    reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
 
     # Loss
     hard_weight: float = field(default=1.0, metadata={"help": "Weight of the NLL of the teacher's tokens."})

@@ -4,6 +4,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..selection.collator import CARRIED_COLUMNS
 from ..seqkd import sft_rows
+from ..teacher_files import ROW_COLUMN
 from .store import row_key
 
 
@@ -17,11 +18,11 @@ def soft_target_rows(dataset: Dataset, tokenizer, chat_template_kwargs: dict | N
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer.
         chat_template_kwargs (`dict`, *optional*):
-            Passed to `apply_chat_template`.
+            Passed to `apply_chat_template`, for prompts that are not tokenised yet.
 
     Returns:
-        [`~datasets.Dataset`]: `input_ids`, `labels` (-100 at the prompt), `row_key`, the row's name in a store, and what
-        LLKD selects by, if the rows have it.
+        [`~datasets.Dataset`]: `input_ids`, `labels` (-100 at the prompt), `row_key`, the row's name in a store, and, if
+        the rows have them, their place in the file and what LLKD selects by.
     """
     rows = sft_rows(dataset, tokenizer, chat_template_kwargs)
 
@@ -30,5 +31,5 @@ def soft_target_rows(dataset: Dataset, tokenizer, chat_template_kwargs: dict | N
         return {"row_key": [row_key(ids, labels.count(-100)) for ids, labels in pairs]}
 
     rows = rows.map(name, batched=True, desc="Naming rows")
-    carried = [column for column in CARRIED_COLUMNS if column in dataset.column_names]
+    carried = [column for column in (ROW_COLUMN, *CARRIED_COLUMNS) if column in dataset.column_names]
     return concatenate_datasets([rows, dataset.select_columns(carried)], axis=1) if carried else rows
