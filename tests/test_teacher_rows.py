@@ -8,7 +8,7 @@ from trl import DatasetMixtureConfig
 
 from trl_bbkd.bayeskd.top_logprobs import check_top_logprobs
 from trl_bbkd.llkd.llkd_trainer import tokenize as tokenize_texts
-from trl_bbkd.proxy.checks import check_lengths
+from trl_bbkd.proxy.checks import check_tokens
 from trl_bbkd.proxykd.splits import split_rows
 from trl_bbkd.report import counts_table
 from trl_bbkd.selection.signals import LLKDDataError
@@ -68,7 +68,7 @@ class TestRowNames:
         kept, _ = tokenize_teacher_data(self.load(path), tokenizer, max_completion_length=8)
         row_of_12 = row_names(kept).index(12)
         with pytest.raises(TeacherDataError, match="Row 12 has .* tokens, prompt and answer"):
-            check_lengths(soft_target_rows(kept, tokenizer), 50, row_names(kept))
+            check_tokens(soft_target_rows(kept, tokenizer), 50, 400, row_names(kept))
         assert soft_target_rows(kept, tokenizer)["row_in_file"][row_of_12] == 12
         staged = kept.add_column("stage", ["warmup" if row != 12 else "no" for row in row_names(kept)])
         with pytest.raises(TeacherDataError, match="Row 12: `stage` is 'no'"):

@@ -48,7 +48,7 @@ def test_padding_is_no_part_of_the_warm_up_loss_nor_of_the_teachers_nll(tiny_mod
     trainer.current_gradient_accumulation_steps = 1
     log_probs = torch.tensor([[-1.0, -2.0, -50.0], [-3.0, -50.0, -50.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    trainer._teacher_log_probs = lambda model, inputs: (log_probs, mask)
+    trainer._teacher_log_probs = lambda model, inputs, with_aux_loss=False: (log_probs, mask, None)
     assert trainer._sft_loss(None, {"num_teacher_tokens": mask.sum()}).item() == 2.0
     assert trainer._metrics["train"]["teacher_nll"] == [2.0]
     trainer._measure_teacher_nll({})
@@ -123,6 +123,22 @@ class TestTwoProcesses:
         characters = [len(text) for rank in ranks for text in rank["judged"]]
         assert len(characters) == 12 and [len(rank["judged"]) for rank in ranks] == [6, 6]
         assert ranks[0]["metrics"]["eval_characters"] == pytest.approx(sum(characters) / 12)
+
+    def test_what_fills_the_last_batches_up_counts_once(self, on_two_processes, tiny_model_dir):
+        ranks, _ = on_two_processes
+        student = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        student.load_state_dict(ranks[0]["straight"]["student"])
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(5)]
+        rows, _ = tokenize_teacher_data(Dataset.from_list(rows), tokenizer, max_completion_length=24)
+        expected = teacher_nll(student, tokenizer, rows.to_list())
+        assert ranks[0]["metrics of 5"]["eval_teacher_nll"] == pytest.approx(expected, rel=1e-5)
+        # Batches of 3 samples: the first process has samples 0-2 and 6-8, the second 3-5, 9 and two repeated ones
+        first, second = (list(map(len, rank["judged of 5"])) for rank in ranks)
+        assert (len(first), len(second)) == (6, 6)
+        expected = (sum(first) + sum(second[:4])) / 10
+        assert expected != pytest.approx((sum(first) + sum(second)) / 12)
+        assert ranks[0]["metrics of 5"]["eval_characters"] == pytest.approx(expected)
 
     @pytest.mark.parametrize("step", [1, 3])
     def test_each_goes_on_with_its_own_half_of_a_generation_batch(self, on_two_processes, step):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -314,9 +315,13 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         self._rows = inputs
         if self.model.training:
             self._start_generation_batch()
+        else:
+            self._are_new = self._held_out.are_new(len(inputs))
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            self._measure_teacher_nll(output | self._teacher_tensors(inputs))
+            teacher = self._teacher_tensors(inputs)
+            are_new = torch.tensor(self._are_new, device=self.accelerator.device)
+            self._measure_teacher_nll(output | teacher | {"teacher_mask": teacher["teacher_mask"] & are_new[:, None]})
             return output
         updates, metrics = self._estimate_advantages(output, self._rewards, self._scores.student_tokens)
         self._log_metrics("train", metrics)
@@ -418,6 +423,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             return
         texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
         for name, values in judge(self.sample_metrics, prompts, texts).items():
+            values = list(itertools.compress(values, self._are_new))
             self._held_out.add(name, sum(values), len(values))
 
     def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
@@ -425,8 +431,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
         self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        rows = dataloader.dataset
+        self._held_out.begin(len(rows) * self.num_generations_eval if isinstance(rows, Dataset) else None)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update(self._held_out.pop_means(metric_key_prefix))
         return output
 

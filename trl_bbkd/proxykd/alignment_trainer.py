@@ -31,7 +31,7 @@ from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
-from ..teacher_data import TeacherDataError, is_tokenized, prompt_ids_of, tokenize_teacher_data
+from ..teacher_data import TeacherDataError, is_tokenized, tokenize_teacher_data
 from .alignment_config import ProxyAlignmentConfig
 from .sampling import ModelSampler, VLLMSampler, sample_completions
 
@@ -261,9 +261,12 @@ class ProxyAlignmentTrainer(DPOTrainer):
             samples = self._sample(shard, folder, number)
         else:
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
-        prompts = prompt_ids_of(self.processing_class, shard[:], self.args.chat_template_kwargs)
         self.train_dataset = Dataset.from_dict(
-            {"prompt_ids": prompts, "chosen_ids": list(shard["teacher_ids"]), "rejected_ids": samples}
+            {
+                "prompt_ids": list(shard["prompt_ids"]),
+                "chosen_ids": list(shard["teacher_ids"]),
+                "rejected_ids": samples,
+            }
         )
 
     def _set_reference(self) -> None:
