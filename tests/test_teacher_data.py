@@ -140,7 +140,7 @@ class TestLoading:
             ("a.csv", b"", "is empty"),
             ("a.parquet", b"", "is empty"),
             ("a.jsonl", b"\n\n", "it has no rows"),
-            ("a.jsonl.gz", gzip.compress(b""), "it has no rows"),
+            ("a.jsonl.gz", gzip.compress(b"", mtime=0), "it has no rows"),
             ("a.csv", b"prompt,completion\n", "it has no rows"),
             ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
             ("a.jsonl.gz", b'{"prompt": "a"}', "Not a gzipped file"),
