@@ -56,9 +56,10 @@ class Progress:
         """What the part `name` made, now or in the run that this one goes on with."""
         return self.parts[name] if name in self.parts else self.finish(name, make())
 
-    def forget(self, *names: str) -> None:
-        """Parts that are to be made again."""
-        self.parts = {name: part for name, part in self.parts.items() if name not in names}
+    def keep_only(self, *names: str) -> None:
+        """Make all other parts again."""
+        self.parts = {name: part for name, part in self.parts.items() if name in names}
+        self._write()
 
     def _write(self) -> None:
         if not PartialState().is_main_process:

@@ -1,11 +1,14 @@
 """Where teacher text comes from: local files and folders, the Hub, and mixtures of them."""
 
+import math
 import re
 from pathlib import Path
 
 import datasets
 from accelerate import PartialState
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+
+from .splitting import split_by_input
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -16,7 +19,7 @@ class TeacherDataError(ValueError):
     """The teacher text cannot be used as it is; the message says where and what to do."""
 
 
-def load_teacher_data(script_args, dataset_args):
+def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
     """
     Load the teacher's text.
 
@@ -30,6 +33,8 @@ def load_teacher_data(script_args, dataset_args):
             `dataset_name`, `dataset_config`, `dataset_train_split`, `dataset_test_split`, `dataset_streaming`.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
             `datasets`, `streaming`, `test_split_size`.
+        input_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of what the student is given: rows that share it are held out together.
 
     Returns:
         `tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]`: training and test rows.
@@ -67,8 +72,12 @@ def load_teacher_data(script_args, dataset_args):
             )
         size = dataset_args.test_split_size
         # A whole number counts rows, a fraction is a share of them.
-        parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=TEST_SPLIT_SEED)
-        train, test = parts["train"], parts["test"]
+        rows = int(size) if size >= 1 else math.ceil(size * len(train))
+        if not 0 < rows < len(train):
+            raise TeacherDataError(
+                f"`test_split_size: {size}` takes {rows} of {len(train)} rows. Name fewer rows, or a share between 0 and 1."
+            )
+        train, test = split_by_input(train, input_column, rows, TEST_SPLIT_SEED)
     return train, test
 
 

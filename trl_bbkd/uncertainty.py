@@ -75,4 +75,6 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> f
 
 def is_clear(found: dict[str, float] | None, errors: float = 2.0) -> bool:
     """Whether a difference is more than `errors` standard errors; not so where no standard error is known."""
-    return found is not None and abs(found["difference"]) > errors * (found["standard_error"] or math.inf)
+    if found is None or found["standard_error"] is None or math.isnan(found["standard_error"]):
+        return False
+    return abs(found["difference"]) > errors * found["standard_error"]
