@@ -17,7 +17,7 @@ from trl_bbkd.recipe import RecipeError, load_recipe
 from trl_bbkd.run import run
 from trl_bbkd.seqkd import CurveCallback, batch_shape, curve, curve_steps, sft_rows
 from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
-from trl_bbkd.text_job import EVALUATION_SAMPLES, quality
+from trl_bbkd.text_job import quality, sampling_plan
 
 
 JUDGE = """
@@ -148,7 +148,8 @@ class TestRun:
             expected = teacher_nll(model, tokenizer, rows)
             assert saved["results"][name]["teacher_nll"] == pytest.approx(expected, rel=1e-4), name
         judge = lambda prompts, texts: {"blue": [float("b" in text) for text in texts]}  # noqa: E731
-        settings = {"max_new_tokens": 12, "num_samples": EVALUATION_SAMPLES, "batch_size": 64, "seed": 0}
+        samples = saved["evaluation"]["samples"]
+        settings = {"max_new_tokens": 12, "num_samples": samples, "batch_size": 64, "seed": 0}
         expected = evaluate_student(model, tokenizer, rows, judge, **settings)
         assert saved["results"]["GAD"] == pytest.approx(expected, rel=1e-4)
 
@@ -193,7 +194,9 @@ class TestRun:
         )
         run(load_recipe(path, []))
         saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
-        assert saved["headline"] == "teacher_nll" and saved["evaluation"]["prompts"] == 1
+        assert saved["headline"] == "teacher_nll"
+        # Twelve rows of four prompts: one prompt is held out whole
+        assert saved["evaluation"]["prompts"] == 3 and saved["counts"]["train"]["kept"] == 9
         points = {point["step"]: point["teacher_nll"] for point in saved["curves"]["SeqKD"]}
         assert points[saved["seqkd"]["best_step"]] == min(points[1], points[2])
         for folder in ("out", "out/seqkd"):

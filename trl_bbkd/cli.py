@@ -78,7 +78,7 @@ def _checked_recipe(recipe_file: str, overrides: list[str]):
     from .recipe_file import RecipeError
 
     # TRL's configurations set a field under the name that transformers is about to drop: no news to whoever trains
-    warnings.filterwarnings("ignore", r"`gradient_checkpointing", FutureWarning)
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
     try:
         from .recipe import load_recipe
 

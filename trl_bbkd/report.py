@@ -93,7 +93,9 @@ class Report:
         found = self.differences.get(other, {}).get(metric)
         if found is None or found["standard_error"] is None or math.isnan(found["standard_error"]):
             return f"no verdict on {self.method} without a standard error"
-        size = f"{abs(found['difference']):.3f} (standard error {found['standard_error']:.3f})"
+        # Of the numbers beside it
+        apart = abs(round(self.results[self.method][metric], 3) - round(self.results[other][metric], 3))
+        size = f"{apart:.3f} (standard error {found['standard_error']:.3f})"
         if not is_clear(found):
             return f"{self.method} is as good within the noise, {size} apart"
         is_better = (found["difference"] < 0) == lower_is_better

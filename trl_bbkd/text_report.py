@@ -76,7 +76,8 @@ class TextReport(Report):
     def _losses(self) -> str:
         """What else the student lost, that the first sentence does not say."""
         texts = []
-        for other, how in ((UNDISTILLED, "than before"), (SEQKD, "than SeqKD's")):
+        others = [(UNDISTILLED, "than before")] + [(SEQKD, "than SeqKD's")] * (SEQKD in self.results)
+        for other, how in others:
             lost = [
                 f"{label} ({format_value(key, self.results[other][key])} → {format_value(key, self.results[self.method][key])})"
                 for key, label in table_metrics(self)
