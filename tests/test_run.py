@@ -17,7 +17,7 @@ from trl_bbkd.recipe import RecipeError, load_recipe
 from trl_bbkd.run import run
 from trl_bbkd.seqkd import CurveCallback, batch_shape, curve, curve_steps, sft_rows
 from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
-from trl_bbkd.text_job import quality, sampling_plan
+from trl_bbkd.text_job import quality
 
 
 JUDGE = """
