@@ -64,11 +64,11 @@ def test_a_run_killed_in_the_baseline(tmp_path, gad_recipe, monkeypatch):
     whole, killed = (gad_recipe(name, save_strategy="steps", save_steps=2) for name in ("whole", "out"))
     run(load_recipe(whole))
     kill(killed, "trl_bbkd.text_job", "train_seqkd")
-    student = (tmp_path / "out/model.safetensors").read_bytes()
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
     monkeypatch.setattr(GADTrainer, "train", never)
     for _ in range(2):
         run(load_recipe(killed, RESUME))
-        assert (tmp_path / "out/model.safetensors").read_bytes() == student
+        assert (tmp_path / "out/model.safetensors").read_bytes() == weights
         assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 4
         assert without_times(saved(tmp_path / "out")) == without_times(saved(tmp_path / "whole"))
         assert "How good it is" in (tmp_path / "out/README.md").read_text()

@@ -20,6 +20,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "beta")
 POSITIVE = ("temperature",)
 QUANTIZATION = 'pip install "trl-bbkd[quantization]"'
+OPTIMIZERS_OF_BITSANDBYTES = ("bnb", "paged", "lion", "ademamix", "adamw_8bit")
 # Module, and how it is installed
 PACKAGES = {
     "use_vllm": ("vllm", 'pip install "trl-bbkd[vllm]"'),
@@ -49,6 +50,8 @@ def check_values(values: dict[str, Any], recipe_file: RecipeFile) -> None:
             raise recipe_file.error((name,), problem)
         if problem:
             raise RecipeError(problem)
+    # The one package that a configuration itself looks for, and says so in the words of its own
+    check_packages({"deepspeed": values["deepspeed"]})
 
 
 def check_packages(values: dict[str, Any]) -> None:
@@ -61,12 +64,13 @@ def check_packages(values: dict[str, Any]) -> None:
         [`~recipe_file.RecipeError`]: a value needs a package that is not installed.
     """
     needed = {name: PACKAGES[name] for name, value in values.items() if name in PACKAGES and value}
-    if "bnb" in str(values["optim"]) or "8bit" in str(values["optim"]):
+    optimizer = str(getattr(values.get("optim"), "value", ""))
+    if any(part in optimizer for part in OPTIMIZERS_OF_BITSANDBYTES):
         needed["optim"] = PACKAGES["load_in_8bit"]
     for name, (module, command) in needed.items():
         if find_spec(module) is None:
             raise RecipeError(
-                f"{name}={values[name]!s} needs {module}, which is not installed here: `{command}`. Or take {name} out."
+                f"{name}={getattr(values[name], 'value', values[name])} needs {module}, which is not installed here: `{command}`. Or take {name} out."
             )
 
 
@@ -97,6 +101,8 @@ def _requirement(name: str, value: Any) -> str | None:
         return None if value >= 1 else "at least 1"
     if name in POSITIVE:
         return None if 0 < value < math.inf else "a number above 0"
+    if name == "top_p":
+        return None if 0 < value <= 1 else "above 0 and at most 1"
     if name in NOT_NEGATIVE or name.endswith("learning_rate"):
         return None if 0 <= value < math.inf else "a number of at least 0"
     return None

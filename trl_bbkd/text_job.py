@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
 
 from .evaluation import evaluate_student, evaluate_teacher
@@ -105,14 +106,20 @@ class TextJob(Job):
         )
         try:
             config = AutoConfig.from_pretrained(self.base or self.model, **hub)
-            with self.one_line_errors(ValueError):
-                self.tokenizer = student_tokenizer(source, self.args, **sides, **hub)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
+        with self.one_line_errors():
+            self.tokenizer = student_tokenizer(source, self.args, **sides, **hub)
         if not config.architectures:
             raise RecipeError(
                 f"model_name_or_path={self.model!r}: its config.json names no `architectures`, by which TRL finds the model's "
                 'class. Add them, such as "architectures": ["Qwen2ForCausalLM"].'
+            )
+        model_class = getattr(transformers, config.architectures[0], None)
+        if model_class is not None and not issubclass(model_class, GenerationMixin):
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is a {config.architectures[0]}, which writes no text: take a causal language "
+                "model. (For a classifier there is `method: llkd`.)"
             )
         tokenize = functools.partial(
             tokenize_teacher_data,

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..model_paths import no_model
 from .discriminator import Discriminator, build_discriminator, find_backbone
 from .gad_config import GADConfig
 from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
@@ -162,9 +163,7 @@ def check_vocabulary(
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except OSError as error:
-            raise ValueError(
-                f"discriminator={name!r} is neither a folder with a model nor one on the Hub: {error}"
-            ) from error
+            raise ValueError(no_model("discriminator", name, "a model", error)) from error
         # Without its files, AutoTokenizer makes up an empty tokenizer of the model's kind
         if get_tokenizer_config(path, trust_remote_code=trust_remote_code):
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).get_vocab()
