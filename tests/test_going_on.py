@@ -2,57 +2,21 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.llkd.helpers import NAMES
-from tests.llkd.test_classifier_run import data, student  # noqa: F401
-from tests.llkd.test_classifier_run import write_recipe as write_llkd_recipe
-from tests.processes import ROOT
-from tests.test_run import recipe_folder, write_recipe  # noqa: F401
+from tests.recipes import RESUME, kill, never, saved, without_times, write_recipe
 from trl_bbkd import text_job
 from trl_bbkd.gad.gad_trainer import GADTrainer
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer
 from trl_bbkd.progress import PROGRESS_NAME, TRAINED, Progress, can_go_on
-from trl_bbkd.recipe import RecipeError, load_recipe
+from trl_bbkd.recipe import load_recipe
+from trl_bbkd.recipe_file import RecipeError
 from trl_bbkd.run import run
 from trl_bbkd.text_job import TextJob
 
 
-RESUME = ["--resume_from_checkpoint", "true"]
-
-
-def kill(recipe, module, name):
-    command = [sys.executable, ROOT / "tests/kill_after_training.py", recipe, module, name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-
-
-def saved(folder):
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return {name: metrics[name] for name in ("results", "curves", "differences", "log_history")}
-
-
-def without_times(metrics):
-    for found in metrics["results"].values():
-        found.pop("seconds", None)
-    metrics["log_history"] = [
-        {name: value for name, value in line.items() if "time" not in name and "per_second" not in name}
-        for line in metrics["log_history"]
-    ]
-    return metrics
-
-
-def never(*args, **kwargs):
-    raise AssertionError("this was done before")
-
-
 @pytest.fixture
-def gad_recipe(tmp_path, recipe_folder, tiny_model_dir):  # noqa: F811
+def gad_recipe(tmp_path, recipe_folder, tiny_model_dir):
     def write(name="out", **changes):
         changes = {"max_steps": 4, "save_strategy": "no", **changes}
         return write_recipe(recipe_folder, tiny_model_dir, tmp_path / name, **changes)
@@ -102,7 +66,7 @@ def test_a_run_interrupted_while_it_measures_goes_on_without_checkpoints(tmp_pat
 
 class TestNothingOfAnotherRunIsTakenOver:
     @pytest.fixture
-    def finished(self, gad_recipe, recipe_folder):  # noqa: F811
+    def finished(self, gad_recipe, recipe_folder):
         recipe = gad_recipe(seqkd_baseline=False)
         run(load_recipe(recipe))
         return recipe
@@ -126,24 +90,6 @@ class TestNothingOfAnotherRunIsTakenOver:
     def test_where_it_is_pushed_and_logged_is_no_other_setting(self, finished, monkeypatch):
         monkeypatch.setattr(GADTrainer, "train", never)
         run(load_recipe(finished, [*RESUME, "--logging_steps", "3", "--disable_tqdm", "false"]))
-
-
-def test_a_classifiers_run_killed_in_a_baseline(tmp_path, data, student, monkeypatch):  # noqa: F811
-    whole, killed = (
-        write_llkd_recipe(data, student, tmp_path / name, max_steps=4, labels=NAMES) for name in ("whole", "out")
-    )
-    run(load_recipe(whole))
-    kill(killed, "trl_bbkd.classifier_job", "ClassifierJob._baseline")
-    weights, train = (tmp_path / "out/model.safetensors").read_bytes(), LLKDTrainer.train
-    monkeypatch.setattr(
-        LLKDTrainer, "train", lambda trainer, **kwargs: never() if kwargs else train(trainer, **kwargs)
-    )
-    for _ in range(2):
-        run(load_recipe(killed, RESUME))
-        assert (tmp_path / "out/model.safetensors").read_bytes() == weights
-        assert without_times(saved(tmp_path / "out")) == without_times(saved(tmp_path / "whole"))
-        # The second time the baselines are there as well
-        monkeypatch.setattr(LLKDTrainer, "train", never)
 
 
 class TestProgress:

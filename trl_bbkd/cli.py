@@ -11,6 +11,7 @@ from . import __version__
 
 
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
+RESUME = " --resume_from_checkpoint true"
 INTERRUPTED = 130  # as a shell reports it
 PACKAGE = Path(__file__).parent
 # In a checkout the configurations lie with the recipes; a wheel carries them inside the package.
@@ -112,9 +113,9 @@ def _say_how_to_go_on(recipe) -> None:
     from .job import command
     from .progress import can_go_on
 
-    again = command(recipe.path, [argument for argument in sys.argv if argument != "--resume_from_checkpoint=true"])
+    again = command(recipe.path, sys.argv).removesuffix(RESUME)
     if can_go_on(recipe.training_args.output_dir):
-        print(f"\nStopped. To go on: {again} --resume_from_checkpoint true", file=sys.stderr)
+        print(f"\nStopped. To go on: {again}{RESUME}", file=sys.stderr)
     else:
         print(f"\nStopped before the first checkpoint. To start again: {again}", file=sys.stderr)
 

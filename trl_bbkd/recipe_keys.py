@@ -66,16 +66,14 @@ def launcher_options() -> set[str]:
 
 def unknown_option(arguments: Collection[str], keys: Collection[str], also_valid: Collection[str]) -> str | None:
     """The first of `arguments` that is an option, but no key's (`--key`, `--no_key`, with `-` for `_`) and not valid."""
-    valid = {"--help", "--help-all"} | {f"--{name}" for key in keys for name in (key, f"no_{key}")}
-    for argument in arguments:
-        option = argument.partition("=")[0]
-        if (
-            option.startswith("--")
-            and "--" + option[2:].replace("-", "_") not in valid
-            and option not in {*valid, *also_valid}
-        ):
-            return option
-    return None
+    options = {"--help", "--help_all", *also_valid, *(f"--{name}" for key in keys for name in (key, f"no_{key}"))}
+    valid = {_underscored(option) for option in options}
+    options = (argument.partition("=")[0] for argument in arguments)
+    return next((option for option in options if option.startswith("--") and _underscored(option) not in valid), None)
+
+
+def _underscored(option: str) -> str:
+    return "--" + option[2:].replace("-", "_")
 
 
 def _installed(path: str) -> Path:
