@@ -1,5 +1,6 @@
 """Tiny models and teacher text, made on the spot: no test needs a download."""
 
+import json
 import os
 
 
@@ -82,6 +83,12 @@ def build_model(directory, hidden_size=32, seed=0):
     return str(directory)
 
 
+JUDGE = """
+def has_blue(prompts, completions):
+    return {"blue": [float("b" in text) for text in completions]}
+"""
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
@@ -130,3 +137,13 @@ def figures(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return found
+
+
+@pytest.fixture(scope="module")
+def recipe_folder(tmp_path_factory, standard_rows):
+    """Twelve training and four test rows, and a judge."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for split, rows in (("train", standard_rows[:12]), ("test", standard_rows[12:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (folder / "judge.py").write_text(JUDGE)
+    return folder

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_bbkd import launch
-from trl_bbkd.cli import find_accelerate_config
+from trl_bbkd import launch, text_job
+from trl_bbkd.cli import find_accelerate_config, run_recipe, train_with_accelerate
 
 
 COMMANDS = Path(sys.executable).parent
@@ -110,11 +110,89 @@ class TestErrors:
         assert done.returncode == 2
         assert done.stderr.strip() == "error: unknown option --num_proces; did you mean '--num_processes'?"
 
+    def test_deepspeed_that_is_not_installed_names_our_extra(self, recipe, tmp_path, monkeypatch, capsys):
+        def launch(arguments):
+            raise ImportError("DeepSpeed is not installed => run `pip3 install deepspeed` or build it from source.")
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+        with pytest.raises(SystemExit) as stopped:
+            train_with_accelerate(str(recipe), ["--accelerate_config", "zero2"])
+        assert stopped.value.code == 2
+        assert 'With our extra: `pip install "trl-bbkd[deepspeed]"`.' in capsys.readouterr().err
+
     def test_unknown_accelerate_config_lists_ours(self, recipe, tmp_path):
         done = start(["trl-bbkd", "train", recipe, "--accelerate_config", "zero9"], cwd=tmp_path)
         assert done.returncode == 2
         message = "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3"
         assert done.stderr.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
+
+
+class TestQuickly:
+    """What is wrong with a recipe's keys is told before anything heavy is imported."""
+
+    @pytest.mark.parametrize(
+        ("text", "arguments", "message"),
+        [
+            ("learning_rat: 1e-3", [], "line 2: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+            ("", ["--learning_rat", "1"], "unknown option --learning_rat; did you mean '--learning_rate'?"),
+            ("", ["--num_proces=2"], "launcher: unknown option --num_proces; did you mean '--num_processes'?"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "entry",
+        ["trl_bbkd.__main__.main(arguments)", "trl_bbkd.cli.main(['train', *arguments])"],
+        ids=["module", "train"],
+    )
+    def test_a_typo_loads_no_torch(self, tmp_path, entry, text, arguments, message):
+        (tmp_path / "recipe.yaml").write_text(f"method: gad\n{text}\n")
+        program = (
+            "import sys, trl_bbkd.__main__, trl_bbkd.cli\n"
+            f"arguments = ['recipe.yaml', *{arguments}]\n"
+            f"try:\n    {entry}\n"
+            "except SystemExit as error:\n"
+            "    assert error.code == 2 and not {'torch', 'accelerate'} & set(sys.modules)\n"
+            "    print('refused')"
+        )
+        done = start(["python", "-c", program], cwd=tmp_path)
+        assert done.stdout == "refused\n", done.stderr
+        # Only `train` has the launcher's options
+        message = message.partition(";")[0] if "launcher" in message and "__main__" in entry else message
+        assert done.stderr.startswith("error: ") and message.removeprefix("launcher: ") in done.stderr
+
+
+class TestInterrupted:
+    """Ctrl-C is one line with the command that goes on."""
+
+    @pytest.fixture
+    def interrupted(self, recipe, monkeypatch, capsys):
+        def start(*overrides, checkpoint=False):
+            def stop(job):
+                if checkpoint:
+                    folder = Path(job.args.output_dir, "checkpoint-1")
+                    folder.mkdir(parents=True)
+                    (folder / "trainer_state.json").write_text("{}")
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(text_job.TextJob, "distil", stop)
+            monkeypatch.setattr(sys, "argv", [str(recipe), *overrides])
+            with pytest.raises(SystemExit) as stopped:
+                run_recipe(str(recipe), list(overrides))
+            assert stopped.value.code == 130
+            return capsys.readouterr().err.splitlines()[-1]
+
+        return start
+
+    def test_after_a_checkpoint(self, interrupted, recipe, tmp_path):
+        folder = str(tmp_path / "out")
+        assert interrupted("--output_dir", folder, checkpoint=True) == (
+            f"Stopped. To go on: trl-bbkd train {recipe} --output_dir {folder} --resume_from_checkpoint true"
+        )
+
+    def test_before_one(self, interrupted, recipe, tmp_path):
+        folder = str(tmp_path / "out")
+        assert interrupted("--output_dir", folder) == (
+            f"Stopped before the first checkpoint. To start again: trl-bbkd train {recipe} --output_dir {folder}"
+        )
 
 
 class TestAccelerateConfig:

@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from trl_bbkd import GADConfig
-from trl_bbkd.recipe import METHODS, RecipeError, check_recipe, import_callable, load_recipe
+from trl_bbkd.recipe import check_recipe, import_callable, load_recipe
+from trl_bbkd.recipe_file import METHODS, RecipeError
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -174,6 +175,16 @@ class TestErrors:
     def test_bad_method(self, tmp_path, text, message):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(RecipeError, match=f"recipe.yaml.*{message}"):
+            load_recipe(tmp_path / "recipe.yaml")
+
+    def test_not_utf8(self, tmp_path):
+        (tmp_path / "recipe.yaml").write_bytes("method: gad\nteacher_name: Müller\n".encode("latin-1"))
+        with pytest.raises(RecipeError, match="recipe.yaml, line 2: not UTF-8 .* Save the file as UTF-8"):
+            load_recipe(tmp_path / "recipe.yaml")
+
+    def test_a_character_that_yaml_has_not(self, tmp_path):
+        (tmp_path / "recipe.yaml").write_bytes(b"method: gad\nteacher_name: \x00\n")
+        with pytest.raises(RecipeError, match="recipe.yaml: not valid YAML: character 0x0"):
             load_recipe(tmp_path / "recipe.yaml")
 
     def test_no_file(self, tmp_path):

@@ -18,7 +18,7 @@ from trl_bbkd.report import (
     write_report,
 )
 from trl_bbkd.teacher_data import TeacherDataCounts
-from trl_bbkd.text_report import TextReport, table_metrics
+from trl_bbkd.text_report import TextReport, decline, table_metrics
 
 
 def metrics(valid, nll):
@@ -86,7 +86,22 @@ def make_report(judged=True, **changes):
     )
     for name, value in changes.items():
         setattr(report, name, value)
+    compare(report)
     return report
+
+
+def compare(report, standard_error=0.01):
+    """Give a report the differences of its own numbers."""
+    own = report.results.get(report.method, {})
+    report.differences = {
+        name: {
+            key: {"difference": own[key] - found[key], "standard_error": standard_error}
+            for key in own
+            if key.startswith("valid") or key == "teacher_nll"
+        }
+        for name, found in report.results.items()
+        if name in ("undistilled", "SeqKD")
+    }
 
 
 def test_warnings_are_told():
@@ -234,22 +249,57 @@ class TestTable:
         text = console.file.getvalue()
         for row in report.rows:
             assert all(cell in text for cell in row)
-        assert "GAD is better than it by 0.061" in " ".join(text.split())
+        assert "GAD is better by 0.061 (standard error 0.010)" in " ".join(text.split())
 
 
 class TestSummary:
     def test_says_which_is_better_whichever_way(self):
         report = make_report()
         assert "0.792 after GAD and 0.211 before" in report.summary
-        assert "GAD is better than it by 0.061" in report.summary
+        assert "SeqKD on the same text reaches 0.731: GAD is better by 0.061 (standard error 0.010)." in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.7
-        assert "GAD is worse than it by 0.031" in report.summary
-        report.results["GAD"]["valid@t1.0"] = 0.7312
-        assert "GAD is equal to it." in report.summary
+        compare(report)
+        assert "GAD is worse by 0.031 (standard error 0.010)." in report.summary
+        report.results["GAD"]["valid@t1.0"] = 0.74
+        compare(report)
+        assert "GAD is as good within the noise, 0.009 (standard error 0.010) apart." in report.summary
+
+    @pytest.mark.parametrize("standard_error", [None, math.nan])
+    def test_there_is_no_verdict_without_a_standard_error(self, standard_error):
+        report = make_report()
+        compare(report, standard_error)
+        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+        report.differences = {}
+        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+
+    def test_what_fell_is_named(self):
+        report = make_report()
+        assert "But" not in report.summary.replace("But worse than SeqKD's: teacher NLL (0.810 → 0.840).", "")
+        report.results["GAD"] |= {"valid@greedy": 0.293, "teacher_nll": 2.0}
+        report.results["undistilled"]["valid@greedy"] = 0.547
+        compare(report)
+        assert report.summary.endswith(
+            "But worse than before: valid, greedy (0.547 → 0.293), teacher NLL (1.900 → 2.000); worse than SeqKD's: "
+            "valid, greedy (0.831 → 0.293), teacher NLL (0.810 → 2.000)."
+        )
+        compare(report, standard_error=1.0)
+        assert "But" not in report.summary
+
+    @pytest.mark.parametrize(("judged", "key", "value"), [(True, "valid@t1.0", 0.1), (False, "teacher_nll", 2.5)])
+    def test_a_student_that_got_worse_is_warned_of(self, judged, key, value):
+        report = make_report(judged)
+        assert decline(report) == []
+        report.results["GAD"][key] = value
+        compare(report)
+        (warning,) = decline(report)
+        before, after = (f"{report.results[name][key]:.3f}" for name in ("undistilled", "GAD"))
+        assert f"is {after}, and was {before} before" in warning["text"] and warning["step"] == 600
+        compare(report, standard_error=1.0)
+        assert decline(report) == []
 
     def test_lower_nll_is_better(self):
         report = make_report(judged=False)
-        assert "GAD is worse than it by 0.030" in report.summary and "`sample_metrics`" in report.summary
+        assert "GAD is worse by 0.030" in report.summary and "`sample_metrics`" in report.summary
 
     def test_without_baseline(self):
         report = make_report()

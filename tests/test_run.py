@@ -1,3 +1,4 @@
+import ast
 import json
 import math
 import os
@@ -7,61 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DatasetMixtureConfig
 
+from tests.recipes import write_recipe
 from trl_bbkd.evaluation import evaluate_student, teacher_nll
 from trl_bbkd.job import checkpoint_to_resume, command, hold_out, refuse_another_run
-from trl_bbkd.recipe import RecipeError, load_recipe
+from trl_bbkd.recipe import RecipeArguments, RecipeError, RunArguments, load_recipe
 from trl_bbkd.run import run
 from trl_bbkd.seqkd import CurveCallback, batch_shape, curve, curve_steps, sft_rows
-from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
-from trl_bbkd.text_job import CURVE_SAMPLES, EVALUATION_SAMPLES, quality
-
-
-JUDGE = """
-def has_blue(prompts, completions):
-    return {"blue": [float("b" in text) for text in completions]}
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe_folder(tmp_path_factory, standard_rows, tiny_model_dir):
-    folder = tmp_path_factory.mktemp("recipe")
-    for split, rows in (("train", standard_rows[:12]), ("test", standard_rows[12:])):
-        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    (folder / "judge.py").write_text(JUDGE)
-    return folder
-
-
-def write_recipe(folder, student, output_dir, **changes):
-    values = {
-        "method": "gad",
-        "model_name_or_path": student,
-        "dataset_name": str(folder),
-        "teacher_name": "a test",
-        "sample_metrics": f"{folder / 'judge.py'}:has_blue",
-        "output_dir": str(output_dir),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 64,
-        "num_generations": 4,
-        "max_completion_length": 12,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "discriminator_learning_rate": 1e-3,
-        "gradient_checkpointing": False,
-        **changes,
-    }
-    path = Path(output_dir).parent / f"{Path(output_dir).name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return path
+from trl_bbkd.teacher_data import TeacherDataError, load_teacher_data, tokenize_teacher_data
+from trl_bbkd.text_job import TextJob, quality, sampling_plan
 
 
 @pytest.fixture(scope="module")
@@ -96,41 +56,6 @@ def test_a_recipe_without_the_students_training_ends_before_it(
     assert not (tmp_path / "out/report.md").exists() and not (tmp_path / "out/model.safetensors").exists()
 
 
-class TestRefusals:
-    """One error that names the key, before any model is loaded."""
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            (
-                {"model_name_or_path": "./gone"},
-                r"^model_name_or_path='\./gone' is neither a folder with a student nor",
-            ),
-            ({"discriminator": "./gone"}, r"^discriminator='\./gone' is neither a folder with a model nor"),
-            (
-                {"report_to": "wanbd"},
-                "^report_to names 'wanbd', which is not installed here, or no experiment tracker",
-            ),
-        ],
-    )
-    def test_of_a_recipe_of_gad(self, tmp_path, recipe_folder, tiny_model_dir, changes, message):
-        with pytest.raises(RecipeError, match=message):
-            run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"proxy_model": "./gone"}, r"^proxy_model='\./gone' is neither a folder with a model nor"),
-            ({"dataset_streaming": True}, "^dataset_streaming must be false: Bayes-KD counts all of the teacher's"),
-        ],
-    )
-    def test_of_a_recipe_with_a_proxy(self, tmp_path, recipe_folder, tiny_model_dir, changes, message):
-        gad_only = dict.fromkeys(["num_generations", "discriminator_learning_rate"])
-        changes = {"method": "bayeskd", **gad_only, **changes}
-        with pytest.raises(RecipeError, match=message):
-            run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
-
-
 class TestRun:
     def test_leaves_everything(self, finished):
         for name in ("report.md", "curves.png", "metrics.json", "README.md", "tokenizer.json", "model.safetensors"):
@@ -148,7 +73,8 @@ class TestRun:
             expected = teacher_nll(model, tokenizer, rows)
             assert saved["results"][name]["teacher_nll"] == pytest.approx(expected, rel=1e-4), name
         judge = lambda prompts, texts: {"blue": [float("b" in text) for text in texts]}  # noqa: E731
-        settings = {"max_new_tokens": 12, "num_samples": EVALUATION_SAMPLES, "batch_size": 64, "seed": 0}
+        samples = saved["evaluation"]["samples"]
+        settings = {"max_new_tokens": 12, "num_samples": samples, "batch_size": 64, "seed": 0}
         expected = evaluate_student(model, tokenizer, rows, judge, **settings)
         assert saved["results"]["GAD"] == pytest.approx(expected, rel=1e-4)
 
@@ -171,7 +97,7 @@ class TestRun:
             lambda prompts, texts: {"blue": [float("b" in text) for text in texts]},
             max_new_tokens=12,
             temperatures=(1.0,),
-            num_samples=CURVE_SAMPLES,
+            num_samples=math.ceil(saved["evaluation"]["samples"] / 2),
             batch_size=64,
         )
         points = {point["step"]: (point["blue@t1.0"], -point["teacher_nll"]) for point in saved["curves"]["SeqKD"][1:]}
@@ -204,12 +130,68 @@ class TestRun:
         )
         run(load_recipe(path, []))
         saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
-        assert saved["headline"] == "teacher_nll" and saved["evaluation"]["prompts"] == 1
+        assert saved["headline"] == "teacher_nll"
+        # Twelve rows of four prompts: one prompt is held out whole
+        assert saved["evaluation"]["prompts"] == 3 and saved["counts"]["train"]["kept"] == 9
         points = {point["step"]: point["teacher_nll"] for point in saved["curves"]["SeqKD"]}
         assert points[saved["seqkd"]["best_step"]] == min(points[1], points[2])
         for folder in ("out", "out/seqkd"):
             assert (tmp_path / folder / "adapter_model.safetensors").is_file()
             AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+
+    def test_an_adapter_is_trained_on(self, tmp_path, recipe_folder, tiny_model_dir, standard_rows):
+        adapter = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+            LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        )
+        adapter.save_pretrained(tmp_path / "adapter")
+        before = load_file(tmp_path / "adapter/adapter_model.safetensors")
+        changes = {"max_steps": 2, "sample_metrics": None}
+        run(load_recipe(write_recipe(recipe_folder, str(tmp_path / "adapter"), tmp_path / "out", **changes)))
+        rows = Dataset.from_json(str(recipe_folder / "test.jsonl"))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        rows = tokenize_teacher_data(rows, tokenizer, max_completion_length=12)[0].to_list()
+        undistilled = json.loads((tmp_path / "out/metrics.json").read_text())["results"]["undistilled"]
+        assert undistilled["teacher_nll"] == pytest.approx(teacher_nll(adapter, tokenizer, rows), rel=1e-4)
+        for folder in ("out", "out/seqkd"):
+            after = load_file(tmp_path / folder / "adapter_model.safetensors")
+            assert set(after) == set(before) and any(not torch.equal(after[name], before[name]) for name in before)
+            config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == tiny_model_dir
+
+    def test_the_terminal_shows_a_handful_of_the_log(self, tmp_path, recipe_folder, tiny_model_dir, capsys):
+        changes = {"max_steps": 2, "seqkd_baseline": False, "eval_prompts": 2, "eval_samples": 3}
+        run(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
+        lines = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss")]
+        assert len(lines) == 2 and "discriminator/accuracy" in lines[0] and all(len(line) < 9 for line in lines)
+        saved = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert max(len(entry) for entry in saved["log_history"]) > 25
+        assert saved["evaluation"]["prompts"] == 2 and saved["evaluation"]["samples"] == 3
+        assert 0 < saved["differences"]["undistilled"]["teacher_nll"]["standard_error"]
+
+    @pytest.mark.parametrize("method", ["proxykd", "gad"])
+    def test_one_tokenizer(
+        self, tmp_path, recipe_folder, tiny_model_dir, other_model_dir, conversational_rows, method
+    ):
+        """Rows are rendered with the template that the recipe names, and it is saved."""
+        (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+        for split in ("train", "test"):
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in conversational_rows))
+        changes = {
+            "dataset_name": str(tmp_path),
+            "chat_template_path": str(tmp_path / "t.jinja"),
+            "sample_metrics": None,
+        }
+        if method == "gad":
+            del changes["chat_template_path"]
+        else:
+            changes |= {"method": method, "proxy_model": other_model_dir} | dict.fromkeys(
+                ["num_generations", "discriminator_learning_rate"]
+            )
+        job = TextJob(load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **changes)))
+        rendered = job.tokenizer.apply_chat_template(conversational_rows[0]["prompt"], tokenize=False)
+        assert rendered.startswith("[" if method == "proxykd" else "<|im_start|>")
+        assert job.measure.keywords["tokenizer"] is job.tokenizer
 
     def test_bad_data_ends_it_before_a_model_is_touched(self, tmp_path, recipe_folder):
         (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
@@ -307,10 +289,66 @@ class TestParts:
         with pytest.raises(TeacherDataError, match="One row"):
             hold_out(data.take(1), 256)
 
+    def test_no_prompt_is_on_both_sides(self):
+        rows = [{"prompt": f"{i // 4}", "completion": str(i)} for i in range(400)]
+        messages = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        texts = [{"note": row["prompt"], "label": 0} for row in rows]
+        for data, column in ((rows, "prompt"), (messages, "prompt"), (texts, "note")):
+            train, test = hold_out(Dataset.from_list(data), 256, column)
+            assert len(test) == 20 and len(train) == 380
+            inputs = [{str(value) for value in part[column]} for part in (train, test)]
+            assert not inputs[0] & inputs[1] and len(inputs[1]) == 5
+
+    def test_one_prompt_for_all_rows_is_divided_with_a_warning(self, caplog):
+        train, test = hold_out(Dataset.from_list([{"prompt": "a", "completion": str(i)} for i in range(40)]), 256)
+        assert (len(train), len(test)) == (38, 2) and "all rows have the same prompt" in caplog.text
+
+    def test_a_prompt_that_is_too_large_stays_in_training(self):
+        data = Dataset.from_list([{"prompt": prompt, "completion": "a"} for prompt in ["big"] * 50 + ["small"] * 3])
+        train, test = hold_out(data, 256)
+        assert set(test["prompt"]) == {"small"} and len(train) == 50
+
+    @pytest.mark.parametrize(("size", "rows"), [(0.25, 8), (5, 4)])
+    def test_test_split_size_takes_whole_prompts(self, tmp_path, size, rows):
+        lines = [json.dumps({"prompt": f"{i // 4}", "completion": str(i)}) for i in range(32)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+        arguments = RunArguments(dataset_name=str(tmp_path / "rows.jsonl"))
+        train, test = load_teacher_data(arguments, DatasetMixtureConfig(test_split_size=size))
+        assert len(test) == rows and len(train) == 32 - rows and not set(train["prompt"]) & set(test["prompt"])
+
+    @pytest.mark.parametrize("size", [40, 1.0 - 1e-9, 32])
+    def test_a_test_split_of_all_rows(self, tmp_path, size):
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 32)
+        with pytest.raises(TeacherDataError, match="`test_split_size: .*` takes .* of 32 rows. Name fewer"):
+            load_teacher_data(
+                RunArguments(dataset_name=str(tmp_path / "rows.jsonl")), DatasetMixtureConfig(test_split_size=size)
+            )
+
     def test_hold_out_of_a_stream(self, standard_rows):
         data = Dataset.from_list([{"prompt": str(i), "completion": "a"} for i in range(300)]).to_iterable_dataset()
         train, test = hold_out(data, 256)
         assert len(list(test)) == 256 and len(list(train)) == 44
+        data = Dataset.from_list([{"prompt": str(i % 100), "completion": "a"} for i in range(300)])
+        train, test = (list(part) for part in hold_out(data.to_iterable_dataset(), 10))
+        assert [row["prompt"] for row in test] == [str(i) for i in range(10)] and len(train) == 270
+        # A short one is not held out whole
+        train, test = hold_out(data.take(40).to_iterable_dataset(), 256)
+        assert len(list(test)) == 2 and len(list(train)) == 38
+
+    @pytest.mark.parametrize(
+        ("steps", "prompts", "samples", "curve_samples"),
+        [(2, 16, 1, 1), (100, 100, 3, 2), (250, 250, 8, 4), (9999, 256, 8, 4)],
+    )
+    def test_the_reports_sampling_scales_with_the_training(self, steps, prompts, samples, curve_samples):
+        plan = sampling_plan(RecipeArguments(), steps, 1000, has_baseline=True)
+        assert (plan.prompts, plan.samples, plan.curve_samples) == (prompts, samples, curve_samples)
+        assert sampling_plan(RecipeArguments(), steps, 10, has_baseline=True).prompts == 10
+
+    def test_the_reports_sampling_as_the_recipe_says(self):
+        plan = sampling_plan(RecipeArguments(eval_prompts=20, eval_samples=8), 2, 1000, has_baseline=True)
+        assert (plan.prompts, plan.samples, plan.once) == (20, 8, 20 * 17)
+        # Three students at their ends; along two steps GAD once and SeqKD twice
+        assert plan.all == 3 * plan.once + 3 * 20 * 4 and f"{plan.all:,} in the whole run" in str(plan)
 
     def test_resume_flag(self):
         assert [checkpoint_to_resume(flag) for flag in ("true", "False", None, "out/checkpoint-3")] == [

@@ -9,18 +9,21 @@ import torch
 from datasets import Dataset
 from trl import get_peft_config, get_quantization_config
 
-from .classifier_report import ALL_ROWS, RANDOM_ROWS, ClassifierReport, starved_classes
-from .job import Job, checkpoint_to_resume, display_path, hold_out, timed
+from .classifier_report import ALL_ROWS, RANDOM_ROWS, ClassifierReport, decline, starved_classes
+from .job import Job, display_path, hold_out, timed
 from .llkd.label_calibration import reliability_report
 from .llkd.llkd_config import LLKDConfig
 from .llkd.llkd_trainer import LLKDTrainer
 from .llkd.rows import count_labels, find_class_names, with_class_numbers
 from .model_card import library_versions
+from .model_paths import base_of_student, no_model
+from .progress import TRAINED
 from .recipe import Recipe, RecipeError
 from .report import UNDISTILLED
 from .selection.signals import LLKDDataError
 from .seqkd import CURVE_POINTS
 from .teacher_data import load_teacher_data
+from .uncertainty import macro_f1_difference, paired_difference
 
 
 HELD_OUT_ROWS = 1000
@@ -40,10 +43,19 @@ NEEDED_SETTINGS = {
 class ClassifierJob(Job):
     """Rows with the teacher's labels, and the trainings of one recipe."""
 
+    console_keys = ("loss", "selection/kept_share", "grad_norm", "learning_rate")
+
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         self._check_settings()
-        train, test = load_teacher_data(self.script_args, recipe.dataset_args)
+        with self.one_line_errors():
+            is_adapter = base_of_student(self.model) is not None
+        if is_adapter:
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is an adapter; LLKD puts a new head on a whole model. Merge it into its base "
+                "model and name that."
+            )
+        train, test = load_teacher_data(self.script_args, recipe.dataset_args, self.args.text_column)
         if not isinstance(train, Dataset):
             raise RecipeError(
                 "LLKD draws pools from shuffled rows and counts their classes: it cannot stream. Take dataset_streaming out."
@@ -62,6 +74,7 @@ class ClassifierJob(Job):
         unused = ("row_id",) if self.args.selection == "llkd" else ("row_id", "teacher_confidence")
         self.train = train.remove_columns([name for name in unused if name in train.column_names])
         self.test = test
+        self.held_out_rows = test.to_list()
         if self.args.eval_strategy == "no":
             self.args.eval_strategy, self.args.eval_steps = "steps", 1 / CURVE_POINTS
         quantization = get_quantization_config(recipe.model_args)
@@ -93,7 +106,7 @@ class ClassifierJob(Job):
 
     def _held_out(self, train: Dataset) -> tuple[Dataset, Dataset]:
         """Training rows to measure on, with their true labels if all of those are known, else with the teacher's."""
-        train, test = hold_out(train, HELD_OUT_ROWS)
+        train, test = hold_out(train, HELD_OUT_ROWS, self.args.text_column)
         self.truth = TEACHERS_LABELS
         if "gold" in test.column_names and None not in test["gold"][:]:
             test = self._with_true_labels(test)
@@ -121,50 +134,71 @@ class ClassifierJob(Job):
         )
 
     def distil(self) -> ClassifierReport:
-        resume = checkpoint_to_resume(self.args.resume_from_checkpoint)
         try:
-            trainer = self._trainer(self.args)
-            trainer.check_output_dir(resume)
+            with self.one_line_errors((ValueError, ImportError)):
+                trainer = self._trainer(self.args)
         except OSError as error:
-            raise RecipeError(
-                f"model_name_or_path={self.model!r} is neither a folder with a student nor a model on the Hub: {error}"
-            ) from error
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
+            raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
+        self.open_progress(trainer)
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)
-        undistilled, seconds = evaluate(trainer), {}
-        with timed(seconds, trainer._name):
-            trainer.train(resume_from_checkpoint=resume)
-        self.save(trainer)
-        distilled = evaluate(trainer)
+        undistilled, seconds = self.progress.once(UNDISTILLED, lambda: evaluate(trainer)), {}
+        if self.is_trained:
+            self.recall(trainer)
+            found = self.progress[TRAINED]
+        else:
+            self.run_training(trainer, seconds)
+            found = self.finished_training(
+                lambda: {
+                    **evaluate(trainer),
+                    "learned": learned(trainer),
+                    # A resumed training was measured in part
+                    "seconds": None if self.resume else seconds[trainer._name],
+                    "selection": selection_by_class(trainer) if trainer.selector else {},
+                    "teacher_labels": self._teacher_labels(trainer),
+                }
+            )
+        distilled = found["metrics"]
         self.max_steps, log = trainer.state.max_steps, trainer.state.log_history
         report = ClassifierReport(
             method=trainer._name,
             student=display_path(self.model),
             teacher=self.script_args.teacher_name,
             results={
-                UNDISTILLED: undistilled,
-                # A resumed training was measured in part
-                trainer._name: distilled | learned(trainer) | {"seconds": None if resume else seconds[trainer._name]},
+                UNDISTILLED: undistilled["metrics"],
+                trainer._name: distilled | found["learned"] | {"seconds": found["seconds"]},
             },
-            curves={trainer._name: curve(undistilled, log, self.max_steps, distilled)},
+            curves={trainer._name: curve(undistilled["metrics"], log, self.max_steps, distilled)},
             log_history=log,
             counts=self.counts,
             inputs=self.inputs,
             command=self.card.command,
             settings=self.card.settings,
             versions=library_versions(),
-            seconds=seconds,
+            seconds={} if found["seconds"] is None else {trainer._name: found["seconds"]},
             truth=self.truth,
             class_names=trainer.class_names,
             warmup_steps=self.args.selection_warmup_steps if trainer.selector else 0,
-            selection=selection_by_class(trainer) if trainer.selector else {},
-            teacher_labels=self._teacher_labels(trainer),
+            selection=found["selection"],
+            teacher_labels=found["teacher_labels"],
         )
-        report.warnings = starved_classes(report)
+        report.differences[UNDISTILLED] = self._differences(found, undistilled)
+        report.warnings = [*starved_classes(report), *decline(report)]
         return report
+
+    def _differences(self, own: dict, other: dict) -> dict[str, dict[str, float]]:
+        """Of each metric, how far one student is from another, and how sure that is."""
+        labels = self.test["label"][:]
+        right = [
+            [prediction == label for prediction, label in zip(found["predictions"], labels, strict=True)]
+            for found in (own, other)
+        ]
+        classes = self.test.features["label"].num_classes
+        return {
+            "accuracy": paired_difference(*right),
+            "macro_f1": macro_f1_difference(own["predictions"], other["predictions"], labels, classes),
+        }
 
     def _teacher_labels(self, trainer: LLKDTrainer) -> dict:
         if trainer.selector is None or "gold" not in self.train.column_names:
@@ -201,31 +235,45 @@ class ClassifierJob(Job):
             # Nothing was selected, or all: there is no share to draw
             del settings[RANDOM_ROWS]
         for name, changes in settings.items():
-            self._add_baseline(report, name, changes)
+            found = self.progress.once(name, lambda name=name, changes=changes: self._baseline(name, changes))
+            report.seconds[name] = found["seconds"]
+            report.results[name] = found["metrics"] | found["learned"] | {"seconds": found["seconds"]}
+            report.curves[name] = curve(
+                report.results[UNDISTILLED], found["log_history"], self.max_steps, found["metrics"]
+            )
+            report.differences[name] = self._differences(self.progress[TRAINED], found)
         # The method closes the table
         report.results[report.method] = report.results.pop(report.method)
 
-    def _add_baseline(self, report: ClassifierReport, name: str, changes: dict) -> None:
+    def _baseline(self, name: str, changes: dict) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
-        args = copy.copy(self.args)
+        args, seconds = copy.copy(self.args), {}
         alone = {"max_steps": self.max_steps, "save_strategy": "no", "push_to_hub": False, "report_to": []}
         output_dir = str(Path(self.args.output_dir) / name.replace(" ", "_"))
         for key, value in {**changes, **alone, "output_dir": output_dir}.items():
             setattr(args, key, value)
         trainer = self._trainer(args)
-        with timed(report.seconds, name):
+        self.shorten_log(trainer)
+        with timed(seconds, name):
             trainer.train()
         trainer.save_model(output_dir)
-        found = evaluate(trainer)
-        report.results[name] = found | learned(trainer) | {"seconds": report.seconds[name]}
-        report.curves[name] = curve(report.results[UNDISTILLED], trainer.state.log_history, self.max_steps, found)
+        return {
+            **evaluate(trainer),
+            "learned": learned(trainer),
+            "seconds": seconds[name],
+            "log_history": trainer.state.log_history,
+        }
 
 
-def evaluate(trainer: LLKDTrainer) -> dict[str, float]:
-    """Accuracy and macro F1 of the student as it is."""
-    metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}"] for name in METRICS}
+def evaluate(trainer: LLKDTrainer) -> dict:
+    """Accuracy and macro F1 of the student as it is, `metrics`, and its `predictions`, one a row."""
+    output = trainer.predict(trainer.eval_dataset)
+    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    return {
+        "metrics": {name: output.metrics[f"test_{name}"] for name in METRICS},
+        "predictions": logits.argmax(axis=1).tolist(),
+    }
 
 
 def curve(undistilled: dict, log: list[dict], last_step: int, distilled: dict) -> list[dict]:

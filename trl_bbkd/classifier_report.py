@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .markdown import escape, table
 from .report import UNDISTILLED, Report, Section
+from .uncertainty import is_clear
 
 
 ALL_ROWS, RANDOM_ROWS = "all rows", "random rows"
@@ -63,12 +64,21 @@ class ClassifierReport(Report):
         )
         for name, what in ((ALL_ROWS, "learning from all rows"), (RANDOM_ROWS, "as many random ones")):
             if name in self.results:
-                other = self.results[name]["macro_f1"]
-                gain = round(round(own["macro_f1"], 3) - round(other, 3), 3)
-                verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
-                text += f"; {what} reaches {other:.3f}, so {self.method} is {verdict} it"
-                text += f" by {abs(gain):.3f}" if gain else ""
-        return text + "."
+                text += f"; {what} reaches {self.results[name]['macro_f1']:.3f}: {self.verdict(name, 'macro_f1')}"
+        lost = [
+            f"accuracy than {what} ({self.results[name]['accuracy']:.3f} → {own['accuracy']:.3f})"
+            for name, what in (
+                (UNDISTILLED, "before"),
+                (ALL_ROWS, "that of all rows"),
+                (RANDOM_ROWS, "that of random rows"),
+            )
+            if name in self.results and self._is_worse(name, "accuracy")
+        ]
+        return text + "." + (f" But worse {', '.join(lost)}." if lost else "")
+
+    def _is_worse(self, other: str, metric: str) -> bool:
+        found = self.differences.get(other, {}).get(metric)
+        return is_clear(found) and found["difference"] < 0
 
     @property
     def rows(self) -> list[list[str]]:
@@ -82,6 +92,10 @@ class ClassifierReport(Report):
             f"Accuracy and macro F1 (the mean of the classes' F1) are measured on {self.counts['test'].rows:,} held-out rows "
             f"against {self.truth}."
         ]
+        if self.differences:
+            text.append(
+                "A verdict takes two standard errors, over held-out rows: another seed of the training may differ by more."
+            )
         if ALL_ROWS in self.results:
             text.append(
                 f"The students differ in the rows they learn from, and in how {self.method} weights them: the same start, the same "
@@ -153,6 +167,18 @@ def teacher_explanation(report: ClassifierReport) -> str:
     if math.isfinite(kept) and math.isfinite(dropped):
         text += f" After the warm-up {kept:.1%} of the kept rows are right, and {dropped:.1%} of the dropped ones."
     return text
+
+
+def decline(report: ClassifierReport) -> list[dict]:
+    """A warning where the student is worse than before it learned."""
+    if not report._is_worse(UNDISTILLED, "macro_f1"):
+        return []
+    before, after = (report.results[name]["macro_f1"] for name in (UNDISTILLED, report.method))
+    text = (
+        f"the student got worse: macro F1 is {after:.3f}, and was {before:.3f} before it learned. Lower learning_rate, look at "
+        "the teacher's labels, or keep more rows (selection_rule: quantile)."
+    )
+    return [{"kind": "worse", "step": report.curves[report.method][-1]["step"], "text": text}]
 
 
 def starved_classes(report: ClassifierReport, least: float = 0.01) -> list[dict]:

@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from . import __version__
 
 
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
+RESUME = " --resume_from_checkpoint true"
+INTERRUPTED = 130  # as a shell reports it
 PACKAGE = Path(__file__).parent
 # In a checkout the configurations lie with the recipes; a wheel carries them inside the package.
 ACCELERATE_CONFIG_FOLDERS = (PACKAGE.parent / "recipes" / "accelerate_configs", PACKAGE / "accelerate_configs")
@@ -59,18 +62,38 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def run_recipe(recipe_file: str, overrides: list[str]) -> None:
-    """Train a recipe in this process. Errors in the user's input end it with one line and exit status 2."""
-    from .recipe import RecipeError, load_recipe
-
+    """
+    Train a recipe in this process. Errors in the user's input end it with one line and exit status 2, Ctrl-C with one
+    line and exit status 130.
+    """
+    recipe = None
     try:
-        recipe = load_recipe(recipe_file, overrides)
+        recipe = _checked_recipe(recipe_file, overrides)
+        _train(recipe)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(recipe)
+        sys.exit(INTERRUPTED)
+
+
+def _checked_recipe(recipe_file: str, overrides: list[str]):
+    from .recipe_file import RecipeError
+
+    # TRL's configurations set a field under the name that transformers is about to drop: no news to whoever trains
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+    try:
+        from .recipe import load_recipe
+
+        return load_recipe(recipe_file, overrides)
     except RecipeError as error:
         exit_with_error(error)
 
+
+def _train(recipe) -> None:
     # Only now: the recipe's `env` block has to be set before the libraries that read it are imported.
     import torch.distributed
 
     from .hub import HubError
+    from .recipe_file import RecipeError
     from .run import run
     from .teacher_data import TeacherDataError
 
@@ -82,25 +105,60 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def _say_how_to_go_on(recipe) -> None:
+    """After Ctrl-C. A second one, while this is found out, is of no more use."""
+    if recipe is None:
+        print("\nStopped before anything was trained.", file=sys.stderr)
+        return
+    from .job import command
+    from .progress import can_go_on
+
+    again = command(recipe.path, sys.argv).removesuffix(RESUME)
+    if can_go_on(recipe.training_args.output_dir):
+        print(f"\nStopped. To go on: {again}{RESUME}", file=sys.stderr)
+    else:
+        print(f"\nStopped before the first checkpoint. To start again: {again}", file=sys.stderr)
+
+
 def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
     """Start `accelerate launch -m trl_bbkd` on a recipe, after its keys and the overrides have been checked."""
+    from .recipe_file import RecipeError, RecipeFile
+    from .recipe_keys import launcher_options
+
+    try:
+        from .recipe import check_keys
+
+        # Before the launcher, which takes seconds to import
+        check_keys(RecipeFile(recipe_file), arguments, {*launcher_options(), "--accelerate_config"})
+        _launch(recipe_file, arguments)
+    except RecipeError as error:
+        exit_with_error(error)
+    except KeyboardInterrupt:
+        # The training process has said how to go on
+        sys.exit(INTERRUPTED)
+
+
+def _launch(recipe_file: str, arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .recipe import RecipeError, check_recipe
+    from .recipe import check_recipe
+    from .recipe_file import one_line
 
     launch_parser = launch_command_parser()
     launch_parser.add_argument("--accelerate_config", dest="config_file", type=find_accelerate_config)
     launch_parser.error = exit_with_error  # without pages of usage
-    try:
-        launch_flags, overrides = check_recipe(recipe_file, arguments, launch_parser._option_string_actions)
-    except RecipeError as error:
-        exit_with_error(error)
+    launch_flags, overrides = check_recipe(recipe_file, arguments, launch_parser._option_string_actions)
     launch_arguments = launch_parser.parse_args([*launch_flags, "--module", "trl_bbkd", recipe_file, *overrides])
     try:
         launch_command(launch_arguments)
     except subprocess.CalledProcessError as error:
         # The training process has said what went wrong; accelerate's own traceback would bury it.
         sys.exit(error.returncode)
+    except ImportError as error:
+        advice = ' With our extra: `pip install "trl-bbkd[deepspeed]"`.' if "deepspeed" in str(error).lower() else ""
+        exit_with_error(one_line(error) + advice)
+    except ValueError as error:
+        exit_with_error(one_line(error))
 
 
 def push_to_hub(options: argparse.Namespace) -> None:

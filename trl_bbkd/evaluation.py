@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
@@ -95,8 +96,12 @@ def generate_completion_ids(
     seed=0,
     chat_template_kwargs=None,
     prompt_ids=None,
+    progress_bar: str | None = None,
 ) -> list[list[list[int]]]:
-    """[`generate_completions`], as token ids up to and including the token that ends an answer."""
+    """
+    [`generate_completions`], as token ids up to and including the token that ends an answer. `progress_bar` is the text
+    before a bar of the completions made; `None` shows none.
+    """
     num_samples = num_samples if temperature > 0 else 1
     end_ids = end_token_ids(model, tokenizer, prompts[0])
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -122,7 +127,8 @@ def generate_completion_ids(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+    bar = tqdm(total=len(queue), desc=progress_bar, disable=progress_bar is None, unit="completion", leave=False)
+    with bar, torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
         torch.manual_seed(seed)
         for start in range(0, len(queue), batch_size):
             indices = queue[start : start + batch_size]
@@ -133,6 +139,7 @@ def generate_completion_ids(
             for index, row in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))
                 completions[index].append(row[:length])
+            bar.update(len(indices))
     model.train(was_training)
     return completions
 
@@ -158,7 +165,6 @@ def _prompt_ids(tokenizer, rows: list[dict], chat_template_kwargs: dict | None) 
     return prompt_ids_of(tokenizer, batch, chat_template_kwargs)
 
 
-@torch.no_grad()
 def teacher_nll(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,24 +188,34 @@ def teacher_nll(
         chat_template_kwargs (`dict`, *optional*):
             Passed to `apply_chat_template`.
     """
+    totals = teacher_nll_by_row(
+        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return sum(totals) / sum(len(row["teacher_ids"]) for row in rows)
+
+
+@torch.no_grad()
+def teacher_nll_by_row(model, tokenizer, rows, *, batch_size=32, chat_template_kwargs=None) -> list[float]:
+    """[`teacher_nll`] before its mean: the sum over the tokens of each row's answer."""
     prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
     pairs = [(prompt, list(row["teacher_ids"])) for prompt, row in zip(prompt_ids, rows, strict=True)]
-    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0]) + len(pairs[row][1]))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    totals = [0.0] * len(pairs)
     for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
+        numbers = order[start : start + batch_size]
+        batch = [pairs[row] for row in numbers]
         input_ids, attention_mask = pad_rows([p + a for p, a in batch], pad_id, model.device, side="right")
         labels, _ = pad_rows([[-100] * len(p) + a for p, a in batch], -100, model.device, side="right")
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
-        total += loss.item()
-        tokens += sum(len(answer) for _, answer in batch)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        for row, loss in zip(numbers, losses.sum(dim=1).tolist(), strict=True):
+            totals[row] = loss
     model.train(was_training)
-    return total / tokens
+    return totals
 
 
 def evaluate_student(
@@ -214,6 +230,8 @@ def evaluate_student(
     batch_size: int = 32,
     seed: int = 0,
     chat_template_kwargs: dict | None = None,
+    by_row: dict[str, list[float]] | None = None,
+    progress_bar: str | None = None,
 ) -> dict[str, float]:
     """
     Measure a student on held-out teacher rows.
@@ -228,6 +246,11 @@ def evaluate_student(
             answers are valid (those at 1).
         temperatures (`Iterable[float]`, *optional*, defaults to `(1.0, 0.7, 0.0)`):
             Temperatures to sample at.
+        by_row (`dict[str, list[float]]`, *optional*):
+            Filled with the row's own value, one a row, of each metric of the judge (the mean over the row's samples)
+            and of `teacher_nll` (the mean over its tokens).
+        progress_bar (`str`, *optional*):
+            Text before a bar of the completions made. `None` shows none.
 
     Returns:
         `dict[str, float]`: for each temperature, such as `t1.0`: the mean of each metric of the judge (`valid@t1.0`),
@@ -256,6 +279,7 @@ def evaluate_student(
             batch_size=batch_size,
             seed=seed,
             prompt_ids=prompt_ids,
+            progress_bar=None if progress_bar is None else f"{progress_bar}, {at}",
         )
         samples = [ids for group in grouped for ids in group]
         sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
@@ -264,6 +288,8 @@ def evaluate_student(
         if sample_metrics is not None:
             judged = judge(sample_metrics, sampled_prompts, texts)
             metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
+            if by_row is not None:
+                by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
             if temperature == 1:
                 first = next(iter(judged.values()))
                 valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
@@ -274,10 +300,20 @@ def evaluate_student(
         metrics[f"length@{at}"] = length
         metrics[f"length_ratio@{at}"] = length / teacher_length
         metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
-    metrics["teacher_nll"] = teacher_nll(
+    totals = teacher_nll_by_row(
         model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
     )
+    lengths = [len(row["teacher_ids"]) for row in rows]
+    metrics["teacher_nll"] = sum(totals) / sum(lengths)
+    if by_row is not None:
+        by_row["teacher_nll"] = [total / length for total, length in zip(totals, lengths, strict=True)]
     return metrics
+
+
+def _means(values: list[float], rows: int) -> list[float]:
+    """The mean of each row's samples, which are neighbours."""
+    samples = len(values) // rows
+    return [sum(values[row * samples : (row + 1) * samples]) / samples for row in range(rows)]
 
 
 def evaluate_teacher(

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from . import __version__
+from .markdown import escape
 from .redaction import public_text, without_tokens
 
 
@@ -43,7 +44,8 @@ REPORT_FILES = ("curves.png", "reliability.png", "report.md", "metrics.json", "r
 FOLDER_FILES = ("**/*.json", "**/*.safetensors")
 TEXTS = ("README.md", "report.md", "metrics.json", "recipe.yaml")
 LOCAL_BASES = {"adapter_config.json": "base_model_name_or_path", "tokenizer_config.json": "name_or_path"}
-CARD_STUDENT = re.compile(r'^student = ".*"$', re.MULTILINE)
+CARD_STUDENT = re.compile(r'^student = (".*")$', re.MULTILINE)
+GOOD_NAME = "me/student"
 
 
 class HubError(RuntimeError):
@@ -169,7 +171,7 @@ def stage_student(
         if target.name in TEXTS and target.parent == staged:
             text = public_text(source.read_text(encoding="utf-8"), token)
             if target.name == "README.md":
-                text = CARD_STUDENT.sub(lambda _: f'student = "{repo_id}"', text)
+                text = _renamed(text, repo_id)
             target.write_text(text, encoding="utf-8")
         elif target.name in LOCAL_BASES:
             target.write_text(_without_local_base(source), encoding="utf-8")
@@ -177,6 +179,18 @@ def stage_student(
             target.symlink_to(source)
         else:
             shutil.copy(source, target)
+
+
+def _renamed(card: str, repo_id: str) -> str:
+    """A card whose student bears the name of the repository: in the example, and in the title if it bore the old name."""
+    found = CARD_STUDENT.search(card)
+    if found is None:
+        return card
+    old, new = Path(json.loads(found.group(1))).name, Path(repo_id).name
+    for key, before, after in (("model_name: ", old, new), ("# ", escape(old), escape(new))):
+        line = re.compile(f"^{key}{re.escape(before)}$", re.MULTILINE)
+        card = line.sub(lambda _, line=key + after: line, card, count=1)
+    return CARD_STUDENT.sub(lambda _: f'student = "{repo_id}"', card)
 
 
 def _without_local_base(source: Path) -> str:
@@ -201,12 +215,18 @@ def creation_error(error: Exception, repo_id: str, output_dir: str, token: str |
     return HubError(
         f"The repository {repo_id} cannot be created on the Hub: {_reason(error, token)}. {_remedy(error)}Nothing on "
         f"disk is lost: `push_to_hub: false` trains without the Hub, and `trl-bbkd push {shlex.quote(str(output_dir))} "
-        f"{repo_id}` sends a student that is finished."
+        f"{_name_to_take(error, repo_id)}` sends a student that is finished."
     )
 
 
 def _push_error(error: Exception, output_dir, repo_id: str, token: str | None, folders: Iterable[str]) -> HubError:
-    command = ["trl-bbkd", "push", str(output_dir), repo_id, *(f"--with={folder}" for folder in folders)]
+    command = [
+        "trl-bbkd",
+        "push",
+        str(output_dir),
+        _name_to_take(error, repo_id),
+        *(f"--with={folder}" for folder in folders),
+    ]
     return HubError(
         f"The student could not be pushed to {repo_id}: {_reason(error, token)}. It is complete on disk, in "
         f"{output_dir}. {_remedy(error)}Push it again with `{shlex.join(command)}`."
@@ -222,7 +242,14 @@ def _reason(error: Exception, token: str | None) -> str:
     return without_tokens(" ".join(text.split()).rstrip("."), token)
 
 
+def _name_to_take(error: Exception, repo_id: str) -> str:
+    """No advice to take a name again that cannot be one."""
+    return GOOD_NAME if isinstance(error, HFValidationError) else repo_id
+
+
 def _remedy(error: Exception) -> str:
+    if isinstance(error, HFValidationError):
+        return f"Write the repository like {GOOD_NAME}. "
     if isinstance(error, OfflineModeIsEnabled):
         return "Unset HF_HUB_OFFLINE. "
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):

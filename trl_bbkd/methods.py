@@ -20,6 +20,16 @@ from .text_report import PROXY
 class GADRun:
     """A run of GAD. `job` is the [`~text_job.TextJob`] it belongs to: data, tokenizer and measurements."""
 
+    goes_on_by_itself = False
+    console_keys = (
+        "loss",
+        "adversarial_phase",
+        "discriminator/accuracy",
+        "completions/length_ratio",
+        "entropy",
+        "learning_rate",
+    )
+
     def __init__(self, job):
         self.job = job
 
@@ -62,6 +72,8 @@ class ProxyTargetRun:
     """A run of a method whose soft targets come from a proxy; it names its trainer."""
 
     samples_per_prompt = 1
+    goes_on_by_itself = True
+    console_keys = ("loss", "nll", "kl", "kl_prior", "kl_posterior", "mean_token_accuracy", "learning_rate")
     trainer_type: type[ProxyTargetTrainer]
 
     def __init__(self, job):
@@ -123,7 +135,7 @@ METHOD_RUNS = {"gad": GADRun, "proxykd": ProxyKDRun, "bayeskd": BayesKDRun}
 
 def _shared_arguments(job) -> dict:
     return {
-        "model": job.model,
+        "model": job.student(),
         "args": job.args,
         "train_dataset": job.train,
         "processing_class": job.tokenizer,

@@ -1,22 +1,20 @@
 """Recipes: one flat YAML file becomes checked dataclasses for one trainer."""
 
 import argparse
-import dataclasses
-import difflib
-import glob
+import copy
 import importlib
 import importlib.util
 import os
-import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from trl.scripts.utils import DatasetConfig
+
+from .recipe_checks import check_values
+from .recipe_file import RecipeError, RecipeFile, nearest, one_line
+from .recipe_keys import own_keys, recipe_keys, unknown_option
 
 
 if TYPE_CHECKING:
@@ -24,26 +22,6 @@ if TYPE_CHECKING:
     from .gad.gad_config import GADConfig
     from .llkd.llkd_config import LLKDConfig
     from .proxykd.proxykd_config import ProxyKDConfig
-
-
-# A recipe's first line when Python has to be able to start it; see `trl_bbkd.launch`.
-LAUNCH_KEY = 'if __import__("trl_bbkd").launch(__name__, __file__)'
-METHODS = ("gad", "proxykd", "bayeskd", "llkd")
-INPUT_PATHS = {
-    "model_name_or_path",
-    "discriminator",
-    "proxy_model",
-    "target_store",
-    "dataset_name",
-    "path",
-    "data_dir",
-    "data_files",
-}
-CALLABLES = {"reward_funcs", "sample_metrics"}
-
-
-class RecipeError(ValueError):
-    """A recipe, or an override of it, cannot be used as it is; the message says where and what to do."""
 
 
 @dataclass
@@ -97,6 +75,12 @@ class RecipeArguments(RunArguments):
             Whether to train plain SFT on the same text for the same number of optimizer steps, and report it.
         seqkd_learning_rate (`float`, *optional*):
             Learning rate of that baseline. `None` takes the student's.
+        eval_prompts (`int`, *optional*):
+            Most held-out prompts that the report's students are sampled on. `None` takes as many as there are optimizer
+            steps, at least 16 and at most 256.
+        eval_samples (`int`, *optional*):
+            The report's samples for each of them at temperatures 1 and 0.7; half as many along the way. `None` takes 1 for
+            every 30 optimizer steps, at least 1 and at most 8.
     """
 
     reward_funcs: list[str] | None = field(
@@ -122,6 +106,20 @@ class RecipeArguments(RunArguments):
     )
     seqkd_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of that baseline. If `None`, the student's."}
+    )
+    eval_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most held-out prompts that the report's students are sampled on. If `None`, as many as there are "
+            "optimizer steps, at least 16 and at most 256."
+        },
+    )
+    eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "The report's samples for each of them at temperatures 1 and 0.7; half as many along the way. If `None`, "
+            "1 for every 30 optimizer steps, at least 1 and at most 8."
+        },
     )
 
 
@@ -159,20 +157,45 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
     """
     recipe_file = RecipeFile(path)
     os.environ.update(recipe_file.env)
+    check_keys(recipe_file, overrides)
     parser = _RecipeParser(recipe_file)
     parser.parse_overrides(list(overrides))
     try:
         script_args, training_args, model_args, dataset_args = parser.parse_args_into_dataclasses(
             list(overrides), look_for_args_file=False
         )
-    except ValueError as error:
-        raise RecipeError(f"{recipe_file.path}: {error}") from error
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"{recipe_file.path}: {one_line(error)}") from error
     if recipe_file.method != "gad" and getattr(script_args, "reward_funcs", None):
         raise RecipeError(
             f"{recipe_file.path}: reward_funcs are added to GAD's discriminator; method {recipe_file.method!r} has no "
             "rewards. Take them out."
         )
     return Recipe(recipe_file.path, recipe_file.method, script_args, training_args, model_args, dataset_args)
+
+
+def check_keys(recipe_file: RecipeFile, overrides: Collection[str], also_valid: Collection[str] = ()) -> None:
+    """
+    Refuse keys and options that there are not, in less than a second: nothing is imported for it.
+
+    Args:
+        recipe_file ([`~recipe_file.RecipeFile`]):
+            The recipe.
+        overrides (`Collection[str]`):
+            Command-line arguments.
+        also_valid (`Collection[str]`, *optional*):
+            Options that are not the recipe's.
+
+    Raises:
+        [`RecipeError`]: for the first unknown one.
+    """
+    keys = recipe_keys(recipe_file.method)
+    if keys is None:
+        return
+    recipe_file.check_keys(keys)
+    unknown = unknown_option(overrides, keys, also_valid)
+    if unknown:
+        raise RecipeError(f"unknown option {unknown}{nearest(unknown, [*(f'--{key}' for key in keys), *also_valid])}")
 
 
 def check_recipe(
@@ -195,7 +218,8 @@ def check_recipe(
     Raises:
         [`RecipeError`]: for the first thing that is wrong.
     """
-    parser = _RecipeParser(RecipeFile(path))
+    recipe_file = RecipeFile(path)
+    parser = _RecipeParser(recipe_file)
     launch_arguments, overrides = [], []
     destination = overrides
     for argument in arguments:
@@ -234,122 +258,44 @@ def import_callable(spec: str) -> Callable:
             raise RecipeError(f"{spec!r}: cannot import {module_name} ({error}).") from error
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RecipeError(f"{spec!r}: {module.__name__} has no function {name!r}{_nearest(name, functions)}")
+        raise RecipeError(f"{spec!r}: {module.__name__} has no function {name!r}{nearest(name, functions)}")
     function = getattr(module, name)
     if not callable(function):
         raise RecipeError(f"{spec!r} is not a function but {type(function).__name__}.")
     return function
 
 
-class RecipeFile:
-    """
-    A recipe's YAML, with the line of every key.
+# What nearly every recipe sets, beside the method's own keys
+COMMON_KEYS = (
+    "model_name_or_path",
+    "dataset_name",
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "save_steps",
+    "resume_from_checkpoint",
+    "use_peft",
+    "lora_r",
+    "dtype",
+    "bf16",
+    "use_cpu",
+    "seed",
+    "report_to",
+    "push_to_hub",
+)
 
-    Raises:
-        [`RecipeError`]: not a YAML mapping, a key given twice, a missing or unknown method.
-    """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.lines: dict[tuple[str | int, ...], int] = {}
-        if not self.path.is_file():
-            raise RecipeError(f"there is no recipe {self.path}.")
-        loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
-        try:
-            node = loader.get_single_node()
-            if not isinstance(node, yaml.MappingNode):
-                raise RecipeError(f"{self.path}: a recipe is a YAML mapping, such as `method: gad`.")
-            self._record_lines(node, ())
-            self.values: dict[str, Any] = loader.construct_document(node)
-        except yaml.MarkedYAMLError as error:
-            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise RecipeError(f"{self.path}{line}: not valid YAML: {error.problem}.") from error
+class _HelpAll(argparse.Action):
+    """`--help-all`: every key, TRL's as well."""
 
-        self.values.pop(LAUNCH_KEY, None)
-        if "method" not in self.values:
-            raise RecipeError(f"{self.path}: `method` is missing. Add a line `method: {METHODS[0]}`.")
-        self.method = self.values.pop("method")
-        if self.method not in METHODS:
-            raise self.error(("method",), f"unknown method {self.method!r}; available: {', '.join(METHODS)}.")
-        env = self.values.pop("env", None) or {}
-        if not isinstance(env, dict) or any(isinstance(value, dict | list) for value in env.values()):
-            raise self.error(("env",), "`env` is a mapping of environment variables to values.")
-        self.env = {str(name): str(value) for name, value in env.items()}
-
-    def _record_lines(self, node: yaml.Node, prefix: tuple[str | int, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                key = (*prefix, key_node.value)
-                line = key_node.start_mark.line + 1
-                if key in self.lines:
-                    raise RecipeError(
-                        f"{self.path}, line {line}: {key_node.value!r} was already given in line {self.lines[key]}. "
-                        "Keep one of the two."
-                    )
-                self.lines[key] = line
-                self._record_lines(value_node, key)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                self.lines[*prefix, index] = item.start_mark.line + 1
-                self._record_lines(item, (*prefix, index))
-
-    def error(self, key: tuple[str | int, ...], message: str) -> RecipeError:
-        return RecipeError(f"{self.path}, line {self.lines[key]}: {message}")
-
-    def checked_values(self, dataclass_types: Collection[type]) -> dict[str, Any]:
-        """
-        The recipe's values, converted to the types of the dataclasses' fields, with input paths made absolute.
-
-        Raises:
-            [`RecipeError`]: unknown key or unusable value.
-        """
-        return self._checked(self.values, dataclass_types, ())
-
-    def _checked(self, values: dict, dataclass_types: Collection[type], prefix: tuple[str | int, ...]) -> dict:
-        fields = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
-        hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
-        checked = {}
-        for name, value in values.items():
-            key = (*prefix, name)
-            if name not in fields:
-                known = list(fields) if prefix else ["method", "env", *fields]
-                # YAML reads an unquoted `on` or `2` as something else than text; no field has such a name.
-                line = self.lines.get(key)
-                place = f"{self.path}, line {line}" if line else str(self.path)
-                raise RecipeError(f"{place}: unknown key {name!r}{_nearest(str(name), known)}")
-            if hints[name] == list[DatasetConfig]:
-                checked[name] = self._checked_datasets(key, value)
-                continue
-            try:
-                converted = _convert(value, hints[name], fields[name].metadata.get("choices"))
-            except ValueError as error:
-                raise self.error(key, f"{name}: {error}") from error
-            checked[name] = self._next_to_recipe(name, converted)
-        return checked
-
-    def _checked_datasets(self, key: tuple[str | int, ...], entries: Any) -> list[DatasetConfig]:
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise self.error(key, "`datasets` is a list of mappings, such as `- path: json`.")
-        datasets = []
-        for index, entry in enumerate(entries):
-            checked = self._checked(entry, [DatasetConfig], (*key, index))
-            if "path" not in checked:
-                raise self.error((*key, index), "an entry of `datasets` needs `path`: a folder, a Hub id or `json`.")
-            datasets.append(DatasetConfig(**checked))
-        return datasets
-
-    def _next_to_recipe(self, name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._next_to_recipe(name, item) for item in value]
-        if isinstance(value, dict) and name in INPUT_PATHS:
-            return {key: self._next_to_recipe(name, item) for key, item in value.items()}
-        folder = str(self.path.parent.absolute())
-        if isinstance(value, str) and name in CALLABLES:
-            file, colon, function = value.rpartition(":")
-            return f"{os.path.normpath(os.path.join(folder, file))}:{function}" if _exists(file, folder) else value
-        if isinstance(value, str) and name in INPUT_PATHS and _exists(value, folder):
-            return os.path.normpath(os.path.join(folder, value))
-        return value
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.show_all = True
+        parser.print_help()
+        parser.exit()
 
 
 class _RecipeParser(TrlParser):
@@ -361,11 +307,47 @@ class _RecipeParser(TrlParser):
         super().__init__(
             dataclass_types,
             prog=str(recipe_file.path),
+            usage="RECIPE [--KEY VALUE ...]",
             # An abbreviation would let a typo through.
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        self.recipe_file = recipe_file
+        self.show_all = False
+        self.add_argument("--help-all", dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, action=_HelpAll)
         self.set_defaults_with_config(**recipe_file.checked_values(dataclass_types))
+
+    def format_help(self) -> str:
+        """The method's own keys first, and TRL's after them with `--help-all` only."""
+        # `--no_key` says nothing that `--key false` does not
+        actions = {
+            action.dest: action
+            for action in self._actions
+            if action.dest not in ("help", argparse.SUPPRESS) and not action.option_strings[0].startswith("--no_")
+        }
+        own = own_keys(self.recipe_file.method)
+        sections = {
+            f"keys of {self.recipe_file.method}": [
+                name for name in actions if name in own and name not in COMMON_KEYS
+            ],
+            "keys that most recipes set": [name for name in COMMON_KEYS if name in actions],
+        }
+        rest = [name for name in actions if name not in own and name not in COMMON_KEYS]
+        if self.show_all:
+            sections["other keys of TRL and transformers"] = rest
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(self.usage, [], [])
+        for title, names in sections.items():
+            formatter.start_section(title)
+            for name in names:
+                action = copy.copy(actions[name])
+                action.option_strings = action.option_strings[:1]
+                formatter.add_argument(action)
+            formatter.end_section()
+        hint = (
+            "" if self.show_all else f"\n{len(rest)} more keys are TRL's and transformers': --help-all shows them.\n"
+        )
+        return formatter.format_help() + hint
 
     @property
     def options(self) -> Collection[str]:
@@ -381,10 +363,12 @@ class _RecipeParser(TrlParser):
         for argument in overrides:
             option = argument.partition("=")[0]
             if option.startswith("--") and option not in self.options:
-                raise RecipeError(f"unknown option {option}{_nearest(option, [*self.options, *also_valid])}")
-        _, left_over = self.parse_known_args(overrides)
+                raise RecipeError(f"unknown option {option}{nearest(option, [*self.options, *also_valid])}")
+        values, left_over = self.parse_known_args(overrides)
         if left_over:
             raise RecipeError(f"unexpected argument {left_over[0]!r}; overrides are written `--key value`.")
+        # Before the dataclasses, which divide by some of them
+        check_values(vars(values), self.recipe_file)
 
     def error(self, message: str):
         raise RecipeError(message)
@@ -408,82 +392,3 @@ def _config_type(method: str) -> type:
 
         return LLKDConfig
     raise AssertionError(method)
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else "."
-
-
-def _exists(path: str, folder: str) -> bool:
-    return bool(path) and bool(glob.glob(path, root_dir=folder, recursive=True))
-
-
-def _convert(value: Any, hint: Any, choices: Collection[str] | None = None) -> Any:
-    """
-    Convert a YAML value to a field's type. PyYAML reads `1e-6` as text, for instance.
-
-    Raises:
-        `ValueError`: the value does not fit; the message says what would.
-    """
-    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    if choices is not None:
-        options = [Literal[*choices] if option is str else option for option in options]
-    if any(_is_enum(option) for option in options):
-        options = [option for option in options if option is not str]
-    # Anything quoted is text, so text comes after the scalars; one item stands for a list of one only after that.
-    options.sort(key=lambda option: 2 if _container(option) in (list, dict) else int(option is str))
-    for option in options:
-        try:
-            return _convert_to(option, value)
-        except ValueError:
-            continue
-    expected = " or ".join(_describe(option) for option in options if option is not types.NoneType)
-    wants_text = any(option is str or _is_enum(option) or get_origin(option) is Literal for option in options)
-    advice = " (put it in quotes)" if wants_text and isinstance(value, bool | int | float) else ""
-    raise ValueError(f"expected {expected}, got {value!r}{advice}.")
-
-
-def _convert_to(option: Any, value: Any) -> Any:
-    container = _container(option)
-    if container is list and not isinstance(value, dict | None):
-        item_type = get_args(option)[0]
-        return [_convert(item, item_type) for item in (value if isinstance(value, list) else [value])]
-    if _is_enum(option):
-        return option(value).value
-    if option is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if option is int and isinstance(value, str):
-        return int(value)
-    if option is float and isinstance(value, str | int) and not isinstance(value, bool):
-        return float(value)
-    if get_origin(option) is Literal:
-        fits = value in get_args(option)
-    elif option is Any:
-        fits = True
-    else:
-        fits = type(value) is container or type(value) is option
-    if not fits:
-        raise ValueError
-    return value
-
-
-def _container(option: Any) -> type | None:
-    """`list` for `list[str]`, `dict` for `dict[str, Any]`."""
-    origin = get_origin(option) or option
-    return origin if origin in (list, dict) else None
-
-
-def _is_enum(option: Any) -> bool:
-    return isinstance(option, type) and issubclass(option, Enum)
-
-
-def _describe(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return f"one of {', '.join(map(str, get_args(option)))}"
-    if _is_enum(option):
-        return f"one of {', '.join(member.value for member in option)}"
-    if _container(option) is list:
-        return f"a list (of {_describe(get_args(option)[0])})"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return "a mapping" if _container(option) is dict else names.get(option, str(option))

@@ -11,6 +11,7 @@ import yaml
 
 from .markdown import code, escape, fenced, table
 from .redaction import SECRET
+from .uncertainty import is_clear
 
 
 TEACHER, UNDISTILLED = "teacher", "undistilled"
@@ -55,6 +56,9 @@ class Report:
             Wall-clock time per part of the run.
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
+        differences (`dict[str, dict[str, dict]]`):
+            How far the method's student is from each other one, by the other's name and metric: `difference` and
+            `standard_error`.
     """
 
     method: str
@@ -70,6 +74,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[dict] = field(default_factory=list)
+    differences: dict[str, dict[str, dict]] = field(default_factory=dict)
 
     judged_metrics = ()  # names of a judge's metrics, where a judge was asked
 
@@ -82,6 +87,19 @@ class Report:
     def summary(self) -> str:
         """One sentence with the deciding numbers, whichever way they point."""
         raise NotImplementedError
+
+    def verdict(self, other: str, metric: str, lower_is_better: bool = False) -> str:
+        """Whether the method is better than `other`, as far as its standard error tells."""
+        found = self.differences.get(other, {}).get(metric)
+        if found is None or found["standard_error"] is None or math.isnan(found["standard_error"]):
+            return f"no verdict on {self.method} without a standard error"
+        # Of the numbers beside it
+        apart = abs(round(self.results[self.method][metric], 3) - round(self.results[other][metric], 3))
+        size = f"{apart:.3f} (standard error {found['standard_error']:.3f})"
+        if not is_clear(found):
+            return f"{self.method} is as good within the noise, {size} apart"
+        is_better = (found["difference"] < 0) == lower_is_better
+        return f"{self.method} is {'better' if is_better else 'worse'} by {size}"
 
     @property
     def columns(self) -> list[str]:

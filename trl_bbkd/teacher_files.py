@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -11,6 +12,8 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+
+from .splitting import split_by_input
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -40,7 +43,7 @@ def row_names(dataset) -> list[int]:
     return list(dataset[ROW_COLUMN]) if ROW_COLUMN in dataset.column_names else list(range(len(dataset)))
 
 
-def load_teacher_data(script_args, dataset_args):
+def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
     """
     Load the teacher's text.
 
@@ -54,6 +57,8 @@ def load_teacher_data(script_args, dataset_args):
             `dataset_name`, `dataset_config`, `dataset_train_split`, `dataset_test_split`, `dataset_streaming`.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
             `datasets`, `streaming`, `test_split_size`.
+        input_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of what the student is given: rows that share it are held out together.
 
     Returns:
         `tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]`: training and test rows, each with its place
@@ -93,8 +98,12 @@ def load_teacher_data(script_args, dataset_args):
             )
         size = dataset_args.test_split_size
         # A whole number counts rows, a fraction is a share of them.
-        parts = train.train_test_split(test_size=int(size) if size >= 1 else size, seed=TEST_SPLIT_SEED)
-        train, test = parts["train"], parts["test"]
+        rows = int(size) if size >= 1 else math.ceil(size * len(train))
+        if not 0 < rows < len(train):
+            raise TeacherDataError(
+                f"`test_split_size: {size}` takes {rows} of {len(train)} rows. Name fewer rows, or a share between 0 and 1."
+            )
+        train, test = split_by_input(train, input_column, rows, TEST_SPLIT_SEED)
     return train, test
 
 

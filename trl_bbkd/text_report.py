@@ -7,6 +7,7 @@ from pathlib import Path
 from .evaluation import TEMPERATURES, temperature_name
 from .markdown import table
 from .report import UNDISTILLED, Report, Section, duration
+from .uncertainty import is_clear
 
 
 SEQKD, PROXY = "SeqKD", "proxy"
@@ -66,17 +67,30 @@ class TextReport(Report):
         name = f"`{self.judged_metrics[0]}` at temperature 1.0" if judged else "The NLL of held-out teacher answers"
         value = {model: format_value(key, metrics.get(key)) for model, metrics in results.items()}
         text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
-        if SEQKD not in results:
-            return text + "."
-        gain = round((round(results[method][key], 3) - round(results[SEQKD][key], 3)) * (1 if judged else -1), 3)
-        verdict = "better than" if gain > 0 else "worse than" if gain < 0 else "equal to"
-        text += f"; SeqKD on the same text reaches {value[SEQKD]}, so {method} is {verdict} it"
-        text += f" by {abs(gain):.3f}" if gain else ""
-        if not judged:
-            text += (
-                ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
-            )
-        return text + "."
+        if SEQKD in results:
+            text += f"; SeqKD on the same text reaches {value[SEQKD]}: {self.verdict(SEQKD, key, not judged)}"
+            if not judged:
+                text += ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
+        return f"{text}.{self._losses()}"
+
+    def _losses(self) -> str:
+        """What else the student lost, that the first sentence does not say."""
+        texts = []
+        others = [(UNDISTILLED, "than before")] + [(SEQKD, "than SeqKD's")] * (SEQKD in self.results)
+        for other, how in others:
+            lost = [
+                f"{label} ({format_value(key, self.results[other][key])} → {format_value(key, self.results[self.method][key])})"
+                for key, label in table_metrics(self)
+                if key != self.headline and self._is_worse(other, key)
+            ]
+            if lost:
+                texts.append(f"worse {how}: {', '.join(lost)}")
+        return f" But {'; '.join(texts)}." if texts else ""
+
+    def _is_worse(self, other: str, key: str) -> bool:
+        """Whether the method's student is clearly worse than another one by this metric of the judge, or by NLL."""
+        found = self.differences.get(other, {}).get(key)
+        return is_clear(found) and (found["difference"] > 0) == (key == "teacher_nll")
 
     @property
     def rows(self) -> list[list[str]]:
@@ -93,6 +107,10 @@ class TextReport(Report):
             text.append(
                 f"Measured on {evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each (one when "
                 f"greedy) of at most {evaluation['max_new_tokens']} tokens, with seed {evaluation['seed']}."
+            )
+        if self.differences:
+            text.append(
+                "A verdict takes two standard errors, over prompts and samples: another seed of the training may differ by more."
             )
         if self.judged_metrics:
             text.append(
@@ -136,6 +154,21 @@ class TextReport(Report):
         from .curves import plot_curves
 
         plot_curves(self, folder / "curves.png")
+
+
+def decline(report: TextReport) -> list[dict]:
+    """A warning where the student is worse than before it learned, by what the run is summed up by."""
+    key = report.headline
+    if not report._is_worse(UNDISTILLED, key):
+        return []
+    before, after = (format_value(key, report.results[name][key]) for name in (UNDISTILLED, report.method))
+    label = dict(table_metrics(report))[key]
+    step = report.curves[report.method][-1]["step"]
+    text = (
+        f"the student got worse: {label} is {after}, and was {before} before it learned. Lower learning_rate, train for fewer "
+        "steps, or take an earlier checkpoint; with SeqKD's column as good or better, the data are not at fault."
+    )
+    return [{"kind": "worse", "step": step, "text": text}]
 
 
 def table_metrics(report: TextReport) -> list[tuple[str, str]]:

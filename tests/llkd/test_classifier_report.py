@@ -4,7 +4,7 @@ import math
 import pytest
 
 from tests.pictures import is_drawn, lines
-from trl_bbkd.classifier_report import ClassifierReport, starved_classes
+from trl_bbkd.classifier_report import ClassifierReport, decline, starved_classes
 from trl_bbkd.llkd.label_calibration import reliability_report
 from trl_bbkd.llkd.rows import LabelCounts
 from trl_bbkd.report import metrics_dict, print_table, render_markdown, write_report
@@ -68,7 +68,21 @@ def make_report(**changes):
     )
     for name, value in changes.items():
         setattr(report, name, value)
+    compare(report)
     return report
+
+
+def compare(report, standard_error=0.002):
+    """Give a report the differences of its own numbers."""
+    own = report.results["LLKD"]
+    report.differences = {
+        name: {
+            metric: {"difference": own[metric] - found[metric], "standard_error": standard_error}
+            for metric in ("accuracy", "macro_f1")
+        }
+        for name, found in report.results.items()
+        if name != "LLKD"
+    }
 
 
 class TestText:
@@ -77,8 +91,8 @@ class TestText:
         assert text.startswith(
             "Macro F1 against the true labels is 0.750 after LLKD, which learned from 25.0% of the rows"
         )
-        assert "all rows reaches 0.770, so LLKD is worse than it by 0.020" in text
-        assert text.endswith("random ones reaches 0.700, so LLKD is better than it by 0.050.")
+        assert "all rows reaches 0.770: LLKD is worse by 0.020 (standard error 0.002);" in text
+        assert text.endswith("random ones reaches 0.700: LLKD is better by 0.050 (standard error 0.002).")
 
     def test_summary_without_baselines(self):
         report = make_report()
@@ -86,10 +100,28 @@ class TestText:
         assert report.summary.endswith("and 0.100 before.")
         assert "all rows" not in report.explanation
 
-    def test_equal_is_equal(self):
+    def test_within_two_standard_errors_there_is_no_winner(self):
         report = make_report()
-        report.results["all rows"]["macro_f1"] = 0.7502
-        assert "so LLKD is equal to it;" in report.summary
+        compare(report, standard_error=0.011)
+        assert "LLKD is as good within the noise, 0.020 (standard error 0.011) apart;" in report.summary
+        report.differences = {}
+        assert "reaches 0.770: no verdict on LLKD without a standard error;" in report.summary
+
+    def test_what_fell_is_named(self):
+        report = make_report()
+        report.results["random rows"]["accuracy"] = 0.85
+        compare(report)
+        assert report.summary.endswith("But worse accuracy than that of random rows (0.850 → 0.800).")
+
+    def test_a_student_that_got_worse_is_warned_of(self):
+        report = make_report()
+        assert decline(report) == []
+        report.results["undistilled"]["macro_f1"] = 0.76
+        compare(report)
+        (warning,) = decline(report)
+        assert "macro F1 is 0.750, and was 0.760 before" in warning["text"] and warning["step"] == 100
+        compare(report, standard_error=0.006)
+        assert decline(report) == []
 
     def test_report_has_the_parts(self):
         text = render_markdown(make_report())
@@ -122,7 +154,8 @@ class TestText:
 def test_difference_is_that_of_the_numbers_beside_it():
     report = make_report()
     report.results["LLKD"]["macro_f1"], report.results["all rows"]["macro_f1"] = 0.1876, 0.1944
-    assert "is 0.188 after" in report.summary and "reaches 0.194, so LLKD is worse than it by 0.006" in report.summary
+    compare(report)
+    assert "is 0.188 after" in report.summary and "reaches 0.194: LLKD is worse by 0.006" in report.summary
 
 
 def test_many_classes_are_drawn_too(tmp_path, figures):

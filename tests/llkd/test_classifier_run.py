@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from tests.conftest import build_tokenizer
 from tests.hub_server import TOKEN, HubServer
 from tests.processes import ROOT
+from tests.recipes import RESUME, kill, never, saved, without_times
 from trl_bbkd.llkd.llkd_trainer import LLKDTrainer
 from trl_bbkd.recipe import RecipeError, load_recipe
 from trl_bbkd.run import run
@@ -213,6 +214,22 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
     for number, name in enumerate(NAMES):
         kept, seen = counts["tally.kept"][1, number].item(), counts["tally.seen"][1, number].item()
         assert after["selection"][name]["kept_share"] == pytest.approx(kept / seen)
+
+
+def test_a_classifiers_run_killed_in_a_baseline(tmp_path, data, student, monkeypatch):
+    whole, killed = (write_recipe(data, student, tmp_path / name, max_steps=4) for name in ("whole", "out"))
+    run(load_recipe(whole))
+    kill(killed, "trl_bbkd.classifier_job", "ClassifierJob._baseline")
+    weights, train = (tmp_path / "out/model.safetensors").read_bytes(), LLKDTrainer.train
+    monkeypatch.setattr(
+        LLKDTrainer, "train", lambda trainer, **kwargs: never() if kwargs else train(trainer, **kwargs)
+    )
+    for _ in range(2):
+        run(load_recipe(killed, RESUME))
+        assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+        assert without_times(saved(tmp_path / "out")) == without_times(saved(tmp_path / "whole"))
+        # The second time the baselines are there as well
+        monkeypatch.setattr(LLKDTrainer, "train", never)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..model_paths import no_model
 from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from .discriminator import CONFIG_NAME, Discriminator, build_discriminator, find_backbone
 from .gad_config import GADConfig
@@ -193,9 +194,7 @@ def check_vocabulary(
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except OSError as error:
-            raise ValueError(
-                f"discriminator={name!r} is neither a folder with a model nor one on the Hub: {error}"
-            ) from error
+            raise ValueError(no_model("discriminator", name, "a model", error)) from error
         # Without its files, AutoTokenizer makes up an empty tokenizer of the model's kind
         if get_tokenizer_config(path, trust_remote_code=trust_remote_code):
             other = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).get_vocab()

@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model_paths import no_model
 from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
@@ -93,9 +94,7 @@ def check_shared_vocabulary(
             proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
         )
     except OSError as error:
-        raise ProxyModelError(
-            f"proxy_model={proxy!r} is neither a folder with a model nor one on the Hub: {error}"
-        ) from error
+        raise ProxyModelError(no_model("proxy_model", proxy, "a model", error)) from error
     path = proxy.config._name_or_path if in_memory else proxy
     # A model made in memory has no tokenizer of its own
     if path:

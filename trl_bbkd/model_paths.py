@@ -1,0 +1,74 @@
+"""Where a model is said to be: an adapter's base model, and what to say when there is none."""
+
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def no_model(name: str, path: str, what: str, error: Exception) -> str:
+    """
+    What to say when a checkpoint cannot be read.
+
+    Args:
+        name (`str`):
+            The key that names it, such as `"discriminator"`.
+        path (`str`):
+            Its value.
+        what (`str`):
+            `"a model"` or `"a student"`.
+        error (`Exception`):
+            What transformers said, in many lines if it took a folder that is missing for an id of the Hub.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        reason = "the folder has no config.json" if not (folder / "config.json").is_file() else _first_line(error)
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.sep != "/" and os.sep in path:
+        reason = f"there is no folder {folder.absolute()}"
+    else:
+        reason = _first_line(error)
+    return f"{name}={path!r} is neither a folder with {what} nor a model on the Hub: {reason.rstrip('.')}."
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def base_of_student(path: str) -> str | None:
+    """
+    The model that a LoRA adapter in a folder was trained on; `None` if `path` is no such folder.
+
+    Raises:
+        ValueError: the adapter does not name its base model, or it is not there.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base and (not base.startswith((".", "/", "~")) or Path(base).expanduser().is_dir()):
+        return base
+    where = f"its base model {base} is not there" if base else "it does not name its base model"
+    raise ValueError(
+        f"model_name_or_path={path!r} is an adapter, and {where}. Set base_model_name_or_path in its {ADAPTER_CONFIG}, or "
+        "merge it into its base model and name that."
+    )
+
+
+def load_adapter_student(path: str, base: str, **kwargs) -> PeftModel:
+    """
+    Load an adapter on its base model, to be trained further.
+
+    Args:
+        path (`str`):
+            Folder of the adapter.
+        base (`str`):
+            Its base model, as of [`base_of_student`].
+        **kwargs:
+            Passed to `from_pretrained` of the base model.
+    """
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), path, is_trainable=True)
