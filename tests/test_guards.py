@@ -74,6 +74,6 @@ def test_of_a_folder_beside_the_student_weights_and_their_description_go(tmp_pat
 def test_a_pool_is_of_all_processes(tmp_path, tiny_model_dir, monkeypatch):
     """Eight rows are one pool of one process, and half of one of two."""
     trainer = make_sft_trainer(tmp_path, tiny_model_dir, selection_rows(8))
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
     with pytest.raises(LLKDDataError, match="A pool of 16 rows .*of all processes.* larger than the data set of 8"):
         trainer._start_selection()

@@ -1,6 +1,7 @@
 """The command line: `trl-bbkd train recipe.yaml`. What is heavy is imported by the command that needs it."""
 
 import argparse
+import logging
 import subprocess
 import sys
 import warnings
@@ -78,14 +79,21 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
 def _checked_recipe(recipe_file: str, overrides: list[str]):
     from .recipe_file import RecipeError
 
-    # TRL's configurations set a field under the name that transformers is about to drop: no news to whoever trains
-    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+    _pass_over_known_noise()
     try:
         from .recipe import load_recipe
 
         return load_recipe(recipe_file, overrides)
     except RecipeError as error:
         exit_with_error(error)
+
+
+def _pass_over_known_noise() -> None:
+    """What libraries say at their start that is no news to whoever trains."""
+    # TRL's configurations set a field under the name that transformers is about to drop
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+    # bitsandbytes misses a kernel for CPUs, without which it is slower there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _train(recipe) -> None:
@@ -125,6 +133,7 @@ def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
     from .recipe_file import RecipeError, RecipeFile
     from .recipe_keys import launcher_options
 
+    _pass_over_known_noise()
     try:
         from .recipe import check_keys
 

@@ -177,7 +177,9 @@ class TestBadInput:
         with pytest.raises(TeacherDataError, match="Row 1: `completion` is empty .*; remove the row"):
             make_trainer(tmp_path, *without_weights, [*rows[:1], rows[1] | {"completion": " "}, *rows[2:]], held_out=0)
         with pytest.raises(TeacherDataError, match="answers have no tokens: there is nothing to count"):
-            make_trainer(tmp_path, *without_weights, [row | {"teacher_ids": []} for row in rows], held_out=0)
+            make_trainer(
+                tmp_path, *without_weights, [row | {"prompt_ids": [1], "teacher_ids": []} for row in rows], held_out=0
+            )
 
     @pytest.mark.parametrize(
         ("completion", "message"),
