@@ -22,9 +22,9 @@ from pathlib import Path
 import proxykd_real_text as shared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_bbkd.bayeskd.bayeskd_config import BayesKDConfig
-from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
-from trl_bbkd.seqkd import CurveCallback, curve
+from trl_bbkd.bayeskd.config import BayesKDConfig
+from trl_bbkd.bayeskd.trainer import BayesKDTrainer
+from trl_bbkd.seqkd.trainer import CurveCallback, curve
 
 
 # Stated here so that it stays when BayesKDConfig's defaults do not

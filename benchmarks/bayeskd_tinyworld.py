@@ -30,15 +30,15 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
 from trl_bbkd.bayeskd.estimators import beta_posterior, observed_token_prior
 from trl_bbkd.bayeskd.ngram import answer_contexts, build_ngram_model
 from trl_bbkd.bayeskd.targets import ProxyDistributions, TargetEstimator
 from trl_bbkd.bayeskd.top_logprobs import TOP_LOGPROBS
-from trl_bbkd.evaluation import evaluate_student, pad_rows
-from trl_bbkd.recipe import load_recipe
+from trl_bbkd.bayeskd.trainer import BayesKDTrainer
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.evaluation.student import evaluate_student, pad_rows
+from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.soft_targets.rows import soft_target_rows
-from trl_bbkd.teacher_data import tokenize_teacher_data
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "bayeskd.yaml"

@@ -39,9 +39,9 @@ from transformers import (  # noqa: E402
     PrinterCallback,
 )
 
+from trl_bbkd.llkd.config import LLKDConfig  # noqa: E402
 from trl_bbkd.llkd.label_calibration import apply_temperature, calibration_report, fit_temperature  # noqa: E402
-from trl_bbkd.llkd.llkd_config import LLKDConfig  # noqa: E402
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer, classification_metrics  # noqa: E402
+from trl_bbkd.llkd.trainer import LLKDTrainer, classification_metrics  # noqa: E402
 
 
 # The teacher's rows, and the most rows of a pool

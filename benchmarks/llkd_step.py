@@ -35,8 +35,8 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from trl_bbkd.llkd.llkd_config import LLKDConfig  # noqa: E402
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer  # noqa: E402
+from trl_bbkd.llkd.config import LLKDConfig  # noqa: E402
+from trl_bbkd.llkd.trainer import LLKDTrainer  # noqa: E402
 
 
 WARMUP_STEPS = 2

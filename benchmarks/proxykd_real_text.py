@@ -41,12 +41,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.proxy.agreement import teacher_agreement
-from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
-from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
-from trl_bbkd.seqkd import CurveCallback, curve
+from trl_bbkd.proxykd.config import ProxyKDConfig
+from trl_bbkd.proxykd.trainer import ProxyKDTrainer
+from trl_bbkd.seqkd.trainer import CurveCallback, curve
 from trl_bbkd.soft_targets.rows import soft_target_rows
-from trl_bbkd.teacher_data import tokenize_teacher_data
 
 
 TEACHERS = ("175b_finetuning", "175b_verification")

@@ -29,10 +29,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_bbkd.evaluation import evaluate_student
-from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
-from trl_bbkd.recipe import load_recipe
-from trl_bbkd.teacher_data import tokenize_teacher_data
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.evaluation.student import evaluate_student
+from trl_bbkd.proxykd.trainer import ProxyKDTrainer
+from trl_bbkd.runs.recipe import load_recipe
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "proxykd.yaml"

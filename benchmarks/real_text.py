@@ -24,9 +24,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_bbkd import GADConfig, GADTrainer
-from trl_bbkd.evaluation import generate_completions, pad_rows, teacher_nll
-from trl_bbkd.seqkd import CurveCallback, curve, train_seqkd
-from trl_bbkd.teacher_data import tokenize_teacher_data
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.evaluation.student import generate_completions, pad_rows, teacher_nll
+from trl_bbkd.seqkd.trainer import CurveCallback, curve, train_seqkd
 
 
 NGRAM = 4

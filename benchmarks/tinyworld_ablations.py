@@ -31,8 +31,8 @@ import world  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from trl_bbkd import GADConfig, GADTrainer  # noqa: E402
-from trl_bbkd.evaluation import evaluate_student  # noqa: E402
-from trl_bbkd.teacher_data import tokenize_teacher_data  # noqa: E402
+from trl_bbkd.data.teacher_data import tokenize_teacher_data  # noqa: E402
+from trl_bbkd.evaluation.student import evaluate_student  # noqa: E402
 
 
 world.MAX_COUNT, world.MAX_AMOUNT = 49, 9

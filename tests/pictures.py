@@ -3,7 +3,7 @@
 import matplotlib.image
 from matplotlib.colors import to_rgb
 
-from trl_bbkd.axes import STUDENT
+from trl_bbkd.reports.axes import STUDENT
 
 
 def is_drawn(path):

@@ -45,7 +45,7 @@ def write_recipe(folder, student, output_dir, **changes):
 
 
 def kill(recipe, module, name):
-    command = [sys.executable, ROOT / "tests/kill_after_training.py", recipe, module, name]
+    command = [sys.executable, ROOT / "tests/runs/kill_after_training.py", recipe, module, name]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]

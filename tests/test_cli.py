@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_bbkd import launch, text_job
+from trl_bbkd import launch
 from trl_bbkd.cli import find_accelerate_config, run_recipe, train_with_accelerate
+from trl_bbkd.runs import text_job
 
 
 COMMANDS = Path(sys.executable).parent

@@ -7,11 +7,11 @@ import pytest
 
 from tests.selection.helpers import make_sft_trainer, selection_rows
 from trl_bbkd.bayeskd import ngram_coding
-from trl_bbkd.hub import stage_student
+from trl_bbkd.errors import LLKDDataError
+from trl_bbkd.hub.push import stage_student
 from trl_bbkd.proxy.stage import begin_stage, finish_stage
 from trl_bbkd.proxykd import alignment_trainer
 from trl_bbkd.proxykd.sampling import sample_completions
-from trl_bbkd.selection.signals import LLKDDataError
 from trl_bbkd.soft_targets.store import TargetStoreWriter, write_atomically
 
 

@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset
 
 from tests.pictures import is_drawn
-from trl_bbkd.recipe import load_recipe
-from trl_bbkd.teacher_data import check_teacher_data
+from trl_bbkd.data.teacher_data import check_teacher_data
+from trl_bbkd.runs.recipe import load_recipe
 
 
 ROOT = Path(__file__).parents[1]

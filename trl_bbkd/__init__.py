@@ -3,30 +3,33 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .host.version import __version__ as __version__
+
 
 if TYPE_CHECKING:
-    from .bayeskd.bayeskd_config import BayesKDConfig
-    from .bayeskd.bayeskd_trainer import BayesKDTrainer
+    from .bayeskd.config import BayesKDConfig
+    from .bayeskd.trainer import BayesKDTrainer
+    from .data.teacher_data import load_teacher_data
+    from .errors import DistillationError
+    from .gad.config import GADConfig
     from .gad.discriminator import Discriminator
-    from .gad.gad_config import GADConfig
-    from .gad.gad_trainer import GADTrainer
-    from .llkd.llkd_config import LLKDConfig
-    from .llkd.llkd_trainer import LLKDTrainer
+    from .gad.trainer import GADTrainer
+    from .llkd.config import LLKDConfig
     from .llkd.pseudo_labels import pseudo_label
+    from .llkd.trainer import LLKDTrainer
     from .proxykd.alignment_config import ProxyAlignmentConfig
     from .proxykd.alignment_trainer import ProxyAlignmentTrainer
-    from .proxykd.proxykd_config import ProxyKDConfig
-    from .proxykd.proxykd_trainer import ProxyKDTrainer
+    from .proxykd.config import ProxyKDConfig
+    from .proxykd.trainer import ProxyKDTrainer
     from .selection.collator import LLKDDataCollator
     from .selection.mixin import LLKDMixin
-    from .teacher_data import load_teacher_data
 
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "BayesKDConfig",
     "BayesKDTrainer",
     "Discriminator",
+    "DistillationError",
     "GADConfig",
     "GADTrainer",
     "LLKDConfig",
@@ -44,20 +47,21 @@ __all__ = [
 
 # Imported on first use, so that the command line answers before torch is loaded.
 _LAZY_NAMES = {
-    "BayesKDConfig": ".bayeskd.bayeskd_config",
-    "BayesKDTrainer": ".bayeskd.bayeskd_trainer",
+    "BayesKDConfig": ".bayeskd.config",
+    "BayesKDTrainer": ".bayeskd.trainer",
     "Discriminator": ".gad.discriminator",
-    "GADConfig": ".gad.gad_config",
-    "GADTrainer": ".gad.gad_trainer",
-    "LLKDConfig": ".llkd.llkd_config",
+    "DistillationError": ".errors",
+    "GADConfig": ".gad.config",
+    "GADTrainer": ".gad.trainer",
+    "LLKDConfig": ".llkd.config",
     "LLKDDataCollator": ".selection.collator",
     "LLKDMixin": ".selection.mixin",
-    "LLKDTrainer": ".llkd.llkd_trainer",
+    "LLKDTrainer": ".llkd.trainer",
     "ProxyAlignmentConfig": ".proxykd.alignment_config",
     "ProxyAlignmentTrainer": ".proxykd.alignment_trainer",
-    "ProxyKDConfig": ".proxykd.proxykd_config",
-    "ProxyKDTrainer": ".proxykd.proxykd_trainer",
-    "load_teacher_data": ".teacher_data",
+    "ProxyKDConfig": ".proxykd.config",
+    "ProxyKDTrainer": ".proxykd.trainer",
+    "load_teacher_data": ".data.teacher_data",
     "pseudo_label": ".llkd.pseudo_labels",
 }
 

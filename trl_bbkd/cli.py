@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
+from .errors import DistillationError
+from .host.version import __version__
 
 
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
@@ -77,14 +78,13 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
 
 
 def _checked_recipe(recipe_file: str, overrides: list[str]):
-    from .recipe_file import RecipeError
 
     _pass_over_known_noise()
     try:
-        from .recipe import load_recipe
+        from .runs.recipe import load_recipe
 
         return load_recipe(recipe_file, overrides)
-    except RecipeError as error:
+    except DistillationError as error:
         exit_with_error(error)
 
 
@@ -100,14 +100,11 @@ def _train(recipe) -> None:
     # Only now: the recipe's `env` block has to be set before the libraries that read it are imported.
     import torch.distributed
 
-    from .hub import HubError
-    from .recipe_file import RecipeError
-    from .run import run
-    from .teacher_data import TeacherDataError
+    from .runs.run import run
 
     try:
         run(recipe)
-    except (RecipeError, TeacherDataError, HubError) as error:
+    except DistillationError as error:
         exit_with_error(error)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -118,8 +115,8 @@ def _say_how_to_go_on(recipe) -> None:
     if recipe is None:
         print("\nStopped before anything was trained.", file=sys.stderr)
         return
-    from .job import command
-    from .progress import can_go_on
+    from .runs.job import command
+    from .runs.progress import can_go_on
 
     again = command(recipe.path, sys.argv).removesuffix(RESUME)
     if can_go_on(recipe.training_args.output_dir):
@@ -130,17 +127,17 @@ def _say_how_to_go_on(recipe) -> None:
 
 def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
     """Start `accelerate launch -m trl_bbkd` on a recipe, after its keys and the overrides have been checked."""
-    from .recipe_file import RecipeError, RecipeFile
-    from .recipe_keys import launcher_options
+    from .runs.recipe_file import RecipeFile
+    from .runs.recipe_keys import launcher_options
 
     _pass_over_known_noise()
     try:
-        from .recipe import check_keys
+        from .runs.recipe import check_keys
 
         # Before the launcher, which takes seconds to import
         check_keys(RecipeFile(recipe_file), arguments, {*launcher_options(), "--accelerate_config"})
         _launch(recipe_file, arguments)
-    except RecipeError as error:
+    except DistillationError as error:
         exit_with_error(error)
     except KeyboardInterrupt:
         # The training process has said how to go on
@@ -150,8 +147,8 @@ def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
 def _launch(recipe_file: str, arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .recipe import check_recipe
-    from .recipe_file import one_line
+    from .runs.recipe import check_recipe
+    from .runs.recipe_file import one_line
 
     launch_parser = launch_command_parser()
     launch_parser.add_argument("--accelerate_config", dest="config_file", type=find_accelerate_config)
@@ -172,7 +169,7 @@ def _launch(recipe_file: str, arguments: list[str]) -> None:
 
 def push_to_hub(options: argparse.Namespace) -> None:
     """Send a finished student to the Hub."""
-    from .hub import HubError, push_student
+    from .hub.push import push_student
 
     try:
         url = push_student(
@@ -182,7 +179,7 @@ def push_to_hub(options: argparse.Namespace) -> None:
             private=options.private,
             revision=options.revision,
         )
-    except HubError as error:
+    except DistillationError as error:
         exit_with_error(error)
     print(f"On the Hub: {url}")
 

@@ -31,7 +31,7 @@ def nectar_row(row: dict) -> dict[str, str]:
 def main() -> None:
     from datasets import concatenate_datasets, load_dataset
 
-    from trl_bbkd.teacher_data import check_teacher_data
+    from trl_bbkd.data.teacher_data import check_teacher_data
 
     sources = [
         (load_dataset(ORCA, data_files=ORCA_FILE, split="train"), orca_row),

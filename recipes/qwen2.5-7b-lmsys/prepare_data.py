@@ -24,7 +24,7 @@ def prompt_and_completion(row: dict) -> dict:
 def main() -> None:
     from datasets import load_dataset
 
-    from trl_bbkd.teacher_data import check_teacher_data
+    from trl_bbkd.data.teacher_data import check_teacher_data
 
     for split, rows in load_dataset(DATA_SET).items():
         rows = rows.map(prompt_and_completion, remove_columns=rows.column_names)

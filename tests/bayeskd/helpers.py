@@ -4,8 +4,8 @@ from datasets import Dataset
 from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
 from tests.processes import run_processes  # noqa: F401
 from tests.proxykd.helpers import LORA, ON_CPU, make_rows  # noqa: F401
-from trl_bbkd.bayeskd.bayeskd_config import BayesKDConfig
-from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
+from trl_bbkd.bayeskd.config import BayesKDConfig
+from trl_bbkd.bayeskd.trainer import BayesKDTrainer
 
 
 # Both targets, and a prior that counts as much as the draws

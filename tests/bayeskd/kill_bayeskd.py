@@ -8,7 +8,7 @@ from pathlib import Path
 from trl import SFTTrainer
 
 from tests.bayeskd.helpers import make_trainer
-from trl_bbkd.bayeskd.bayeskd_trainer import BayesKDTrainer
+from trl_bbkd.bayeskd.trainer import BayesKDTrainer
 from trl_bbkd.soft_targets import store
 
 

@@ -9,9 +9,7 @@ from trl import SFTConfig
 
 from tests.conftest import build_model
 from trl_bbkd import BayesKDConfig, BayesKDTrainer
-from trl_bbkd.proxy.model import ProxyModelError
-from trl_bbkd.soft_targets.vocabulary import VocabularyError
-from trl_bbkd.teacher_data import TeacherDataError
+from trl_bbkd.errors import ProxyModelError, TeacherDataError, VocabularyError
 
 from .helpers import ON_CPU, make_rows, make_trainer
 

@@ -9,12 +9,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from trl_bbkd.bayeskd.ngram import NGramError
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.errors import NGramError, StageError, TargetStoreError
 from trl_bbkd.proxy.model import load_proxy
-from trl_bbkd.proxy.stage import StageError
-from trl_bbkd.seqkd import sft_rows
-from trl_bbkd.soft_targets.store import TargetStore, TargetStoreError
-from trl_bbkd.teacher_data import tokenize_teacher_data
+from trl_bbkd.seqkd.trainer import sft_rows
+from trl_bbkd.soft_targets.store import TargetStore
 
 from .helpers import (
     LORA,

@@ -6,8 +6,7 @@ import shutil
 import pytest
 from peft import LoraConfig
 
-from trl_bbkd.proxy.stage import StageError
-from trl_bbkd.soft_targets.store import TargetStoreError
+from trl_bbkd.errors import StageError, TargetStoreError
 
 from .helpers import LORA, assert_same_weights, make_rows, make_trainer, weights
 

@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 
 from trl_bbkd.bayeskd import ngram_counting
-from trl_bbkd.bayeskd.ngram import (
-    NGramError,
-    NGramModel,
-    NGramTable,
-    build_ngram_model,
-    build_ngram_table,
-)
+from trl_bbkd.bayeskd.ngram import NGramModel, NGramTable, build_ngram_model, build_ngram_table
+from trl_bbkd.errors import NGramError
 
 from .test_ngram import FILES, FINGERPRINT, HASHED_VOCAB, build, build_model, check_against_reference, contents, corpus
 

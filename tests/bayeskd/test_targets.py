@@ -10,14 +10,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_bbkd.bayeskd.bayeskd_config import BayesKDConfig
+from trl_bbkd.bayeskd.config import BayesKDConfig
 from trl_bbkd.bayeskd.ngram import build_ngram_model
 from trl_bbkd.bayeskd.targets import ProxyDistributions, TargetEstimator
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.soft_targets.kernel import soft_target_loss
 from trl_bbkd.soft_targets.loss import LMHead, SparseTarget, sparse_target
 from trl_bbkd.soft_targets.rows import soft_target_rows
 from trl_bbkd.soft_targets.store import RowTargets, TargetStore, TargetStoreWriter
-from trl_bbkd.teacher_data import tokenize_teacher_data
 
 from .helpers import BOTH, ON_CPU, make_rows
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trl_bbkd.bayeskd.top_logprobs import check_top_logprobs, known_probs
-from trl_bbkd.teacher_data import TeacherDataError
+from trl_bbkd.errors import TeacherDataError
 
 from .helpers import make_rows, make_trainer
 

@@ -4,8 +4,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_bbkd.gad.gad_config import GADConfig
-from trl_bbkd.gad.gad_trainer import GADTrainer
+from trl_bbkd.gad.config import GADConfig
+from trl_bbkd.gad.trainer import GADTrainer
 
 
 def make_config(output_dir, **kwargs):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from trl_bbkd.teacher_data import TeacherDataError
+from trl_bbkd.errors import TeacherDataError
 
 from .helpers import make_config, make_trainer, no_model_is_loaded
 
@@ -152,7 +152,7 @@ def test_sharding_is_refused_before_loading(tiny_model_dir, tmp_path, standard_r
     no_model_is_loaded(monkeypatch)
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(ValueError, match=f"does not support {name} yet"):
-        from trl_bbkd.gad.gad_trainer import GADTrainer
+        from trl_bbkd.gad.trainer import GADTrainer
 
         GADTrainer(tiny_model_dir, args=config)
 

@@ -7,8 +7,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from trl import GRPOConfig, LogCompletionsCallback
 
-from trl_bbkd.gad.gad_trainer import GADTrainer
-from trl_bbkd.teacher_data import TeacherDataError
+from trl_bbkd.errors import TeacherDataError
+from trl_bbkd.gad.trainer import GADTrainer
 
 from .helpers import (
     are_different,

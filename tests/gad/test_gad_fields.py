@@ -6,8 +6,8 @@ import inspect
 import pytest
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_bbkd.gad.gad_config import GADConfig
-from trl_bbkd.gad.gad_trainer import GADTrainer
+from trl_bbkd.gad.config import GADConfig
+from trl_bbkd.gad.trainer import GADTrainer
 
 from .gad_fields import ARGUMENTS, INHERITED, REFUSED_ARGUMENTS, REFUSED_VALUES
 from .helpers import make_config

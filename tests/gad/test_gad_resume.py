@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_bbkd.gad.gad_trainer import GADTrainer
-from trl_bbkd.resume import is_finished, last_finished_checkpoint
+from trl_bbkd.gad.trainer import GADTrainer
+from trl_bbkd.host.resume import is_finished, last_finished_checkpoint
 
 from .helpers import are_different, assert_same_weights, make_trainer, weights
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer
 
 from trl_bbkd.gad.discriminator_trainer import PairBatch
-from trl_bbkd.gad.gad_trainer import GADTrainer
+from trl_bbkd.gad.trainer import GADTrainer
 
 from .helpers import (
     GradientRecorder,

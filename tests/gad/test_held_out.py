@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_bbkd.evaluation import teacher_nll
-from trl_bbkd.gad.gad_trainer import GADTrainer
+from trl_bbkd.evaluation.student import teacher_nll
+from trl_bbkd.gad.trainer import GADTrainer
 
 from .helpers import FixedSamplesTrainer, assert_same_weights, make_trainer, weights
 

@@ -8,11 +8,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import build_model
-from trl_bbkd._compat import keep_4bit_weights_differentiable
 from trl_bbkd.gad.discriminator import Discriminator, collate_responses
-from trl_bbkd.recipe import load_recipe
-from trl_bbkd.run import run
-from trl_bbkd.seqkd import train_seqkd
+from trl_bbkd.host._compat import keep_4bit_weights_differentiable
+from trl_bbkd.runs.recipe import load_recipe
+from trl_bbkd.runs.run import run
+from trl_bbkd.seqkd.trainer import train_seqkd
 
 from .helpers import are_different, assert_same_weights, fill_adapters, make_config, make_trainer, weights
 

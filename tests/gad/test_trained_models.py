@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_bbkd.gad.discriminator import Discriminator, build_discriminator
-from trl_bbkd.preflight import refuse_short_embeddings
+from trl_bbkd.host.preflight import refuse_short_embeddings
 
 from .helpers import are_different, assert_same_weights, make_trainer, no_model_is_loaded, weights
 

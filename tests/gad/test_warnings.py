@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from trl_bbkd.gad.gad_config import GADConfig
-from trl_bbkd.gad.warnings import TrainingMonitor, find_tell
+from trl_bbkd.gad.config import GADConfig
+from trl_bbkd.gad.monitor import TrainingMonitor, find_tell
 
 
 TEACHER, STUDENT = [[10, 11, 12, 2], [20, 21, 2]], [[10, 31, 12, 2], [20, 41, 42, 2], [30, 21, 2], [33, 34, 2]]

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from tests.conftest import SENTENCES, build_tokenizer
-from trl_bbkd.llkd.llkd_config import LLKDConfig
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer
+from trl_bbkd.llkd.config import LLKDConfig
+from trl_bbkd.llkd.trainer import LLKDTrainer
 
 
 NAMES = ["sky", "fruit", "animal"]

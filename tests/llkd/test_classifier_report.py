@@ -4,10 +4,10 @@ import math
 import pytest
 
 from tests.pictures import is_drawn, lines
-from trl_bbkd.classifier_report import ClassifierReport, decline, starved_classes
 from trl_bbkd.llkd.label_calibration import reliability_report
 from trl_bbkd.llkd.rows import LabelCounts
-from trl_bbkd.report import metrics_dict, print_table, render_markdown, write_report
+from trl_bbkd.reports.classifier_report import ClassifierReport, decline, starved_classes
+from trl_bbkd.reports.report import metrics_dict, print_table, render_markdown, write_report
 
 
 NAMES = ["sky|blue", "fruit", "animal"]

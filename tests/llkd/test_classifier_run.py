@@ -15,9 +15,10 @@ from tests.conftest import build_tokenizer
 from tests.hub_server import TOKEN, HubServer
 from tests.processes import ROOT
 from tests.recipes import RESUME, kill, never, saved, without_times
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer
-from trl_bbkd.recipe import RecipeError, load_recipe
-from trl_bbkd.run import run
+from trl_bbkd.errors import RecipeError
+from trl_bbkd.llkd.trainer import LLKDTrainer
+from trl_bbkd.runs.recipe import load_recipe
+from trl_bbkd.runs.run import run
 
 from .helpers import LORA, NAMES, ON_CPU, build_encoder, make_rows, save_student
 
@@ -219,7 +220,7 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
 def test_a_classifiers_run_killed_in_a_baseline(tmp_path, data, student, monkeypatch):
     whole, killed = (write_recipe(data, student, tmp_path / name, max_steps=4) for name in ("whole", "out"))
     run(load_recipe(whole))
-    kill(killed, "trl_bbkd.classifier_job", "ClassifierJob._baseline")
+    kill(killed, "trl_bbkd.runs.classifier_job", "ClassifierJob._baseline")
     weights, train = (tmp_path / "out/model.safetensors").read_bytes(), LLKDTrainer.train
     monkeypatch.setattr(
         LLKDTrainer, "train", lambda trainer, **kwargs: never() if kwargs else train(trainer, **kwargs)

@@ -8,16 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_bbkd.errors import PseudoLabelError
 from trl_bbkd.llkd.label_calibration import (
-    PseudoLabelError,
     apply_temperature,
     calibration_report,
     expected_calibration_error,
     fit_temperature,
-    plot_reliability,
     reliability,
-    wilson_interval,
 )
+from trl_bbkd.reports.reliability import plot_reliability, wilson_interval
 
 
 confidences = st.lists(st.tuples(st.floats(0, 1, allow_subnormal=False), st.booleans()), min_size=1, max_size=60)

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 from tests.conftest import build_tokenizer
 from tests.llkd.helpers import LORA, NAMES, ON_CPU, build_encoder, make_rows, make_trainer, save_student
-from trl_bbkd.llkd.llkd_config import LLKDConfig
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer, max_positions
-from trl_bbkd.selection.signals import LLKDDataError
+from trl_bbkd.errors import LLKDDataError
+from trl_bbkd.llkd.config import LLKDConfig
+from trl_bbkd.llkd.trainer import LLKDTrainer, max_positions
 
 
 def without(column):

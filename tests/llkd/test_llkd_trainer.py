@@ -33,7 +33,7 @@ from tests.llkd.helpers import (
     sequential_step,
 )
 from tests.processes import run_processes
-from trl_bbkd.llkd.llkd_trainer import LLKDTrainer, classification_metrics
+from trl_bbkd.llkd.trainer import LLKDTrainer, classification_metrics
 from trl_bbkd.selection.mixin import SELECTION_FILE, SELECTION_WEIGHT
 
 

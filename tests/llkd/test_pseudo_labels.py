@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_bbkd.llkd.pseudo_labels import PseudoLabelError, label_distribution, label_scores, pseudo_label
+from trl_bbkd.errors import PseudoLabelError
+from trl_bbkd.llkd.pseudo_labels import label_distribution, label_scores, pseudo_label
 
 
 LABELS = ["red", "the sky", "a red cherry"]

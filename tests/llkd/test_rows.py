@@ -1,8 +1,8 @@
 import pytest
 from datasets import ClassLabel, Dataset
 
+from trl_bbkd.errors import LLKDDataError
 from trl_bbkd.llkd.rows import count_labels, find_class_names, with_class_numbers
-from trl_bbkd.selection.signals import LLKDDataError
 
 
 NAMES = ["sky", "fruit", "animal"]

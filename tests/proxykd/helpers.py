@@ -8,8 +8,8 @@ from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
 from tests.processes import run_processes  # noqa: F401
 from trl_bbkd.proxykd.alignment_config import ProxyAlignmentConfig
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
-from trl_bbkd.proxykd.proxykd_config import ProxyKDConfig
-from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
+from trl_bbkd.proxykd.config import ProxyKDConfig
+from trl_bbkd.proxykd.trainer import ProxyKDTrainer
 
 
 ON_CPU = {

@@ -7,7 +7,7 @@ import sys
 from trl import DPOTrainer, SFTTrainer
 
 from tests.proxykd.helpers import make_kd_trainer
-from trl_bbkd.proxykd.proxykd_trainer import ProxyKDTrainer
+from trl_bbkd.proxykd.trainer import ProxyKDTrainer
 from trl_bbkd.soft_targets.store import TargetStoreWriter
 
 

@@ -6,10 +6,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from trl_bbkd.errors import TeacherDataError
 from trl_bbkd.proxy.model import load_proxy
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.sampling import read_samples, sample_completions
-from trl_bbkd.teacher_data import TeacherDataError
 
 from .helpers import LORA, assert_same_weights, make_aligner, make_rows, run_processes, weights
 

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_bbkd.errors import StageError
 from trl_bbkd.proxy.model import load_proxy
-from trl_bbkd.proxy.stage import StageError
 from trl_bbkd.proxykd import alignment_trainer
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.sampling import read_samples

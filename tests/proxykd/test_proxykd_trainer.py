@@ -12,13 +12,12 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import build_model
 from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
-from trl_bbkd.proxy.model import ProxyModelError, load_proxy
-from trl_bbkd.proxy.stage import StageError
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.errors import ProxyModelError, StageError, TargetStoreError, TeacherDataError, VocabularyError
+from trl_bbkd.proxy.model import load_proxy
 from trl_bbkd.proxykd.weights import row_weights
-from trl_bbkd.seqkd import sft_rows
-from trl_bbkd.soft_targets.store import TargetStore, TargetStoreError
-from trl_bbkd.soft_targets.vocabulary import VocabularyError
-from trl_bbkd.teacher_data import TeacherDataError, tokenize_teacher_data
+from trl_bbkd.seqkd.trainer import sft_rows
+from trl_bbkd.soft_targets.store import TargetStore
 
 from .helpers import (
     LORA,
@@ -81,7 +80,7 @@ class TestStages:
         again = make_kd_trainer(reuse(finished, tmp_path), tiny_model_dir, other_model_dir)
         for name in ("_warm_up", "_align"):
             monkeypatch.setattr(again.proxy_stages, name, None)
-        monkeypatch.setattr("trl_bbkd.proxykd.proxykd_stages.store_targets", None)
+        monkeypatch.setattr("trl_bbkd.proxykd.stages.store_targets", None)
         again.train()
         assert_same_weights(weights(again.model), weights(finished[0].model))
 

@@ -1,8 +1,8 @@
 import pytest
 from datasets import Dataset
 
+from trl_bbkd.errors import TeacherDataError
 from trl_bbkd.proxykd.splits import split_rows
-from trl_bbkd.teacher_data import TeacherDataError
 
 
 def make_dataset(prompts):

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, DataCollatorWithPadding, default_data_collator
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from trl_bbkd._compat import DataCollatorForLanguageModeling
+from trl_bbkd.errors import LLKDDataError
+from trl_bbkd.host._compat import DataCollatorForLanguageModeling
 from trl_bbkd.selection.collator import LLKDDataCollator, take_rows
-from trl_bbkd.selection.signals import LLKDDataError
 from trl_bbkd.soft_targets.collator import SoftTargetCollator
 from trl_bbkd.soft_targets.store import RowTargets
 

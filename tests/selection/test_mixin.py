@@ -6,7 +6,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tests.gad.helpers import weights
-from trl_bbkd.selection.signals import LLKDDataError
+from trl_bbkd.errors import LLKDDataError
 
 from .helpers import (
     BY_TEACHER,

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tests.gad.helpers import weights
 from tests.processes import run_processes
 from tests.proxykd.helpers import LORA, make_rows
-from trl_bbkd.recipe import RecipeError, load_recipe
-from trl_bbkd.run import run
+from trl_bbkd.errors import RecipeError
+from trl_bbkd.runs.recipe import load_recipe
+from trl_bbkd.runs.run import run
 from trl_bbkd.selection.mixin import SELECTION_FILE, LLKDMixin
 from trl_bbkd.selection.thresholds import BUDGETED, RULES
 

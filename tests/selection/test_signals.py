@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from trl_bbkd.errors import LLKDDataError
 from trl_bbkd.selection.signals import (
-    LLKDDataError,
     agreement,
     check_confidence,
     class_entropy,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from trl_bbkd.selection.signals import LLKDDataError
+from trl_bbkd.errors import LLKDDataError
 from trl_bbkd.selection.thresholds import (
     EPS,
     WEIGHTINGS,

@@ -13,8 +13,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.processes import run_processes
+from trl_bbkd.errors import TargetStoreError
 from trl_bbkd.soft_targets.caching import model_fingerprint, rows_fingerprint, store_targets, tokenizer_fingerprint
-from trl_bbkd.soft_targets.store import INDEX_DTYPE, TargetStoreError, row_key
+from trl_bbkd.soft_targets.store import INDEX_DTYPE, row_key
 
 from ..conftest import build_tokenizer
 from .test_store import FILES, code_error

@@ -5,10 +5,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_bbkd.errors import TargetStoreError
 from trl_bbkd.soft_targets.collator import SoftTargetCollator
 from trl_bbkd.soft_targets.config import SoftTargetConfig
 from trl_bbkd.soft_targets.head import scored_positions
-from trl_bbkd.soft_targets.store import RowTargets, TargetStore, TargetStoreError, TargetStoreWriter, row_key
+from trl_bbkd.soft_targets.store import RowTargets, TargetStore, TargetStoreWriter, row_key
 from trl_bbkd.soft_targets.trainer import SoftTargetTrainer
 
 

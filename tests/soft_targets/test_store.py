@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_bbkd.errors import TargetStoreError
 from trl_bbkd.soft_targets.store import (
     HIGHEST_CODE,
     INDEX_DTYPE,
@@ -20,7 +21,6 @@ from trl_bbkd.soft_targets.store import (
     STORE_FILE,
     RowTargets,
     TargetStore,
-    TargetStoreError,
     TargetStoreWriter,
     bytes_per_token,
     check_description,

@@ -5,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import Gemma3Config, PreTrainedTokenizerFast, Qwen2Config
 
-from trl_bbkd.soft_targets.vocabulary import VocabularyError, check_vocabularies
+from trl_bbkd.errors import VocabularyError
+from trl_bbkd.soft_targets.vocabulary import check_vocabularies
 
 from ..conftest import SENTENCES, build_tokenizer
 

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import NGramError
 from .ngram_coding import (
     CUMULATIVE_FILE,
     KEYS_FILE,
     MODEL_FILE,
     TABLE_FILE,
     ContextCoding,
-    NGramError,
     answer_contexts,
     check_ids,
     is_finished,

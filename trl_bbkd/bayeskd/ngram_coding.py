@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import NGramError
+
 
 TABLE_FILE, MODEL_FILE, KEYS_FILE, CUMULATIVE_FILE = "table.json", "model.json", "keys.u64", "cumulative.u32"
 FORMAT_VERSION = 1
 # Odd: a product modulo a power of two can be undone
 MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9)
-
-
-class NGramError(ValueError):
-    """Counts cannot be made or used as asked; the message says why and what to do."""
 
 
 class ContextCoding:

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .ngram_coding import (
-    CUMULATIVE_FILE,
-    KEYS_FILE,
-    TABLE_FILE,
-    ContextCoding,
-    NGramError,
-    check_ids,
-    first_contexts,
-)
+from ..errors import NGramError
+from .ngram_coding import CUMULATIVE_FILE, KEYS_FILE, TABLE_FILE, ContextCoding, check_ids, first_contexts
 
 
 THREADS = 2

@@ -12,7 +12,7 @@ from ..soft_targets.head import lm_head
 from ..soft_targets.kernel import CHUNK_ELEMENTS
 from ..soft_targets.loss import LMHead, project
 from ..soft_targets.store import RowTargets
-from .bayeskd_config import BayesKDConfig
+from .config import BayesKDConfig
 from .estimators import (
     beta_posterior,
     draw_counts,
@@ -39,7 +39,7 @@ class ProxyDistributions:
     Args:
         proxy ([`~transformers.PreTrainedModel`]):
             The proxy, in evaluation mode.
-        args ([`~bayeskd_config.BayesKDConfig`]):
+        args ([`~config.BayesKDConfig`]):
             Temperature, top-k and seed.
         vocab_size (`int`):
             The student's.
@@ -97,7 +97,7 @@ class TargetEstimator:
             Counts of the teacher's answers.
         proxy ([`ProxyDistributions`], *optional*):
             The proxy; `None` where nothing is drawn.
-        args ([`~bayeskd_config.BayesKDConfig`]):
+        args ([`~config.BayesKDConfig`]):
             Configuration.
     """
 

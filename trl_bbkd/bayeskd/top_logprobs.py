@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..teacher_data import TeacherDataError
+from ..errors import TeacherDataError
 
 
 TOP_LOGPROBS = "top_logprobs"
@@ -57,7 +57,7 @@ def check_top_logprobs(
             The rows' names in errors; by default, their positions.
 
     Raises:
-        [`~teacher_data.TeacherDataError`]: at the first problem, naming row, position and value.
+        [`~errors.TeacherDataError`]: at the first problem, naming row, position and value.
     """
     names = range(len(values)) if names is None else names
     for row, value, answer in zip(names, values, answers, strict=True):

@@ -8,8 +8,8 @@ from .advantages import (
     rewards_at_last_token,
     whitened,
 )
+from .config import GADConfig
 from .critic import CriticTrainer
-from .gad_config import GADConfig
 from .stabilizers import std_floor_factor
 
 

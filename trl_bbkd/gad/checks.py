@@ -3,14 +3,14 @@
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ..preflight import (
+from ..host.preflight import (
     refuse_frozen,
     refuse_frozen_adapter,
     refuse_prompt_learning,
     refuse_short_embeddings,
     require_config,
 )
-from .gad_config import GADConfig
+from .config import GADConfig
 
 
 def check_arguments(reward_funcs, args, optimizers: tuple, tools, environment_factory) -> None:

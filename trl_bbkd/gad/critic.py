@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from .._compat import disable_dropout
+from ..host._compat import disable_dropout
 from .advantages import clipped_value_loss
+from .config import GADConfig
 from .embeddings import match_embeddings
-from .gad_config import GADConfig
 from .optimizer_state import optimizer_tensors, restore_optimizer
 
 

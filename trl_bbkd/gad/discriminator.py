@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from .._compat import add_fused_lm_head, disable_dropout
-from ..preflight import refuse_adapted_head
+from ..host._compat import add_fused_lm_head, disable_dropout
+from ..host.preflight import refuse_adapted_head
 from .embeddings import match_embeddings
 
 

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from ..model_paths import no_model
-from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..host._compat import get_tokenizer_config
+from ..host.model_paths import no_model
+from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from .config import GADConfig
 from .discriminator import CONFIG_NAME, Discriminator, build_discriminator, find_backbone
-from .gad_config import GADConfig
 from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
 
 

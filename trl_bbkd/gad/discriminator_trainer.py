@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from .config import GADConfig
 from .discriminator import Discriminator, collate_responses
-from .gad_config import GADConfig
 from .objectives import bradley_terry_loss, cross_entropy_loss, group_std, loss_and_score_gradients, pair_accuracy
 from .optimizer_state import optimizer_tensors, restore_optimizer
 from .stabilizers import ReplayBuffer

@@ -53,7 +53,7 @@ def refuse_without_effect(config) -> None:
     Refuse what would be ignored.
 
     Args:
-        config ([`~gad_config.GADConfig`]):
+        config ([`~config.GADConfig`]):
             As it was given, before transformers fills it in.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_without_effect(config) -> None:
 def check_choices(config) -> None:
     """
     Args:
-        config ([`~gad_config.GADConfig`]):
+        config ([`~config.GADConfig`]):
             Filled in.
 
     Raises:

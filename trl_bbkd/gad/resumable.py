@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from ..reference import REFERENCE_ADAPTER, copy_adapter_to_reference
-from ..resume import ResumableRun
+from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference
+from ..host.resume import ResumableRun
 from .checkpoint import load_generation_batch, save_generation_batch
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .._compat import get_callable_name, is_async_callable
+from ..host._compat import get_callable_name, is_async_callable
 
 
 TEACHER_COMPLETION = "teacher_completion"

@@ -6,8 +6,8 @@ import logging
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._compat import pad
-from .warnings import TrainingMonitor
+from ..host._compat import pad
+from .monitor import TrainingMonitor
 
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,10 @@ import logging
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..preflight import refuse_too_few_rows
-from ..teacher_data import TeacherDataCounts, TeacherDataError, is_tokenized, tokenize_teacher_data
-from .gad_config import GADConfig
+from ..data.teacher_data import TeacherDataCounts, is_tokenized, tokenize_teacher_data
+from ..errors import TeacherDataError
+from ..host.preflight import refuse_too_few_rows
+from .config import GADConfig
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class TeacherRows:
                 Name of the rows, under which they are counted.
 
         Raises:
-            [`~teacher_data.TeacherDataError`]: they are no data set, or break the contract of teacher text.
+            [`~errors.TeacherDataError`]: they are no data set, or break the contract of teacher text.
         """
         if not isinstance(rows, Dataset | IterableDataset):
             raise TeacherDataError(

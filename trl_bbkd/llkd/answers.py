@@ -5,7 +5,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-from .label_calibration import PseudoLabelError
+from ..errors import PseudoLabelError
 
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ from collections.abc import Collection
 
 from datasets import ClassLabel, Dataset
 
+from ..data.teacher_data import row_names
+from ..errors import LLKDDataError
 from ..selection.collator import CARRIED_COLUMNS
-from ..selection.signals import LLKDDataError
-from ..teacher_data import row_names
 
 
 # What the default collator and the trainer know beside the tokenizer's own columns
@@ -25,7 +25,7 @@ def check_labels(
     Refuse labels that are none of the classes.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: the column is missing, numbers its classes otherwise, or has a value that
+        [`~errors.LLKDDataError`]: the column is missing, numbers its classes otherwise, or has a value that
         is no class.
     """
     if column not in rows.column_names:
@@ -57,7 +57,7 @@ def check_labels(
 def check_all_classes(rows: Dataset, num_labels: int, names: list[str] | None) -> None:
     """
     Raises:
-        [`~selection.signals.LLKDDataError`]: a class has no row.
+        [`~errors.LLKDDataError`]: a class has no row.
     """
     missing = sorted(set(range(num_labels)) - set(rows["label"]))
     if missing:
@@ -85,7 +85,7 @@ def check_token_rows(rows: Dataset, where: str, limit: int | None, vocab_size: i
             Whether the rows were text, which `max_length` cuts.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: a row without tokens, with too many, or with one that has no embedding.
+        [`~errors.LLKDDataError`]: a row without tokens, with too many, or with one that has no embedding.
     """
     for row, input_ids in zip(row_names(rows), rows["input_ids"], strict=True):
         if not input_ids:
@@ -112,7 +112,7 @@ def refuse_other_columns(rows: Dataset, where: str, input_names: Collection[str]
     Refuse columns that would reach the default collator, and then the student, as `remove_unused_columns=False` has it.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: there are columns that are no input of the student.
+        [`~errors.LLKDDataError`]: there are columns that are no input of the student.
     """
     others = [name for name in rows.column_names if name not in (*KNOWN_COLUMNS, *input_names)]
     if others:

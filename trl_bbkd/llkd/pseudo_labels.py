@@ -19,12 +19,13 @@ from datasets import ClassLabel, Dataset, List, Value
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation import pad_rows
+from ..data.teacher_data import prompt_token_ids
+from ..errors import PseudoLabelError
+from ..evaluation.student import pad_rows
 from ..soft_targets.head import check_head, last_hidden_states, lm_head
 from ..soft_targets.loss import project
-from ..teacher_data import prompt_token_ids
 from .answers import check_column, plain, read_answers
-from .label_calibration import PseudoLabelError, apply_temperature, check_temperature, label_distribution
+from .label_calibration import apply_temperature, check_temperature, label_distribution
 
 
 __all__ = ["PseudoLabelError", "label_scores", "pseudo_label"]

@@ -1,11 +1,11 @@
-"""Rows of a file become rows of [`~llkd.llkd_trainer.LLKDTrainer`]: names of labels become numbers."""
+"""Rows of a file become rows of [`~llkd.trainer.LLKDTrainer`]: names of labels become numbers."""
 
 import difflib
 from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset
 
-from ..selection.signals import LLKDDataError
+from ..errors import LLKDDataError
 
 
 @dataclass
@@ -60,7 +60,7 @@ def find_class_names(rows: Dataset, labels: list[str] | None) -> list[str]:
     they are text.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: no column `label`, or one of numbers that nothing names.
+        [`~errors.LLKDDataError`]: no column `label`, or one of numbers that nothing names.
     """
     if "label" not in rows.column_names:
         raise LLKDDataError(
@@ -95,7 +95,7 @@ def with_class_numbers(rows: Dataset, column: str, names: list[str], where: str)
             What the rows are, for errors: `"training"` or `"test"`.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: a name that is none of the classes, or a number that is none.
+        [`~errors.LLKDDataError`]: a name that is none of the classes, or a number that is none.
     """
     if column not in rows.column_names:
         raise LLKDDataError(

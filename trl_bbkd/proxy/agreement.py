@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..evaluation import pad_rows
+from ..evaluation.student import pad_rows
 from ..soft_targets.head import last_hidden_states, lm_head, scored_positions
 from ..soft_targets.kernel import soft_target_loss
 

@@ -7,13 +7,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model_paths import no_model
-from ..preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..data.teacher_data import answer_text, check_teacher_data
+from ..errors import ProxyModelError, TeacherDataError
+from ..host.model_paths import no_model
+from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
-from ..teacher_data import TeacherDataError, answer_text, check_teacher_data
 from .config import ProxyConfig
-from .model import ADAPTER_CONFIG, ProxyModelError, adapter_of, base_of_adapter
+from .model import ADAPTER_CONFIG, adapter_of, base_of_adapter
 
 
 VOCABULARY_TEXTS = 256
@@ -36,7 +37,7 @@ def check_proxy(
             Name of the method, and how it does without a proxy, for the message.
 
     Raises:
-        [`~model.ProxyModelError`]: there is no proxy, it is the student, or an adapter that cannot be used.
+        [`~errors.ProxyModelError`]: there is no proxy, it is the student, or an adapter that cannot be used.
         ValueError: `proxy_lora_kwargs` are none.
     """
     if proxy is None:
@@ -84,9 +85,9 @@ def check_shared_vocabulary(
     Compare the student's tokenizer with the proxy's, also on some of the teacher's answers; the proxy's configuration.
 
     Raises:
-        [`~soft_targets.vocabulary.VocabularyError`]: they differ.
-        [`~teacher_data.TeacherDataError`]: one of those answers is none.
-        [`~model.ProxyModelError`]: there is no model at the proxy's path.
+        [`~errors.VocabularyError`]: they differ.
+        [`~errors.TeacherDataError`]: one of those answers is none.
+        [`~errors.ProxyModelError`]: there is no model at the proxy's path.
     """
     in_memory = not isinstance(proxy, str)
     try:
@@ -153,7 +154,7 @@ def check_tokens(rows: Dataset, context: int | None, vocab_size: int, names: lis
             The rows' names in errors.
 
     Raises:
-        [`~teacher_data.TeacherDataError`]: a row is longer than the context of student and proxy, or has a token that one of
+        [`~errors.TeacherDataError`]: a row is longer than the context of student and proxy, or has a token that one of
             them has no embedding of.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -178,7 +179,7 @@ def check_enough_rows(rows: Dataset, args: ProxyConfig) -> None:
 
     Raises:
         ValueError: `dataloader_drop_last` drops all of them, or a pool of the selection is larger.
-        [`~teacher_data.TeacherDataError`]: `max_length` leaves no answer.
+        [`~errors.TeacherDataError`]: `max_length` leaves no answer.
     """
     kept = len(rows)
     if args.max_length is not None and args.truncation_mode == "keep_start":

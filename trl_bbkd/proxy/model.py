@@ -8,13 +8,11 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..errors import ProxyModelError
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
-
-
-class ProxyModelError(ValueError):
-    """A proxy's checkpoint cannot be used as it is; the message says why and what to do."""
 
 
 def base_of_adapter(path: str) -> str | None:

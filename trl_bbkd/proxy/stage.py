@@ -4,14 +4,11 @@ import json
 import os
 from pathlib import Path
 
-from ..resume import differences
+from ..errors import StageError
+from ..host.resume import differences
 
 
 STAGE_FILE = "stage.json"
-
-
-class StageError(ValueError):
-    """A stage cannot be gone on with; the message says why and what to do."""
 
 
 def finished_stage(folder: str | Path, fingerprint: dict) -> dict | None:

@@ -14,14 +14,15 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from .._compat import keep_4bit_weights_differentiable
-from ..preflight import refuse_no_steps
-from ..resume import checkpoints, last_finished_checkpoint
-from ..seqkd import SHARED_ARGUMENTS, sft_rows
+from ..errors import TargetStoreError
+from ..host._compat import keep_4bit_weights_differentiable
+from ..host.preflight import refuse_no_steps
+from ..host.resume import checkpoints, last_finished_checkpoint
+from ..seqkd.trainer import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint, tokenizer_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
-from ..soft_targets.store import TargetStore, TargetStoreError, check_description, read_description
+from ..soft_targets.store import TargetStore, check_description, read_description
 from .agreement import teacher_agreement
 from .config import ProxyConfig
 from .model import base_of_adapter, checkpoint_fingerprint, load_proxy, save_proxy

@@ -17,17 +17,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from .._compat import keep_4bit_weights_differentiable
-from ..preflight import require_config, require_tokenizer
-from ..resume import last_finished_checkpoint
-from ..seqkd import sft_rows
-from ..sharding import refuse_sharding
+from ..data.student_tokenizer import student_tokenizer
+from ..data.teacher_data import TeacherDataCounts, is_tokenized, row_names, tokenize_teacher_data
+from ..errors import TeacherDataError
+from ..host._compat import keep_4bit_weights_differentiable
+from ..host.preflight import require_config, require_tokenizer
+from ..host.resume import last_finished_checkpoint
+from ..host.sharding import refuse_sharding
+from ..seqkd.trainer import sft_rows
 from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
-from ..student_tokenizer import student_tokenizer
-from ..teacher_data import TeacherDataCounts, TeacherDataError, is_tokenized, row_names, tokenize_teacher_data
 from .checks import check_enough_rows, check_models, check_proxy, check_shared_vocabulary, check_tokens
 from .config import ProxyConfig
 from .stages import ProxyStages
@@ -258,7 +259,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
     def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
         """
-        As in [`~resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages
+        As in [`~host.resume.ResumableRun`], but a run that was stopped goes on by itself, in distillation as in the stages
         before.
         """
         if resume_from_checkpoint is None:

@@ -3,8 +3,8 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..messages import REASONING_HELP, ReasoningPolicy, check_reasoning
-from ..refused_fields import refuse_fields
+from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
+from ..host.refused_fields import refuse_fields
 
 
 @dataclass

@@ -11,8 +11,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer
 
-from .._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
-from ..preflight import (
+from ..data.teacher_data import is_tokenized, tokenize_teacher_data
+from ..errors import StageError, TeacherDataError
+from ..host._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
+from ..host.preflight import (
     refuse_frozen,
     refuse_frozen_adapter,
     refuse_no_steps,
@@ -21,17 +23,15 @@ from ..preflight import (
     require_config,
     require_tokenizer,
 )
+from ..host.reference import add_reference_adapter, copy_adapter_to_reference
+from ..host.resume import differences, last_finished_checkpoint
+from ..host.sharding import refuse_sharding
 from ..proxy.agreement import teacher_agreement
 from ..proxy.checks import NO_VIRTUAL_TOKENS
 from ..proxy.model import adapter_of, load_weights, save_proxy
-from ..proxy.stage import StageError
-from ..reference import add_reference_adapter, copy_adapter_to_reference
-from ..resume import differences, last_finished_checkpoint
-from ..sharding import refuse_sharding
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint
 from ..soft_targets.head import check_head
 from ..soft_targets.rows import soft_target_rows
-from ..teacher_data import TeacherDataError, is_tokenized, tokenize_teacher_data
 from .alignment_config import ProxyAlignmentConfig
 from .sampling import ModelSampler, VLLMSampler, sample_completions
 
@@ -447,7 +447,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
 def refuse_other_than_dataset(name: str, dataset) -> None:
     """
     Raises:
-        [`~teacher_data.TeacherDataError`]: `dataset` is missing, a stream, several, or something else.
+        [`~errors.TeacherDataError`]: `dataset` is missing, a stream, several, or something else.
     """
     if not isinstance(dataset, Dataset):
         kind = "a stream: turn streaming off" if isinstance(dataset, IterableDataset) else type(dataset).__name__

@@ -7,8 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..evaluation import end_token_ids, generate_completion_ids
-from ..teacher_data import end_token_id
+from ..data.teacher_data import end_token_id
+from ..evaluation.student import end_token_ids, generate_completion_ids
 
 
 BATCHES_PER_FILE = 4
@@ -68,7 +68,7 @@ def _write(path: Path, lines: list[dict]) -> None:
 
 
 class ModelSampler:
-    """Samples with transformers, from a model in memory. The arguments are those of [`~evaluation.generate_completions`]."""
+    """Samples with transformers, from a model in memory. The arguments are those of [`~evaluation.student.generate_completions`]."""
 
     def __init__(self, model, tokenizer, *, max_new_tokens, temperature, top_p, batch_size):
         self.model, self.tokenizer = model, tokenizer

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from ..teacher_data import TeacherDataError, row_names
+from ..data.teacher_data import row_names
+from ..errors import TeacherDataError
 
 
 STAGE_COLUMN = "stage"
@@ -38,7 +39,7 @@ def split_rows(dataset: Dataset, warmup_share: float, alignment_share: float, se
         [`StageRows`]: in the order of `dataset`.
 
     Raises:
-        [`~teacher_data.TeacherDataError`]: the column holds something else.
+        [`~errors.TeacherDataError`]: the column holds something else.
     """
     if STAGE_COLUMN in dataset.column_names:
         stages = dataset[STAGE_COLUMN]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .signals import LLKDDataError, check_confidence
+from ..errors import LLKDDataError
+from .signals import check_confidence
 
 
 CARRIED_COLUMNS = ("teacher_confidence", "group", "row_id")
@@ -37,7 +38,7 @@ class LLKDDataCollator:
             Whether rows must have `teacher_confidence`. Those of an evaluation need none; then it is not in the batch.
 
     Raises:
-        [`~signals.LLKDDataError`]: from a call; a row without a column, with a confidence that is none, or merged with
+        [`~errors.LLKDDataError`]: from a call; a row without a column, with a confidence that is none, or merged with
         others. From the constructor: a collator that merges rows.
     """
 

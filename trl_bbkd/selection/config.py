@@ -1,8 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..preflight import refuse_too_few_rows
-from .signals import LLKDDataError
+from ..errors import LLKDDataError
+from ..host.preflight import refuse_too_few_rows
 from .thresholds import SelectionSettings
 
 
@@ -132,7 +132,7 @@ def check_batches(rows: int, args) -> None:
             Configuration of a trainer.
 
     Raises:
-        [`~signals.LLKDDataError`]: a pool is larger than the data set.
+        [`~errors.LLKDDataError`]: a pool is larger than the data set.
         ValueError: `dataloader_drop_last` drops all rows.
     """
     batch = args.per_device_train_batch_size * args.world_size

@@ -6,11 +6,12 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..resume import differences
-from ..teacher_data import row_names
+from ..data.teacher_data import row_names
+from ..errors import LLKDDataError
+from ..host.resume import differences
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
 from .config import SELECTION_ARGUMENTS, SelectionConfig, check_batches
-from .signals import LLKDDataError, check_confidence
+from .signals import check_confidence
 from .tally import SelectionTally
 from .thresholds import Selector
 
@@ -37,7 +38,7 @@ class LLKDMixin:
     same.
 
     Raises:
-        [`~selection.signals.LLKDDataError`]: no rows, no confidence, or a pool larger than the data set.
+        [`~errors.LLKDDataError`]: no rows, no confidence, or a pool larger than the data set.
         ValueError: packing or `padding_free`.
     """
 

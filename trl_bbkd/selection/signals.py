@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import LLKDDataError
+
 
 # What some servers send where they have no log-probability: vLLM's schema has it for a default
 MISSING_LOG_PROB = -9999.0
@@ -22,10 +24,6 @@ TOLERANCE = 1e-6
 NUMBER = r"(?P<sign>-?)(?P<value>\d+(?:[.,]\d+)?|[.,]\d+)\s*(?:(?P<percent>%|percent)|(?:/|out of)\s*(?P<whole>\d+))?"
 # The scale of a question that is repeated in its answer, as in "Confidence (0-100): 85"
 SCALE = re.compile(r"\b0(?:\.0)?\s*%?\s*(?:-|–|to)\s*(?:100|1(?:\.0)?)\b\s*%?")
-
-
-class LLKDDataError(ValueError):
-    """Data that LLKD cannot select by."""
 
 
 class Agreement(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .signals import LLKDDataError
+from ..errors import LLKDDataError
 
 
 RULES = ("class_mean", "maxnorm", "global", "quantile", "random")
@@ -321,7 +321,7 @@ class Selector:
                 y, integers from 0 to G - 1.
 
         Raises:
-            [`~signals.LLKDDataError`]: a group that does not exist, or a signal that is not finite.
+            [`~errors.LLKDDataError`]: a group that does not exist, or a signal that is not finite.
         """
         confidence, uncertainty, group = self._checked(confidence, uncertainty, group)
         if not len(group):

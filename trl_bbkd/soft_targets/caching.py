@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation import pad_rows
+from ..evaluation.student import pad_rows
 from .head import last_hidden_states, lm_head, scored_positions
 from .kernel import chunked_top_log_probs
 from .loss import LMHead
@@ -72,7 +72,7 @@ def fill_stores(
         `list[TargetStore]`
 
     Raises:
-        [`~store.TargetStoreError`]: a folder holds a store made from something else.
+        [`~errors.TargetStoreError`]: a folder holds a store made from something else.
     """
     state = PartialState()
     keys = list(rows["row_key"])
@@ -158,7 +158,7 @@ def store_targets(
         [`~store.TargetStore`]
 
     Raises:
-        [`~store.TargetStoreError`]: the folder holds a store made from something else.
+        [`~errors.TargetStoreError`]: the folder holds a store made from something else.
     """
     was_training = proxy.training
     proxy.eval()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .._compat import DataCollatorForLanguageModeling
+from ..host._compat import DataCollatorForLanguageModeling
 from .caching import answer_length
 from .store import TargetStore
 

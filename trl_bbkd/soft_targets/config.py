@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
-from ..messages import REASONING_HELP, ReasoningPolicy
-from ..refused_fields import refuse_fields
+from ..data.messages import REASONING_HELP, ReasoningPolicy
+from ..host.refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
 

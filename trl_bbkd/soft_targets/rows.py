@@ -2,9 +2,9 @@
 
 from datasets import Dataset, concatenate_datasets
 
+from ..data.teacher_files import ROW_COLUMN
 from ..selection.collator import CARRIED_COLUMNS
-from ..seqkd import sft_rows
-from ..teacher_files import ROW_COLUMN
+from ..seqkd.trainer import sft_rows
 from .store import row_key
 
 

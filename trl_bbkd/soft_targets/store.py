@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import TargetStoreError
+
 
 STORE_FILE = "store.json"
 FORMAT_VERSION = 2
@@ -42,10 +44,6 @@ INDEX_DTYPE = np.dtype(
 LOWEST_LOG_PROB = -24.0
 HIGHEST_CODE, NOTHING = 65534, 65535
 ID_BYTES = 3
-
-
-class TargetStoreError(ValueError):
-    """A store of soft targets cannot be used as it is; the message says why and what to do."""
 
 
 class RowTargets(NamedTuple):

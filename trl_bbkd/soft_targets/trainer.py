@@ -5,10 +5,10 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from ..resume import ResumableRun
+from ..host.resume import ResumableRun
+from ..hub.student import StudentHubMixin
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import mean_token_entropy
-from ..trainer_hub import StudentHubMixin
 from .collator import SoftTargetCollator
 from .config import SoftTargetConfig
 from .head import (

@@ -2,12 +2,10 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..errors import VocabularyError
+
 
 SHOWN_TOKENS = 5
-
-
-class VocabularyError(ValueError):
-    """Proxy and student do not share a tokenizer; the message names the first tokens that differ."""
 
 
 def check_vocabularies(

@@ -1,0 +1,165 @@
+"""Contracts with TRL and transformers: each seam that is overridden or called keeps its signature."""
+
+import inspect
+
+import pytest
+import transformers
+from transformers import Trainer
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+
+from trl_bbkd.host import _compat
+
+
+OVERRIDDEN = {
+    (GRPOTrainer, "_calculate_rewards"): ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
+    (GRPOTrainer, "_generate"): ["self", "prompts"],
+    (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
+    (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
+    (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (GRPOTrainer, "get_eval_dataloader"): ["self", "eval_dataset"],
+    (Trainer, "get_test_dataloader"): ["self", "test_dataset"],
+    (Trainer, "set_initial_training_values"): ["self", "args", "dataloader"],
+    (Trainer, "create_optimizer_and_scheduler"): ["self", "num_training_steps"],
+    (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
+    (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
+    (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
+    (Trainer, "_save"): ["self", "output_dir", "state_dict"],
+    (Trainer, "_save_rng_state"): ["self", "output_dir"],
+    (Trainer, "evaluation_loop"): [
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ],
+    (Trainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    (Trainer, "_save_optimizer_and_scheduler"): ["self", "output_dir"],
+    (Trainer, "init_hf_repo"): ["self", "token", "private"],
+    (Trainer, "push_to_hub"): ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    (Trainer, "save_model"): ["self", "output_dir", "_internal_call"],
+    (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
+    (SFTTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    (SFTTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (SFTTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (SFTTrainer, "_prepare_dataset"): [
+        "self",
+        "dataset",
+        "processing_class",
+        "args",
+        "packing",
+        "formatting_func",
+        "dataset_name",
+    ],
+    (Trainer, "_get_dataloader"): [
+        "self",
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ],
+    (DPOTrainer, "evaluate"): ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+    (DPOTrainer, "predict"): ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
+    (DPOTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
+    (DPOTrainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    (_compat.DataCollatorForLanguageModeling, "torch_call"): ["self", "examples"],
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), OVERRIDDEN, ids=lambda value: getattr(value, "__name__", value))
+def test_seam_keeps_its_signature(owner, name):
+    method = getattr(owner, name, None)
+    assert method is not None, (
+        f"{owner.__name__}.{name} is gone. Find its successor and move the override in the trainers."
+    )
+    parameters = list(inspect.signature(method).parameters)
+    assert parameters == OVERRIDDEN[owner, name], (
+        f"{owner.__name__}.{name} now takes {parameters}. Read its new body, adapt the overrides in the trainers, then "
+        "update this list and the range of trl in pyproject.toml."
+    )
+
+
+def test_log_probs_seam():
+    parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert {"model", "input_ids", "attention_mask", "logits_to_keep"} <= set(parameters), (
+        "GADTrainer._sft_loss calls _get_per_token_logps_and_entropies with these arguments. Adapt it."
+    )
+
+
+def test_what_a_finished_run_is_known_by():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    values = source[: source.index(") = self.set_initial_training_values")].split()
+    assert values[-1] == "max_steps,", (
+        "ResumableRun._has_taken_all_steps takes the last of set_initial_training_values for the number of steps. Adapt it."
+    )
+
+
+def test_grpo_keeps_of_its_batch_what_gad_begins_anew_with():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    for line in ("self._step = 0", "self._buffered_inputs = None", "self.beta = args.beta"):
+        assert line in source, f"GRPOTrainer no longer sets {line!r}: read its new body, and adapt TwoStageGAD._begin."
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask," in source, (
+        "GADTrainer._generate takes the prompts from place 0 of this tuple and env_mask from place 2. Adapt it."
+    )
+
+
+def test_soft_target_seams():
+    message = "SoftTargetTrainer counts on this. Read SFTTrainer.compute_loss and adapt soft_targets/trainer.py: "
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    for part in ("num_items_in_batch", "average_tokens_across_devices", 'self._metrics[mode]["entropy"]'):
+        assert part in source, message + part
+    assert SFTTrainer.loss_is_scaled_for_ga is None, message + "loss_is_scaled_for_ga"
+    assert {"input_ids", "labels"} <= set(inspect.getsource(SFTTrainer._set_signature_columns_if_needed).split('"'))
+
+
+def test_rows_handed_in_are_prepared_by_the_seam_that_prepares_those_of_the_constructor():
+    for trainer in (SFTTrainer, DPOTrainer):
+        assert "self._prepare_dataset(" in inspect.getsource(trainer.evaluate), "Adapt proxy/trainer.py."
+    for name in ("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader"):
+        assert "self._get_dataloader(" in inspect.getsource(getattr(Trainer, name)), "Adapt proxy/ and llkd/ trainers."
+
+
+def test_the_adapter_that_dpo_takes_for_its_reference_is_ours():
+    from trl_bbkd.host.reference import REFERENCE_ADAPTER
+
+    assert f'"{REFERENCE_ADAPTER}" in ref_model_unwrapped.peft_config' in inspect.getsource(
+        DPOTrainer._compute_loss
+    ), "DPOTrainer finds its reference adapter under another name. Adapt trl_bbkd/host/reference.py."
+
+
+@pytest.mark.parametrize("name", _compat.__all__)
+def test_private_names_exist(name):
+    assert callable(getattr(_compat, name))
+
+
+def test_fused_head_scores_at_the_temperature_asked_for(tiny_model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    _compat.add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
+    installed = model.forward
+    at_one = _compat.fused_forward(model, temperature=1.0)
+    assert model.forward == installed, "fused_forward must leave the model as it was."
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = model(ids).logits[:, :-1]
+    for forward, temperature in ((installed, 0.5), (at_one, 1.0)):
+        log_probs = forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        torch.testing.assert_close(log_probs, expected)
+
+
+def test_trainers_upload_through_the_client_of_their_module():
+    for method in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
+        uploads = inspect.getsource(method).count("hf_api().upload_folder(")
+        assert uploads, f"{method.__name__} uploads in another way. Adapt `uploads_through`, or pickles reach the Hub."
+    calls = []
+    with _compat.uploads_through(lambda client, **kwargs: calls.append(kwargs)):
+        transformers.trainer.hf_api().upload_folder(folder_path="x")
+    assert calls == [{"folder_path": "x"}]
+    assert "upload_folder" not in vars(transformers.trainer.hf_api())

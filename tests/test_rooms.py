@@ -1,0 +1,78 @@
+"""The plan of the house: `[tool.importlinter]` in pyproject.toml, and what a newcomer finds at the top."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_bbkd
+from trl_bbkd import errors
+from trl_bbkd.errors import DistillationError
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(trl_bbkd.__file__).parent
+
+
+def lint(folder):
+    return subprocess.run(
+        [Path(sys.executable).parent / "lint-imports"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": "."},
+    )
+
+
+def test_imports_keep_to_the_plan():
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "Contracts: 3 kept, 0 broken." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("gad/objectives.py", "from ..proxykd import weights", "Floors go down, and no method knows another"),
+        ("data/messages.py", "from ..runs import recipe", "Floors go down, and no method knows another"),
+        ("gad/objectives.py", "from ..host import resume", "Mathematics imports nothing of ours but mathematics"),
+        ("reports/curves.py", "from . import text_report", "No circles"),
+    ],
+)
+def test_a_line_against_the_plan_is_named(tmp_path, file, line, contract):
+    shutil.copytree(PACKAGE, tmp_path / "trl_bbkd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "trl_bbkd" / file
+    path.write_text(path.read_text() + f"\n{line}\n")
+    assert f"{contract} BROKEN" in lint(tmp_path).stdout
+
+
+def test_four_modules_at_the_top():
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "__main__.py", "cli.py", "errors.py"]
+
+
+def test_contributing_has_the_floors_in_their_order():
+    layers = re.search(r"layers = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL).group(1)
+    floors = re.findall(r'"([^"]+)"', layers)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    written = re.search(r"```\n(cli\n.*?)```", text, flags=re.DOTALL).group(1)
+    assert [line.split("  ")[0].strip() for line in written.splitlines()] == floors
+
+
+def test_errors_are_one_tree_of_types_that_python_knows():
+    found = [value for value in vars(errors).values() if isinstance(value, type)]
+    assert len(found) > 8 and all(issubclass(error, DistillationError) for error in found)
+    for error in found:
+        assert error is DistillationError or issubclass(error, ValueError | RuntimeError)
+
+
+def test_no_error_of_ours_is_defined_elsewhere():
+    elsewhere = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "errors.py" and re.search(r"^class \w*Error\b", path.read_text(), flags=re.MULTILINE)
+    ]
+    assert elsewhere == []

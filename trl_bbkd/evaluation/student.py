@@ -1,0 +1,353 @@
+"""What a student says to held-out prompts: sampling it, judging the samples, and its likelihood of the teacher's text."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
+
+
+TEMPERATURES = (1.0, 0.7, 0.0)
+
+# (prompts, completions) -> {"valid": [1.0, 0.0, ...], ...}, one number a completion
+SampleMetrics = Callable[[list, list[str]], dict[str, list[float]]]
+
+
+def temperature_name(temperature: float) -> str:
+    """How a temperature is written in the name of a metric: `t1.0`, `t0.7`, `greedy`."""
+    return "greedy" if temperature == 0 else f"t{temperature}"
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    batch_size: int = 32,
+    seed: int = 0,
+    chat_template_kwargs: dict | None = None,
+    prompt_ids: list[list[int]] | None = None,
+) -> list[list[str]]:
+    """
+    Sample completions. The global random state and the model's mode are as before afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The student.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`list`):
+            Strings or lists of messages.
+        max_new_tokens (`int`):
+            Length limit of a completion.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; `0` is greedy decoding, of which there is one sample whatever `num_samples`.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus sampling.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Completions per prompt.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Completions generated at once. Samples depend on it through the order of random numbers.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the samples.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to `apply_chat_template`.
+        prompt_ids (`list[list[int]]`, *optional*):
+            The prompts' token ids, as the rows of [`~data.teacher_data.tokenize_teacher_data`] have them. By default, the
+            prompts are tokenised here.
+
+    Returns:
+        `list[list[str]]`: for each prompt its completions, without special tokens.
+    """
+    ids = generate_completion_ids(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
+        prompt_ids=prompt_ids,
+    )
+    return [tokenizer.batch_decode(samples, skip_special_tokens=True) for samples in ids]
+
+
+@torch.no_grad()
+def generate_completion_ids(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    num_samples=1,
+    batch_size=32,
+    seed=0,
+    chat_template_kwargs=None,
+    prompt_ids=None,
+    progress_bar: str | None = None,
+) -> list[list[list[int]]]:
+    """
+    [`generate_completions`], as token ids up to and including the token that ends an answer. `progress_bar` is the text
+    before a bar of the completions made; `None` shows none.
+    """
+    num_samples = num_samples if temperature > 0 else 1
+    end_ids = end_token_ids(model, tokenizer, prompts[0])
+    pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    # Everything is stated, because generate() takes what is left open from the checkpoint's own settings.
+    config = GenerationConfig(
+        **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, **sampling},
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=pad_id,
+        use_cache=True,
+        disable_compile=True,
+    )
+    if prompt_ids is None:
+        prompt_ids = prompt_token_ids(tokenizer, prompts, chat_template_kwargs)
+    # Neighbours of like length need little padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
+    queue = [index for index in order for _ in range(num_samples)]
+    completions = [[] for _ in prompts]
+
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type != "cpu" else []
+    bar = tqdm(total=len(queue), desc=progress_bar, disable=progress_bar is None, unit="completion", leave=False)
+    with bar, torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        torch.manual_seed(seed)
+        for start in range(0, len(queue), batch_size):
+            indices = queue[start : start + batch_size]
+            input_ids, attention_mask = pad_rows(
+                [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
+            )
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            for index, row in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                length = next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))
+                completions[index].append(row[:length])
+            bar.update(len(indices))
+    model.train(was_training)
+    return completions
+
+
+def end_token_ids(model, tokenizer, prompt: str | list) -> list[int]:
+    """The tokens that end an answer to `prompt`: the teacher's answers', the tokenizer's and the model's own."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    return list(dict.fromkeys([end_token_id(tokenizer, prompt), tokenizer.eos_token_id, *own]))
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both of shape `(B, L)`, padded on `side` (`"left"` or `"right"`)."""
+    tensors = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(tensor) for tensor in tensors]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(tensors, batch_first=True, padding_value=pad_id, padding_side=side)
+    return ids.to(device), pad(masks, batch_first=True, padding_side=side).to(device)
+
+
+def _prompt_ids(tokenizer, rows: list[dict], chat_template_kwargs: dict | None) -> list[list[int]]:
+    batch = {column: [row[column] for row in rows] for column in rows[0]}
+    return prompt_ids_of(tokenizer, batch, chat_template_kwargs)
+
+
+def teacher_nll(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    *,
+    batch_size: int = 32,
+    chat_template_kwargs: dict | None = None,
+) -> float:
+    """
+    Mean negative log-likelihood, in nats per token, of the teacher's answers (the token that ends them included).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The student. Logits of one batch at a time are in memory.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        rows (`list[dict]`):
+            Rows with `prompt` and `teacher_ids`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rows per forward pass.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed to `apply_chat_template`.
+    """
+    totals = teacher_nll_by_row(
+        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return sum(totals) / sum(len(row["teacher_ids"]) for row in rows)
+
+
+@torch.no_grad()
+def teacher_nll_by_row(model, tokenizer, rows, *, batch_size=32, chat_template_kwargs=None) -> list[float]:
+    """[`teacher_nll`] before its mean: the sum over the tokens of each row's answer."""
+    prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
+    pairs = [(prompt, list(row["teacher_ids"])) for prompt, row in zip(prompt_ids, rows, strict=True)]
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0]) + len(pairs[row][1]))
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    was_training = model.training
+    model.eval()
+    totals = [0.0] * len(pairs)
+    for start in range(0, len(pairs), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = [pairs[row] for row in numbers]
+        input_ids, attention_mask = pad_rows([p + a for p, a in batch], pad_id, model.device, side="right")
+        labels, _ = pad_rows([[-100] * len(p) + a for p, a in batch], -100, model.device, side="right")
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        for row, loss in zip(numbers, losses.sum(dim=1).tolist(), strict=True):
+            totals[row] = loss
+    model.train(was_training)
+    return totals
+
+
+def evaluate_student(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    sample_metrics: SampleMetrics | None = None,
+    *,
+    max_new_tokens: int,
+    temperatures: Iterable[float] = TEMPERATURES,
+    num_samples: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
+    chat_template_kwargs: dict | None = None,
+    by_row: dict[str, list[float]] | None = None,
+    progress_bar: str | None = None,
+) -> dict[str, float]:
+    """
+    Measure a student on held-out teacher rows.
+
+    Args:
+        model, tokenizer, max_new_tokens, num_samples, batch_size, seed, chat_template_kwargs:
+            As in [`generate_completions`].
+        rows (`list[dict]`):
+            Held-out rows with `prompt` and `teacher_ids`.
+        sample_metrics (`Callable`, *optional*):
+            Judge: `(prompts, completions) -> {name: [one number a completion]}`. Its first metric decides which
+            answers are valid (those at 1).
+        temperatures (`Iterable[float]`, *optional*, defaults to `(1.0, 0.7, 0.0)`):
+            Temperatures to sample at.
+        by_row (`dict[str, list[float]]`, *optional*):
+            Filled with the row's own value, one a row, of each metric of the judge (the mean over the row's samples)
+            and of `teacher_nll` (the mean over its tokens).
+        progress_bar (`str`, *optional*):
+            Text before a bar of the completions made. `None` shows none.
+
+    Returns:
+        `dict[str, float]`: for each temperature, such as `t1.0`: the mean of each metric of the judge (`valid@t1.0`),
+        `length@t1.0` (tokens, end-of-sequence token included), `length_ratio@t1.0` (to the teacher's answers),
+        `truncated@t1.0` (share of answers cut at `max_new_tokens`); at temperature 1 `distinct_valid@t1.0`, the number
+        of different valid pairs of prompt and answer, or without a judge `distinct_share@t1.0`, different pairs out of
+        all; and `teacher_nll`.
+
+    Raises:
+        `ValueError`: the judge returned nothing, or not one number a completion.
+    """
+    metrics = {}
+    prompts = [row["prompt"] for row in rows]
+    teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
+    end_ids = end_token_ids(model, tokenizer, prompts[0])
+    prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
+    for temperature in temperatures:
+        at = temperature_name(temperature)
+        grouped = generate_completion_ids(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            prompt_ids=prompt_ids,
+            progress_bar=None if progress_bar is None else f"{progress_bar}, {at}",
+        )
+        samples = [ids for group in grouped for ids in group]
+        sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
+        texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+        pairs = [(str(prompt), text) for prompt, text in zip(sampled_prompts, texts, strict=True)]
+        if sample_metrics is not None:
+            judged = judge(sample_metrics, sampled_prompts, texts)
+            metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
+            if by_row is not None:
+                by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
+            if temperature == 1:
+                first = next(iter(judged.values()))
+                valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
+                metrics[f"distinct_valid@{at}"] = len(valid)
+        elif temperature == 1:
+            metrics[f"distinct_share@{at}"] = len(set(pairs)) / len(pairs)
+        length = sum(map(len, samples)) / len(samples)
+        metrics[f"length@{at}"] = length
+        metrics[f"length_ratio@{at}"] = length / teacher_length
+        metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
+    totals = teacher_nll_by_row(
+        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    lengths = [len(row["teacher_ids"]) for row in rows]
+    metrics["teacher_nll"] = sum(totals) / sum(lengths)
+    if by_row is not None:
+        by_row["teacher_nll"] = [total / length for total, length in zip(totals, lengths, strict=True)]
+    return metrics
+
+
+def _means(values: list[float], rows: int) -> list[float]:
+    """The mean of each row's samples, which are neighbours."""
+    samples = len(values) // rows
+    return [sum(values[row * samples : (row + 1) * samples]) / samples for row in range(rows)]
+
+
+def evaluate_teacher(
+    rows: list[dict], sample_metrics: SampleMetrics | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, float]:
+    """
+    The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once.
+
+    Args:
+        rows (`list[dict]`):
+            Held-out rows with `prompt`, `completion` and `teacher_ids`.
+        sample_metrics (`Callable`, *optional*):
+            As in [`evaluate_student`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer: the judge sees conversational answers as a student writes them, with what the chat
+            template adds, such as reasoning. By default it sees the text of the messages.
+    """
+    texts = [answer_text(row["completion"]) for row in rows]
+    if tokenizer is not None and not isinstance(rows[0]["prompt"], str):
+        texts = tokenizer.batch_decode([row["teacher_ids"] for row in rows], skip_special_tokens=True)
+    metrics = {"length@t1.0": sum(len(row["teacher_ids"]) for row in rows) / len(rows), "length_ratio@t1.0": 1.0}
+    if sample_metrics is not None:
+        judged = judge(sample_metrics, [row["prompt"] for row in rows], texts)
+        metrics |= {f"{name}@t1.0": sum(values) / len(values) for name, values in judged.items()}
+    return metrics
+
+
+def judge(sample_metrics: SampleMetrics, prompts: list, texts: list[str]) -> dict[str, list[float]]:
+    """Call the judge and check what it returns: numbers, one a text."""
+    judged = sample_metrics(prompts, texts)
+    lengths = {name: len(values) for name, values in judged.items()}
+    if not lengths or any(length != len(texts) for length in lengths.values()):
+        raise ValueError(
+            f"`sample_metrics` must return a dict of lists with one number for each of the {len(texts)} completions; "
+            f"it returned lists of lengths {lengths}."
+        )
+    return {name: [float(value) for value in values] for name, values in judged.items()}

@@ -1,0 +1,141 @@
+"""
+Every private name of TRL and transformers that this package touches.
+
+Tested with TRL 1.16. When TRL moves, `tests/host/test_compat.py` names what changed; this is the file to mend.
+"""
+
+import contextlib
+import copy
+import types
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers import trainer as transformers_trainer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    pad,
+    print_prompt_completions_sample,
+)
+
+
+__all__ = [
+    "DataCollatorForLanguageModeling",
+    "add_fused_lm_head",
+    "be_wrapped_again",
+    "disable_dropout",
+    "fused_forward",
+    "get_callable_name",
+    "get_config_model_id",
+    "get_tokenizer_config",
+    "is_async_callable",
+    "keep_4bit_weights_differentiable",
+    "keep_precision",
+    "pad",
+    "print_prompt_completions_sample",
+    "uploads_through",
+]
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Turn off dropout in modules, and in attention, where transformers reads it from a plain attribute."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def fused_forward(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> types.MethodType:
+    """
+    Build, without installing it, a forward of `model` whose fused LM head scores at another temperature.
+
+    TRL binds one temperature into the model's forward when a trainer is built. Assign the returned method to
+    `model.forward` for as long as the other temperature is wanted.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, already given a fused LM head by a TRL trainer.
+        temperature (`float`):
+            Temperature the logits are divided by.
+        cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
+            As in the trainer's configuration.
+    """
+    installed = model.forward
+    add_fused_lm_head(
+        model,
+        temperature=temperature,
+        cast_lm_head_to_fp32=cast_lm_head_to_fp32,
+        outputs=("log_probs", "entropy"),
+    )
+    forward, model.forward = model.forward, installed
+    return forward
+
+
+@contextlib.contextmanager
+def uploads_through(upload: Callable):
+    """
+    Within the block, have transformers' trainers upload folders through `upload`.
+
+    What they send is chosen by a pattern inside methods that also decide when to push, and how.
+
+    Args:
+        upload (`Callable`):
+            Called with the Hub client and the keyword arguments of [`~huggingface_hub.HfApi.upload_folder`].
+    """
+    original = transformers_trainer.hf_api
+    client = original()
+    redirected = copy.copy(client)
+    redirected.upload_folder = lambda **kwargs: upload(client, **kwargs)
+    transformers_trainer.hf_api = lambda: redirected
+    try:
+        yield
+    finally:
+        transformers_trainer.hf_api = original
+
+
+def keep_4bit_weights_differentiable(*models: nn.Module) -> None:
+    """
+    Stop bitsandbytes from repacking 4-bit weights for CPU inference.
+
+    On CPUs with AVX512-BF16 it repacks them at the first evaluation pass, for good, into a layout whose product has no
+    gradient: training then fails in layers with a bias, and silently skips the gradient through the others.
+    """
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+
+def be_wrapped_again(trainer: Trainer) -> None:
+    """
+    Have DDP wrap the student for training although it was evaluated before.
+
+    An evaluation prepares the bare model, which marks it: training then takes it as it is, and every process silently
+    trains a student of its own.
+    """
+    accelerator, model = trainer.accelerator, trainer.model
+    if accelerator.distributed_type.value.startswith("MULTI_"):
+        accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
+        model._is_accelerate_prepared = False
+
+
+@contextlib.contextmanager
+def keep_precision(model: nn.Module) -> Iterator[None]:
+    """
+    Give every parameter, at the end, the dtype it had at the start.
+
+    TRL trains an adapter on a quantised model in bfloat16, but PEFT loads it from a checkpoint in float32: a resumed
+    run would go on in another precision.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])

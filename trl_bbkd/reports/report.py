@@ -1,0 +1,229 @@
+"""What every run reports: `report.md`, pictures, `metrics.json` and the table on the terminal."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from .markdown import code, escape, fenced, table
+from .redaction import SECRET
+from .uncertainty import is_clear
+
+
+TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
+ALL_ROWS, RANDOM_ROWS = "all rows", "random rows"  # what LLKD is compared with
+
+
+class Section(NamedTuple):
+    """A part of a report: `title`, and `lines` of Markdown."""
+
+    title: str
+    lines: list[str]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """
+    What a run has to say, whatever its student is. Log entries are dictionaries with `step`.
+
+    Args:
+        method (`str`):
+            Name of the method, such as `"GAD"`.
+        student (`str`):
+            Checkpoint the student started from.
+        teacher (`str`, *optional*):
+            Name of the black-box teacher.
+        results (`dict[str, dict[str, float]]`):
+            Final metrics of each student in the table.
+        curves (`dict[str, list[dict]]`):
+            Metrics along the way, of the method and of what it is compared with.
+        log_history (`list[dict]`):
+            The trainer's log.
+        counts (`dict`):
+            Data counts per split, each with `table_rows`.
+        inputs (`dict`):
+            What tells one run from another: method, student and data.
+        command (`str`, *optional*):
+            How to repeat the run.
+        settings (`dict`):
+            What the recipe says, without secrets.
+        versions (`dict[str, str]`):
+            Versions of libraries.
+        seconds (`dict[str, float]`):
+            Wall-clock time per part of the run.
+        warnings (`list[dict]`):
+            What went wrong during training: `step` and `text`.
+        differences (`dict[str, dict[str, dict]]`):
+            How far the method's student is from each other one, by the other's name and metric: `difference` and
+            `standard_error`.
+    """
+
+    method: str
+    student: str
+    teacher: str | None
+    results: dict[str, dict[str, float]]
+    curves: dict[str, list[dict]]
+    log_history: list[dict]
+    counts: dict
+    inputs: dict = field(default_factory=dict)
+    command: str | None = None
+    settings: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[dict] = field(default_factory=list)
+    differences: dict[str, dict[str, dict]] = field(default_factory=dict)
+
+    judged_metrics = ()  # names of a judge's metrics, where a judge was asked
+
+    @property
+    def headline(self) -> str:
+        """The metric the run is summed up by."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """One sentence with the deciding numbers, whichever way they point."""
+        raise NotImplementedError
+
+    def verdict(self, other: str, metric: str, lower_is_better: bool = False) -> str:
+        """Whether the method is better than `other`, as far as its standard error tells."""
+        found = self.differences.get(other, {}).get(metric)
+        if found is None or found["standard_error"] is None or math.isnan(found["standard_error"]):
+            return f"no verdict on {self.method} without a standard error"
+        # Of the numbers beside it
+        apart = abs(round(self.results[self.method][metric], 3) - round(self.results[other][metric], 3))
+        size = f"{apart:.3f} (standard error {found['standard_error']:.3f})"
+        if not is_clear(found):
+            return f"{self.method} is as good within the noise, {size} apart"
+        is_better = (found["difference"] < 0) == lower_is_better
+        return f"{self.method} is {'better' if is_better else 'worse'} by {size}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the table: the teacher closes."""
+        return sorted(self.results, key=lambda name: name == TEACHER)
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Cells of the table: a label, then one value per column."""
+        raise NotImplementedError
+
+    @property
+    def explanation(self) -> str:
+        """What the table's numbers are, and how they were measured."""
+        raise NotImplementedError
+
+    @property
+    def derived(self) -> dict:
+        """What `metrics.json` says beside the report's own entries."""
+        return {"headline": self.headline, "summary": self.summary}
+
+    def sections(self) -> list[Section]:
+        """What follows the table and the picture."""
+        return []
+
+    def draw(self, folder: Path) -> None:
+        """Write `curves.png`, and what other pictures `sections` name, to `folder`."""
+        raise NotImplementedError
+
+
+def render_markdown(report: Report) -> str:
+    """The text of `report.md`."""
+    teacher = escape(report.teacher or "a black-box teacher")
+    lines = [f"# {report.method}: {code(report.student)} from {teacher}", "", report.summary, ""]
+    lines += table(["", *report.columns], report.rows)
+    lines += ["", report.explanation, "", "![Curves of the run](curves.png)", ""]
+    if report.warnings:
+        warnings = [f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings]
+        lines += ["## Warnings", "", *warnings, ""]
+    for section in report.sections():
+        lines += [f"## {section.title}", "", *section.lines, ""]
+    lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
+    if report.command:
+        lines += [fenced(report.command, "bash"), ""]
+    if report.settings:
+        settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True)
+        lines += ["The recipe:", "", fenced(settings, "yaml"), ""]
+    lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
+    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
+    return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
+
+
+def counts_table(counts: dict) -> list[str]:
+    """Lines of a Markdown table of data counts, one column a split."""
+    cells = {split: dict(split_counts.table_rows()) for split, split_counts in counts.items()}
+    # Some are told only of a split that has any
+    labels = dict.fromkeys(label for split in cells.values() for label in split)
+    return table(["", *cells], [[label, *(cells[split].get(label, "–") for split in cells)] for label in labels])
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def metrics_dict(report: Report) -> dict:
+    """Everything in `report`, fit for strict JSON: what is not a finite number is `None`."""
+    return finite(dataclasses.asdict(report) | report.derived)
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def without_secrets(settings: dict) -> dict:
+    """`settings` without entries whose name says that they hold a secret, at any depth."""
+    return {key: _without_secrets(value) for key, value in settings.items() if not SECRET.search(str(key))}
+
+
+def _without_secrets(value):
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return without_secrets(value) if isinstance(value, dict) else value
+
+
+def arguments_without_secrets(arguments: list[str]) -> list[str]:
+    """Command-line arguments without options whose name says that they hold a secret."""
+    kept, skipping = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            skipping = bool(SECRET.search(argument.partition("=")[0]))
+        if not skipping:
+            kept.append(argument)
+    return kept
+
+
+def print_table(report: Report, console=None) -> None:
+    """Print the table and the sentence under it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.method}: {report.student} from {report.teacher or 'a black-box teacher'}")
+    table.add_column("")
+    for model in report.columns:
+        style = "bold" if model == report.method else "dim" if model == TEACHER else None
+        table.add_column(model, justify="right", style=style)
+    for row in report.rows:
+        table.add_row(*row)
+    console = console or Console()
+    console.print(table)
+    console.print(report.summary.replace("`", ""), markup=False)
+
+
+def write_report(report: Report, output_dir: str | Path) -> None:
+    """Write `report.md`, `metrics.json` and the pictures to `output_dir`."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    text = json.dumps(metrics_dict(report), indent=2, allow_nan=False, ensure_ascii=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    report.draw(folder)

@@ -1,0 +1,377 @@
+"""A run whose student writes text: GAD, Proxy-KD, Bayes-KD, and SeqKD beside them."""
+
+import dataclasses
+import functools
+import gc
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from trl import get_peft_config, get_quantization_config
+
+from ..data.splitting import input_key
+from ..data.student_tokenizer import student_tokenizer
+from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
+from ..errors import RecipeError
+from ..evaluation.student import evaluate_student, evaluate_teacher
+from ..host.model_paths import base_of_student, load_adapter_student, no_model
+from ..hub.model_card import library_versions
+from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
+from ..reports.text_report import TextReport, decline
+from ..reports.uncertainty import paired_difference
+from ..seqkd.trainer import curve, curve_steps, train_seqkd
+from .job import SEED, Job, display_path, hold_out, timed
+from .methods import METHOD_RUNS
+from .progress import TRAINED
+from .recipe import Recipe, RecipeArguments, import_callable
+
+
+# Most of each that a report takes by itself
+EVALUATION_PROMPTS, EVALUATION_SAMPLES = 256, 8
+
+
+class TextJob(Job):
+    """Data, tokenizer and measurements of one recipe, made before any model is loaded."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.method = METHOD_RUNS[recipe.method](self)
+        judge = self.script_args.sample_metrics
+        self.sample_metrics = import_callable(judge) if judge else None
+        self.reward_funcs = [import_callable(name) for name in self.script_args.reward_funcs or []]
+
+        most = self.script_args.eval_prompts or EVALUATION_PROMPTS
+        train, test = load_teacher_data(self.script_args, recipe.dataset_args)
+        check_teacher_data(train)
+        if test is None:
+            train, test = hold_out(train, most)
+        else:
+            check_teacher_data(test)
+        self.peft_config = get_peft_config(recipe.model_args)
+        self.quantization_config = get_quantization_config(recipe.model_args)
+        with self.one_line_errors():
+            self.base = base_of_student(self.model)
+        if self.base and (self.peft_config or self.quantization_config):
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is an adapter, which is trained on: take use_peft, load_in_4bit and "
+                "load_in_8bit out. Or merge it into its base model and name that."
+            )
+        self._tokenize(train, test, most)
+        self.plan = sampling_plan(
+            self.script_args, self._planned_steps(), len(self.test), self.script_args.seqkd_baseline
+        )
+        self.held_out_rows = self.test[: self.plan.prompts]
+        self.measure = functools.partial(
+            evaluate_student,
+            tokenizer=self.tokenizer,
+            rows=self.held_out_rows,
+            sample_metrics=self.sample_metrics,
+            max_new_tokens=self.args.max_completion_length,
+            num_samples=self.plan.samples,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=SEED,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            progress_bar=None if self.args.disable_tqdm else "sampling for the report",
+        )
+        self.measure_briefly = functools.partial(
+            self.measure, temperatures=(1.0,), num_samples=self.plan.curve_samples
+        )
+
+    @property
+    def goes_on_by_itself(self) -> bool:
+        return METHOD_RUNS[self.recipe.method].goes_on_by_itself
+
+    @property
+    def console_keys(self) -> tuple[str, ...]:
+        return self.method.console_keys
+
+    def _planned_steps(self) -> int:
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(args.num_train_epochs * len(self.train) * self.method.samples_per_prompt / sequences)
+
+    def _tokenize(self, train, test, most: int) -> None:
+        hub = {"revision": self.args.model_init_kwargs["revision"], "trust_remote_code": self.args.trust_remote_code}
+        has_tokenizer = self.base is None or (Path(self.model) / "tokenizer_config.json").is_file()
+        source, sides = (
+            (self.model if has_tokenizer else self.base),
+            {"truncation_side": "left", "padding_side": "left"},
+        )
+        try:
+            config = AutoConfig.from_pretrained(self.base or self.model, **hub)
+        except (OSError, ValueError) as error:
+            raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
+        with self.one_line_errors():
+            self.tokenizer = student_tokenizer(source, self.args, **sides, **hub)
+        if not config.architectures:
+            raise RecipeError(
+                f"model_name_or_path={self.model!r}: its config.json names no `architectures`, by which TRL finds the model's "
+                'class. Add them, such as "architectures": ["Qwen2ForCausalLM"].'
+            )
+        model_class = getattr(transformers, config.architectures[0], None)
+        if model_class is not None and not issubclass(model_class, GenerationMixin):
+            raise RecipeError(
+                f"model_name_or_path={self.model!r} is a {config.architectures[0]}, which writes no text: take a causal language "
+                "model. (For a classifier there is `method: llkd`.)"
+            )
+        tokenize = functools.partial(
+            tokenize_teacher_data,
+            tokenizer=self.tokenizer,
+            max_completion_length=self.args.max_completion_length,
+            max_prompt_length=self.args.max_prompt_length,
+            max_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            reasoning=self.args.reasoning,
+        )
+        self.train, train_counts = tokenize(train)
+        test, test_counts = tokenize(test, held_out=True)
+        self.test = list(itertools.islice(test, most))
+        self.counts = {"train": train_counts, "test": test_counts}
+        if self.is_main_process:
+            print(train_counts)
+
+    def student(self):
+        """The student as trainers take it: its path, or an adapter on its base model, in memory."""
+        if self.base is None:
+            return self.model
+        kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if value is not None}
+        return load_adapter_student(self.model, self.base, **kwargs)
+
+    def distil(self) -> TextReport | None:
+        args, seconds = self.args, {}
+        with self.one_line_errors():
+            trainer = self.method.trainer()
+        self.open_progress(trainer)
+        self.start_card(trainer)
+        undistilled = self._undistilled(trainer)
+        if self.is_trained:
+            self.recall(trainer)
+            found = self.progress[TRAINED]
+        else:
+            with self.method.errors():
+                output = self.run_training(trainer, seconds)
+            if output is None:
+                if self.is_main_process:
+                    print(f"The recipe leaves the student's training out. What it asks for: {args.output_dir}")
+                return None
+            found = self.finished_training(
+                lambda: {
+                    "seconds": seconds[trainer._name],
+                    "more results": self._on_main_process(lambda: self.method.more_results(trainer)),
+                    "stages": self.method.stages(trainer),
+                    "calibration": self.method.calibration(trainer),
+                    "warnings": self.method.warnings(trainer),
+                }
+            )
+        distilled = self._measured(
+            trainer._name,
+            lambda: (
+                self._load(args.output_dir) if self.is_trained else trainer.accelerator.unwrap_model(trainer.model)
+            ),
+        )
+        self.max_steps = trainer.state.max_steps
+        log_history = trainer.state.log_history
+        report = TextReport(
+            method=trainer._name,
+            student=display_path(self.model),
+            teacher=self.script_args.teacher_name,
+            results={
+                UNDISTILLED: undistilled,
+                trainer._name: distilled,
+                **found["more results"],
+                TEACHER: evaluate_teacher(self.held_out_rows, self.sample_metrics, self.tokenizer),
+            },
+            # It starts and ends with the numbers of the table
+            curves={
+                trainer._name: [
+                    {"step": 0, **undistilled},
+                    *curve(log_history),
+                    {"step": self.max_steps, **distilled},
+                ]
+            },
+            log_history=log_history,
+            counts=self.counts,
+            inputs=self.inputs,
+            command=self.card.command,
+            settings=self.card.settings,
+            evaluation={
+                "prompts": len(self.held_out_rows),
+                "samples": self.plan.samples,
+                "max_new_tokens": args.max_completion_length,
+                "seed": SEED,
+            },
+            versions=library_versions(),
+            seconds={trainer._name: found["seconds"]},
+            stages=found["stages"],
+            calibration=found["calibration"],
+        )
+        if self.is_main_process:
+            report.differences[UNDISTILLED] = self._differences(trainer._name, UNDISTILLED)
+            report.warnings = [*found["warnings"], *decline(report)]
+        return report
+
+    def add_baselines(self, report: TextReport) -> None:
+        """Train SeqKD and add what its best checkpoint reaches."""
+        if not self.script_args.seqkd_baseline:
+            return
+        gc.collect()
+        torch.cuda.empty_cache()
+        output_dir = str(Path(self.args.output_dir) / "seqkd")
+        seqkd = dict(self.progress.once("SeqKD's training", lambda: self._train_seqkd(report, output_dir)))
+        report.seconds[SEQKD] = seqkd.pop("seconds")
+        best = self._measured(SEQKD, lambda: self._load(output_dir))
+        undistilled = report.results[UNDISTILLED]
+        points = [
+            point if point["step"] != seqkd["best_step"] else {"step": seqkd["best_step"], **best}
+            for point in seqkd.pop("curve")
+        ]
+        report.curves[SEQKD] = [{"step": 0, **undistilled}, *points]
+        method = report.results.pop(report.method)
+        report.results |= {SEQKD: best, report.method: method}
+        report.seqkd = seqkd
+        if self.is_main_process:
+            report.differences[SEQKD] = self._differences(report.method, SEQKD)
+
+    def _train_seqkd(self, report: TextReport, output_dir: str) -> dict:
+        seconds = {}
+        with timed(seconds, SEQKD):
+            seqkd = train_seqkd(
+                self.student(),
+                self.args,
+                self.train,
+                self.tokenizer,
+                self.measure_briefly,
+                is_better=lambda new, old: quality(new, report) > quality(old, report),
+                output_dir=output_dir,
+                max_steps=self.max_steps,
+                learning_rate=self.script_args.seqkd_learning_rate or self.method.sft_learning_rate,
+                samples_per_prompt=self.method.samples_per_prompt,
+                peft_config=self.peft_config,
+                quantization_config=self.quantization_config,
+            )
+        return dataclasses.asdict(seqkd) | {"seconds": seconds[SEQKD]}
+
+    def _undistilled(self, trainer) -> dict[str, float]:
+        """What the student is before it learns, and how long the report's sampling will take."""
+        is_new = UNDISTILLED not in self.progress
+        if is_new and self.is_main_process:
+            print(self.plan)
+        seconds = {}
+        with timed(seconds, UNDISTILLED):
+            undistilled = self._measured(UNDISTILLED, lambda: trainer.accelerator.unwrap_model(trainer.model))
+        if is_new and self.is_main_process:
+            rest = seconds[UNDISTILLED] * (self.plan.all / self.plan.once - 1)
+            print(f"report: that took {duration(seconds[UNDISTILLED])}; at this pace the rest takes {duration(rest)}")
+        return undistilled
+
+    def _measured(self, name: str, model: Callable) -> dict[str, float]:
+        """What the main process measures of a student, once; an empty dictionary on the others, which wait."""
+
+        def measure():
+            by_row = {}
+            return {"metrics": self.measure(model(), by_row=by_row), "by_row": by_row}
+
+        return self.progress.once(name, lambda: self._on_main_process(measure)).get("metrics", {})
+
+    def _differences(self, method: str, other: str) -> dict[str, dict[str, float]]:
+        """Of each metric, how far the method's student is from another, and how sure that is."""
+        own, others = (self.progress[name]["by_row"] for name in (method, other))
+        tokens = [len(row["teacher_ids"]) for row in self.held_out_rows]
+        prompts = [input_key(row["prompt"]) for row in self.held_out_rows]
+        return {
+            name: paired_difference(own[name], others[name], tokens if name == "teacher_nll" else None, prompts)
+            for name in own
+        }
+
+    def _on_main_process(self, measure: Callable[[], dict]) -> dict:
+        """What the main process measures; an empty dictionary on the others, which wait."""
+        metrics = measure() if self.is_main_process else {}
+        PartialState().wait_for_everyone()
+        return metrics
+
+    def _load(self, folder: str):
+        kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=self.quantization_config, **kwargs)
+        return model if self.quantization_config else model.to(self.args.device)
+
+
+@dataclass
+class SamplingPlan:
+    """
+    How much the report samples.
+
+    Args:
+        prompts (`int`):
+            Held-out prompts.
+        samples (`int`):
+            Samples of each at temperatures 1 and 0.7, beside the greedy one.
+        curve_samples (`int`):
+            Samples of each along the way, at temperature 1.
+        students (`int`):
+            Students measured as they end, the undistilled one included.
+        curves (`int`):
+            Measurements along the way.
+    """
+
+    prompts: int
+    samples: int
+    curve_samples: int
+    students: int
+    curves: int
+
+    @property
+    def once(self) -> int:
+        """Completions of one student's measurement."""
+        return self.prompts * (2 * self.samples + 1)
+
+    @property
+    def all(self) -> int:
+        """Completions of the run."""
+        return self.students * self.once + self.curves * self.prompts * self.curve_samples
+
+    def __str__(self) -> str:
+        return (
+            f"report: {self.prompts} held-out prompts (eval_prompts), samples of each (eval_samples): {self.samples} at "
+            f"temperatures 1 and 0.7: {self.once:,} completions now, {self.all:,} in the whole run"
+        )
+
+
+def sampling_plan(script_args: RecipeArguments, steps: int, rows: int, has_baseline: bool) -> SamplingPlan:
+    """
+    What the recipe says of the report's sampling, or as much as suits the training's length.
+
+    Args:
+        script_args ([`~runs.recipe.RecipeArguments`]):
+            `eval_prompts` and `eval_samples`.
+        steps (`int`):
+            Optimizer steps of the training.
+        rows (`int`):
+            Held-out rows.
+        has_baseline (`bool`):
+            Whether SeqKD is trained.
+    """
+    prompts = script_args.eval_prompts or min(max(steps, 16), EVALUATION_PROMPTS)
+    samples = script_args.eval_samples or min(max(steps // 30, 1), EVALUATION_SAMPLES)
+    points = len(curve_steps(steps))
+    return SamplingPlan(
+        prompts=min(prompts, rows),
+        samples=samples,
+        curve_samples=math.ceil(samples / 2),
+        students=3 if has_baseline else 2,
+        # The method's last one is its final measurement
+        curves=points - 1 + (points if has_baseline else 0),
+    )
+
+
+def quality(metrics: dict[str, float], report: TextReport) -> tuple[float, ...]:
+    """Compares checkpoints: the judge's metric at temperature 1 if there is one, then the NLL of the teacher's answers."""
+    judged = (metrics[report.headline],) if report.judged_metrics else ()
+    return (*judged, -metrics["teacher_nll"])
