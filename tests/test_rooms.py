@@ -58,7 +58,7 @@ def test_contributing_has_the_floors_in_their_order():
     layers = re.search(r"layers = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL).group(1)
     floors = re.findall(r'"([^"]+)"', layers)
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    written = re.search(r"```\n(cli\n.*?)```", text, flags=re.DOTALL).group(1)
+    written = re.search(r"```\n(cli .*?)```", text, flags=re.DOTALL).group(1)
     assert [line.split("  ")[0].strip() for line in written.splitlines()] == floors
 
 
