@@ -7,10 +7,11 @@ from datasets import ClassLabel, Dataset
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.signals import LLKDDataError
 from ..teacher_data import row_names
+from ..teacher_files import ROW_COLUMN
 
 
 # What the default collator and the trainer know beside the tokenizer's own columns
-KNOWN_COLUMNS = (*CARRIED_COLUMNS, "label", "labels", "label_ids", "gold")
+KNOWN_COLUMNS = (*CARRIED_COLUMNS, ROW_COLUMN, "label", "labels", "label_ids", "gold")
 
 
 def check_labels(

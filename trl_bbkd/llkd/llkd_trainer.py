@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .._compat import get_config_model_id
+from ..model_paths import refuse_adapter_path
 from ..preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_tokenizer
 from ..resume import ResumableRun
 from ..selection.collator import CARRIED_COLUMNS
@@ -29,6 +30,7 @@ from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
 from ..teacher_data import places_of
+from ..teacher_files import ROW_COLUMN
 from ..trainer_hub import StudentHubMixin
 from .checks import check_all_classes, check_labels, check_token_rows, refuse_other_columns
 from .llkd_config import LLKDConfig
@@ -134,6 +136,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         require_config(args, LLKDConfig, type(self).__name__)
+        refuse_adapter_path(model, "student")
         refuse_frozen_adapter(peft_config, "student")
         if not isinstance(model, str) and peft_config is None:
             refuse_frozen(model, "student")
@@ -284,6 +287,9 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         # An `eval_dataset` that was replaced
         if not is_training and isinstance(dataset, Dataset) and "input_ids" not in dataset.column_names:
             dataset = self._to_evaluate(dataset)
+        if isinstance(dataset, Dataset):
+            # By which errors name a row: no input, also where unused columns stay
+            dataset = without(dataset, (ROW_COLUMN,))
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from trl import DPOTrainer
 
 from .._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
+from ..model_paths import refuse_adapter_path
 from ..preflight import (
     refuse_frozen,
     refuse_frozen_adapter,
@@ -120,6 +121,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
         if args.use_vllm and args.world_size > 1:
             raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
+        refuse_adapter_path(model, "proxy")
         refuse_prompt_learning(adapter_of(model) or peft_config, "proxy", NO_VIRTUAL_TOKENS)
         refuse_frozen_adapter(peft_config, "proxy")
         if not isinstance(model, str) and peft_config is None:
