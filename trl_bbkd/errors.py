@@ -43,3 +43,7 @@ class NGramError(DistillationError, ValueError):
 
 class LLKDDataError(DistillationError, ValueError):
     """Data that LLKD cannot select by."""
+
+
+class NoStepsError(DistillationError, ValueError):
+    """A training ended without an optimizer step."""

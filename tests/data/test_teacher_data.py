@@ -329,6 +329,15 @@ class TestTokenization:
         assert "1 answer of the training rows holds the text of an end token, the first in row 1" in caplog.text
         assert set(data.column_names) == {"prompt", "completion", *INTERNAL_COLUMNS}
 
+    @pytest.mark.parametrize("prompt", ["Once", USER])
+    def test_an_answer_of_which_that_leaves_nothing_is_refused(self, tokenizer, prompt):
+        answers = ["<|im_end|> a time", " a time"]
+        if prompt is USER:
+            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+        data = rows((prompt, answers[1]), (prompt, answers[0]))
+        with pytest.raises(TeacherDataError, match="^Row 1: `completion` begins with the text of an end token"):
+            tokenize_teacher_data(data, tokenizer, max_completion_length=40)
+
     def test_tokenizer_that_appends_its_own_eos(self, tokenizer):
         class AppendsEos:
             eos_token_id = tokenizer.eos_token_id

@@ -254,7 +254,7 @@ PROXY_ARGUMENTS = {
 }
 
 ALIGNMENT_ARGUMENTS = {
-    "model": "differs: a proxy that is frozen or has virtual tokens is refused",
+    "model": "differs: a proxy that is frozen, has virtual tokens or is an adapter's path is refused",
     "ref_model": "refused: the reference is the proxy as it was when the round began",
     "args": "differs: second; TRL's configuration is refused",
     "data_collator": "refused: a round's pairs are collated as TRL does",
@@ -269,7 +269,7 @@ ALIGNMENT_ARGUMENTS = {
 }
 
 CLASSIFIER_ARGUMENTS = {
-    "model": "differs: a classifier, or a path that gets a head; a frozen one is refused",
+    "model": "differs: a classifier, or a path that gets a head; a frozen one and an adapter's path are refused",
     "args": "differs: an LLKDConfig; another one is refused",
     "data_collator": ACTS,
     "train_dataset": "differs: a `Dataset` with `label` and `teacher_confidence`",

@@ -40,6 +40,8 @@ def test_models_that_could_not_learn_are_refused(tmp_path, tiny_model_dir):
     proxy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path)
     with pytest.raises(ValueError, match="The proxy has no trainable parameter"):
         make_aligner(tmp_path / "out", proxy)
+    with pytest.raises(ValueError, match="The proxy .* is an adapter. Hand in PeftModel.from_pretrained"):
+        make_aligner(tmp_path / "out", str(tmp_path))
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="PromptTuningConfig is not supported for the proxy"):
         make_aligner(tmp_path / "out", tiny_model_dir, trainer_kwargs={"peft_config": adapter})
@@ -53,7 +55,7 @@ def test_a_round_that_fills_no_batch_is_refused(tmp_path, tiny_model_dir):
 
 
 def test_a_round_without_a_step_is_an_error(tmp_path, tiny_model_dir):
-    with pytest.raises(ValueError, match="Round 1 ended without an optimizer step"):
+    with pytest.raises(ValueError, match="Round 1 took no optimizer step and learned nothing"):
         make_aligner(tmp_path, tiny_model_dir, num_train_epochs=0.0).train()
 
 

@@ -23,6 +23,8 @@ def test_a_processor_is_refused(tmp_path):
 
 def test_a_student_that_cannot_learn_is_refused(tmp_path):
     get_peft_model(build_encoder(), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="The student .*adapter is an adapter. Hand in PeftModel.from_pretrained"):
+        make_trainer(tmp_path, model=str(tmp_path / "adapter"))
     for student in (
         build_encoder().requires_grad_(False),
         PeftModel.from_pretrained(build_encoder(), tmp_path / "adapter"),
@@ -64,6 +66,15 @@ class TestUnusedColumns:
         )
         trainer.train()
         assert trainer.state.global_step == 1 and trainer.evaluate()["eval_accuracy"] >= 0
+
+    def test_a_rows_place_in_its_file_reaches_no_student(self, tmp_path):
+        """Files bring it along: errors name rows by it."""
+        rows = make_rows().add_column("row_in_file", list(range(32)))
+        trainer = make_trainer(
+            tmp_path, rows=rows, remove_unused_columns=False, max_steps=1, trainer_kwargs={"eval_dataset": rows}
+        )
+        trainer.train()
+        assert trainer.state.global_step == 1 and trainer.evaluate(rows)["eval_accuracy"] >= 0
 
     @pytest.mark.parametrize("where", ["training", "evaluation"])
     def test_others_are_named(self, tmp_path, where):

@@ -243,7 +243,7 @@ REFUSED_VALUES = {
 }
 
 ARGUMENTS = {
-    "model": "differs: a student that is frozen, or has too few embeddings for its tokenizer, is refused",
+    "model": "differs: a student that is frozen, has too few embeddings for its tokenizer or is an adapter's path is refused",
     "reward_funcs": "differs: optional, added to the discriminator's score; what takes `teacher_completion` gets it",
     "args": "differs: a GADConfig; a GRPOConfig is refused",
     "train_dataset": "differs: with the teacher's answers, in `completion`",

@@ -54,6 +54,9 @@ class TestFrozen:
             "The student's LoraConfig has inference_mode=True", peft_config=PeftConfig.from_pretrained(adapter_dir)
         )
 
+    def test_student_that_is_an_adapters_path(self, refused, adapter_dir):
+        refused("The student .* is an adapter. Hand in PeftModel.from_pretrained", str(adapter_dir))
+
     def test_student_whose_adapter_has_another_name(self, refused, tiny_model_dir):
         named = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA, task_type="CAUSAL_LM"), adapter_name="mine")
         refused("The student's adapter is named mine, but GRPO trains one named 'default'", named)

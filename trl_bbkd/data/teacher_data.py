@@ -301,6 +301,11 @@ def tokenize_teacher_data(
         for i in keep:
             if max_length is not None and lengths[i] + max_completion_length > max_length:
                 raise TeacherDataError(_no_room(places[i], lengths[i], max_completion_length, max_length))
+            if not answer_ids[i]:
+                raise TeacherDataError(
+                    f"Row {places[i]}: `completion` begins with the text of an end token, where a student would stop: nothing of "
+                    "it is left. Remove that text, or the row."
+                )
         new = {
             ROW_COLUMN: [places[i] for i in keep],
             "prompt_ids": [prompt_ids[i] for i in keep],

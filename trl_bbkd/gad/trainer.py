@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
 from ..evaluation.student import SampleMetrics, judge
 from ..host._compat import fused_forward, keep_4bit_weights_differentiable
+from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_frozen_adapter, require_tokenizer
 from ..host.reference import add_reference_adapter
 from ..host.sharding import refuse_sharding
@@ -142,6 +143,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         sample_metrics: SampleMetrics | None = None,
     ):
         check_arguments(reward_funcs, args, optimizers, tools, environment_factory)
+        refuse_adapter_path(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
         refuse_sharding(args, "GADTrainer", "the discriminator, a second trained model, would not be synchronised")

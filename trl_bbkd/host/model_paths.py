@@ -59,6 +59,26 @@ def base_of_student(path: str) -> str | None:
     )
 
 
+def refuse_adapter_path(model, role: str) -> None:
+    """
+    Refuse an adapter's folder where a trainer takes a whole model, or an adapter on its base model in memory.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            What was given as model.
+        role (`str`):
+            What the model is: `"student"`, `"proxy"`.
+
+    Raises:
+        ValueError: `model` is the path of an adapter.
+    """
+    if isinstance(model, str) and (Path(model) / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"The {role} {model} is an adapter. Hand in PeftModel.from_pretrained(base, {model!r}, is_trainable=True), or the "
+            "merged model."
+        )
+
+
 def load_adapter_student(path: str, base: str, **kwargs) -> PeftModel:
     """
     Load an adapter on its base model, to be trained further.

@@ -186,12 +186,13 @@ def refuse_no_steps(steps: int, what: str) -> None:
         steps (`int`):
             Optimizer steps taken.
         what (`str`):
-            What has ended: `"Distillation"`.
+            What has ended: `"Round 1"`.
 
     Raises:
-        ValueError: there were none.
+        [`~errors.NoStepsError`]: there were none.
     """
     if steps == 0:
-        raise ValueError(
-            f"{what} ended without an optimizer step: nothing was learned. Raise num_train_epochs or max_steps, or get more rows."
+        raise NoStepsError(
+            f"{what} took no optimizer step and learned nothing: the rows do not fill one batch, or num_train_epochs is 0. Get "
+            "more rows, or lower per_device_train_batch_size or gradient_accumulation_steps."
         )

@@ -10,6 +10,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ._compat import be_wrapped_again, keep_precision
+from .preflight import refuse_no_steps
 
 
 logger = logging.getLogger(__name__)
@@ -134,13 +135,7 @@ class ResumableRun:
         self._has_begun = True
         be_wrapped_again(self)
         output = super().train(checkpoint, *args, **kwargs)
-        if self.state.global_step == 0:
-            raise ValueError(
-                f"{type(self).__name__} took no optimizer step and learned nothing: the rows do not fill one batch, or "
-                f"num_train_epochs is 0. Get more rows, or lower per_device_train_batch_size "
-                f"({self.args.per_device_train_batch_size}) or gradient_accumulation_steps "
-                f"({self.args.gradient_accumulation_steps})."
-            )
+        refuse_no_steps(self.state.global_step, type(self).__name__)
         return output
 
     def _has_taken_all_steps(self, checkpoint: str) -> bool:

@@ -5,12 +5,13 @@ from collections.abc import Collection
 from datasets import ClassLabel, Dataset
 
 from ..data.teacher_data import row_names
+from ..data.teacher_files import ROW_COLUMN
 from ..errors import LLKDDataError
 from ..selection.collator import CARRIED_COLUMNS
 
 
 # What the default collator and the trainer know beside the tokenizer's own columns
-KNOWN_COLUMNS = (*CARRIED_COLUMNS, "label", "labels", "label_ids", "gold")
+KNOWN_COLUMNS = (*CARRIED_COLUMNS, ROW_COLUMN, "label", "labels", "label_ids", "gold")
 
 
 def check_labels(

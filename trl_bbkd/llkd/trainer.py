@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from ..data.teacher_data import places_of
+from ..data.teacher_files import ROW_COLUMN
 from ..errors import LLKDDataError
 from ..host._compat import get_config_model_id
+from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_tokenizer
 from ..host.resume import ResumableRun
 from ..hub.student import StudentHubMixin
@@ -135,6 +137,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         require_config(args, LLKDConfig, type(self).__name__)
+        refuse_adapter_path(model, "student")
         refuse_frozen_adapter(peft_config, "student")
         if not isinstance(model, str) and peft_config is None:
             refuse_frozen(model, "student")
@@ -285,6 +288,9 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         # An `eval_dataset` that was replaced
         if not is_training and isinstance(dataset, Dataset) and "input_ids" not in dataset.column_names:
             dataset = self._to_evaluate(dataset)
+        if isinstance(dataset, Dataset):
+            # By which errors name a row: no input, also where unused columns stay
+            dataset = without(dataset, (ROW_COLUMN,))
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_eval_dataloader(self, eval_dataset=None):

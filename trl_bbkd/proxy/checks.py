@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..data.teacher_data import answer_text, check_teacher_data
 from ..errors import ProxyModelError, TeacherDataError
-from ..host.model_paths import no_model
+from ..host.model_paths import no_model, refuse_adapter_path
 from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..soft_targets.vocabulary import check_vocabularies
 from .config import ProxyConfig
-from .model import ADAPTER_CONFIG, adapter_of, base_of_adapter
+from .model import adapter_of, base_of_adapter
 
 
 VOCABULARY_TEXTS = 256
@@ -124,13 +124,8 @@ def check_models(
     """
     refuse_prompt_learning(adapter_of(student) or peft_config, "student", NO_VIRTUAL_TOKENS)
     refuse_frozen_adapter(peft_config, "student")
-    if isinstance(student, str):
-        if (Path(student) / ADAPTER_CONFIG).is_file():
-            raise ValueError(
-                f"The student {student} is an adapter. Hand in PeftModel.from_pretrained(base, {student!r}, is_trainable=True), or "
-                "the merged model."
-            )
-    elif peft_config is None:
+    refuse_adapter_path(student, "student")
+    if not isinstance(student, str) and peft_config is None:
         refuse_frozen(student, "student")
     if isinstance(proxy, str):
         adapter = PeftConfig.from_pretrained(proxy) if base_of_adapter(proxy) is not None else None

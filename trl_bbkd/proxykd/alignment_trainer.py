@@ -14,6 +14,7 @@ from trl import DPOTrainer
 from ..data.teacher_data import is_tokenized, tokenize_teacher_data
 from ..errors import StageError, TeacherDataError
 from ..host._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
+from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
     refuse_frozen,
     refuse_frozen_adapter,
@@ -120,6 +121,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
         if args.use_vllm and args.world_size > 1:
             raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
+        refuse_adapter_path(model, "proxy")
         refuse_prompt_learning(adapter_of(model) or peft_config, "proxy", NO_VIRTUAL_TOKENS)
         refuse_frozen_adapter(peft_config, "proxy")
         if not isinstance(model, str) and peft_config is None:

@@ -22,7 +22,7 @@ from transformers import TrainerState
 from transformers.integrations import get_available_reporting_integrations
 
 from ..data.splitting import input_key, split_by_input
-from ..errors import RecipeError, TeacherDataError
+from ..errors import NoStepsError, RecipeError, TeacherDataError
 from ..host.resume import TRAINER_STATE_NAME
 from ..hub.model_card import write_card
 from ..hub.push import push_student
@@ -119,7 +119,7 @@ class Job:
 
     @contextlib.contextmanager
     def one_line_errors(self, kinds: type | tuple[type, ...] = (ValueError, ImportError, OSError)):
-        """What a trainer refuses, or cannot load, before it trains."""
+        """What a trainer refuses, or cannot load, before it trains; or with `kinds` what it says afterwards."""
         try:
             yield
         except kinds as error:
@@ -147,15 +147,10 @@ class Job:
     def run_training(self, trainer, seconds: dict[str, float]):
         """Train the student and save it; `None` if the recipe leaves that out."""
         self.shorten_log(trainer)
-        with timed(seconds, trainer._name):
+        with timed(seconds, trainer._name), self.one_line_errors(NoStepsError):
             output = trainer.train(resume_from_checkpoint=self.resume)
         if output is None:
             return None
-        if trainer.state.global_step == 0:
-            raise RecipeError(
-                "No optimizer step was taken: there is nothing to report. There are too few rows for one batch; lower "
-                "per_device_train_batch_size or gradient_accumulation_steps, or bring more rows."
-            )
         self.save(trainer)
         return output
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
 
@@ -95,6 +96,10 @@ class TextJob(Job):
         args = self.args
         if args.max_steps > 0:
             return args.max_steps
+        if isinstance(self.train, IterableDataset):
+            raise RecipeError(
+                "A stream has no end that is known, so that num_train_epochs means nothing. Set max_steps."
+            )
         sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return math.ceil(args.num_train_epochs * len(self.train) * self.method.samples_per_prompt / sequences)
 
@@ -108,7 +113,8 @@ class TextJob(Job):
         try:
             config = AutoConfig.from_pretrained(self.base or self.model, **hub)
         except (OSError, ValueError) as error:
-            raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
+            name = f"base_model_name_or_path of the adapter {self.model}" if self.base else "model_name_or_path"
+            raise RecipeError(no_model(name, self.base or self.model, "a student", error)) from error
         with self.one_line_errors():
             self.tokenizer = student_tokenizer(source, self.args, **sides, **hub)
         if not config.architectures:

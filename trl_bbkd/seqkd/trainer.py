@@ -153,7 +153,7 @@ def sft_rows(dataset, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: 
 
 
 def train_seqkd(
-    model: str,
+    model: str | PreTrainedModel,
     args,
     dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -171,8 +171,8 @@ def train_seqkd(
     Fine-tune the student on the teacher's answers and leave its best checkpoint in `output_dir`.
 
     Args:
-        model (`str`):
-            The student's checkpoint.
+        model (`str` or [`~peft.PeftModel`]):
+            The student's checkpoint, or an adapter on its base model.
         args ([`~trl.trainer.base_config._BaseConfig`]):
             The method's configuration. Optimizer and precision are taken from it, and there are as many prompts per
             optimizer step. Its schedule (linear to 0, after `warmup_steps`) and gradient clipping are the defaults of
