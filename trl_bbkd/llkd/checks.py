@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.signals import LLKDDataError
 from ..teacher_data import row_names
+from ..teacher_files import named
 
 
 # What the default collator and the trainer know beside the tokenizer's own columns
@@ -31,7 +32,7 @@ def check_labels(
     if column not in rows.column_names:
         advice = "Make it with `trl_bbkd.pseudo_label`" if where == "training" else "It is the true one there"
         raise LLKDDataError(
-            f"The {where} rows have no column `{column}`; columns found: {', '.join(rows.column_names)}. {advice}."
+            f"The {where} rows have no column `{column}`; columns found: {named(rows.column_names)}. {advice}."
         )
     feature = rows.features[column]
     if isinstance(feature, ClassLabel) and names is not None and feature.names != names:

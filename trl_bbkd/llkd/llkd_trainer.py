@@ -29,6 +29,7 @@ from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
 from ..teacher_data import places_of
+from ..teacher_files import named
 from ..trainer_hub import StudentHubMixin
 from .checks import check_all_classes, check_labels, check_token_rows, refuse_other_columns
 from .llkd_config import LLKDConfig
@@ -235,7 +236,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             if args.text_column not in rows.column_names:
                 raise LLKDDataError(
                     f"The {where} rows have no column `{args.text_column}`, and no `input_ids`; columns found: "
-                    f"{', '.join(rows.column_names)}. Name the column of the text in text_column."
+                    f"{named(rows.column_names)}. Name the column of the text in text_column."
                 )
             # Once for all processes: they find what the first one wrote
             with PartialState().main_process_first():
