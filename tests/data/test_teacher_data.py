@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,23 @@ class TestChecks:
         with pytest.raises(TeacherDataError, match=message):
             check_teacher_data(rows(*data))
 
+    @pytest.mark.parametrize("write", [json.dumps, str])
+    def test_messages_in_the_cells_of_a_csv_file(self, tmp_path, write):
+        path = tmp_path / "a.csv"
+        rows(("a", "b"), (write(USER), write(ASSISTANT))).to_csv(str(path))
+        with pytest.raises(TeacherDataError, match="Row 1: `prompt` and `completion` are messages written as text"):
+            check_teacher_data(load(path)[0])
+        # One of both may be a question about such text, or an answer to it
+        check_teacher_data(rows((write(USER), "b"), ("a", write(ASSISTANT))))
+
+    def test_the_columns_of_alpaca_as_the_error_says(self):
+        data = Dataset.from_dict({"instruction": ["a", "c"], "input": ["b", ""], "output": ["d", "e"]})
+        with pytest.raises(TeacherDataError) as error:
+            check_teacher_data(data)
+        (example,) = re.findall(r"dataset\.map\(.*\)(?=\.$)", str(error.value))
+        data = eval(example, {"dataset": data})
+        assert (data["prompt"][:], data["completion"][:]) == (["a\n\nb", "c"], ["d", "e"])
+
     def test_formats_mixed_between_rows(self, tmp_path):
         path = write_jsonl(tmp_path / "train.jsonl", ("a", "b"), (USER, ASSISTANT))
         with pytest.raises(TeacherDataError, match="Row 1: .*lists of messages, in earlier rows they are strings"):
@@ -251,6 +269,11 @@ class TestChecks:
             (("messages", "content"), "Split each conversation"),
             (("conversations",), r"row\[\"conversations\"\]\[-1:\]"),
             (("prompt", "chosen", "rejected"), "If `chosen` holds it, rename that column to `completion`"),
+            (
+                ("instruction", "input", "output"),
+                r"`instruction` and `input` together, `completion` is `output`. .*row\[\"output\"\]",
+            ),
+            (("text", "row_in_file"), "columns found: text[.]"),
         ],
     )
     def test_missing_column_names_the_likely_one(self, columns, message):

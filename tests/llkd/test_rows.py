@@ -31,8 +31,8 @@ class TestNames:
             find_class_names(make([0, 1]), None)
 
     def test_no_labels_at_all(self):
-        with pytest.raises(LLKDDataError, match="no column `label`.*columns found: text.*`trl_bbkd.pseudo_label`"):
-            find_class_names(Dataset.from_dict({"text": ["a"]}), NAMES)
+        with pytest.raises(LLKDDataError, match="no column `label`.*columns found: text[.].*`trl_bbkd.pseudo_label`"):
+            find_class_names(Dataset.from_dict({"text": ["a"], "row_in_file": [0]}), NAMES)
 
 
 class TestNumbers:

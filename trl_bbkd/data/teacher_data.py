@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ from datasets import Features, IterableDataset, List, Value
 from ..errors import TeacherDataError
 from .messages import ReasoningPolicy, answer_text, plain_messages, short
 from .rendering import ChatRenderer, end_token_id
-from .teacher_files import ROW_COLUMN, load_teacher_data, places_of, row_names
+from .teacher_files import ROW_COLUMN, load_teacher_data, named, places_of, row_names
 from .teacher_tokens import RENDERED_COLUMNS, Note, prompt_and_answer_ids, prompt_ids_of, prompt_token_ids
 
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 STREAMING_CHECK_ROWS = 1000
 FEW_ROWS = 8
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 # What is added to a user's rows
 INTERNAL_COLUMNS = ("prompt_ids", "teacher_ids", ROW_COLUMN)
 TOKEN_COLUMNS = {"prompt_ids", "teacher_ids"}
@@ -153,13 +155,18 @@ def _prompt_key(prompt) -> int:
 
 
 def _missing_column(column: str, columns: list[str]) -> str:
-    message = f"The teacher data has no column `{column}`; columns found: {', '.join(columns)}."
+    message = f"The teacher data has no column `{column}`; columns found: {named(columns)}."
     talk = next((name for name in ("messages", "conversations", "conversation") if name in columns), None)
     if talk is not None and "prompt" not in columns:
         return (
             f"{message} Split each conversation: `prompt` = all messages but the last, `completion` = [the last]. For "
             f'example dataset.map(lambda row: {{"prompt": row["{talk}"][:-1], "completion": row["{talk}"][-1:]}}, '
             f'remove_columns="{talk}"); a message is {{"role": ..., "content": ...}}.'
+        )
+    if column == "prompt" and {"instruction", "input", "output"}.issubset(columns):
+        return (
+            f"{message} `prompt` is `instruction` and `input` together, `completion` is `output`. For example "
+            'dataset.map(lambda row: {"prompt": f"{row[\'instruction\']}\\n\\n{row[\'input\']}".strip(), "completion": row["output"]}).'
         )
     nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.7)
     candidates = nearest + [name for name in COMMON_NAMES[column] if name in columns]
@@ -193,6 +200,11 @@ def _check_rows(batch: dict, places: list[int], conversational: bool | None) -> 
             answer = _answer(completion, row)
         else:
             prompt_text, answer = prompt, completion
+            if MESSAGES_AS_TEXT.match(prompt) and MESSAGES_AS_TEXT.match(completion):
+                raise TeacherDataError(
+                    f"Row {row}: `prompt` and `completion` are messages written as text ({short(prompt)}): the student would learn "
+                    "their brackets. Parse them into lists (a CSV file cannot hold those: save JSON Lines or Parquet)."
+                )
             for column in RENDERED_COLUMNS:
                 if batch.get(column) and batch[column][index]:
                     raise TeacherDataError(

@@ -40,6 +40,11 @@ def row_names(dataset) -> list[int]:
     return list(dataset[ROW_COLUMN]) if ROW_COLUMN in dataset.column_names else list(range(len(dataset)))
 
 
+def named(columns) -> str:
+    """The columns that a user knows, for an error."""
+    return ", ".join(column for column in columns if column != ROW_COLUMN)
+
+
 def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
     """
     Load the teacher's text.

@@ -6,6 +6,8 @@ from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import NoStepsError
+
 
 def require_config(args, config_type: type, trainer: str) -> None:
     """

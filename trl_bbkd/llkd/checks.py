@@ -5,7 +5,7 @@ from collections.abc import Collection
 from datasets import ClassLabel, Dataset
 
 from ..data.teacher_data import row_names
-from ..data.teacher_files import ROW_COLUMN
+from ..data.teacher_files import ROW_COLUMN, named
 from ..errors import LLKDDataError
 from ..selection.collator import CARRIED_COLUMNS
 
@@ -32,7 +32,7 @@ def check_labels(
     if column not in rows.column_names:
         advice = "Make it with `trl_bbkd.pseudo_label`" if where == "training" else "It is the true one there"
         raise LLKDDataError(
-            f"The {where} rows have no column `{column}`; columns found: {', '.join(rows.column_names)}. {advice}."
+            f"The {where} rows have no column `{column}`; columns found: {named(rows.column_names)}. {advice}."
         )
     feature = rows.features[column]
     if isinstance(feature, ClassLabel) and names is not None and feature.names != names:

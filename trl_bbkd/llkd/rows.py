@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset
 
+from ..data.teacher_files import named
 from ..errors import LLKDDataError
 
 
@@ -64,7 +65,7 @@ def find_class_names(rows: Dataset, labels: list[str] | None) -> list[str]:
     """
     if "label" not in rows.column_names:
         raise LLKDDataError(
-            f"The training rows have no column `label`, the teacher's; columns found: {', '.join(rows.column_names)}. Make "
+            f"The training rows have no column `label`, the teacher's; columns found: {named(rows.column_names)}. Make "
             "it with `trl_bbkd.pseudo_label`."
         )
     if labels is not None:
@@ -98,9 +99,7 @@ def with_class_numbers(rows: Dataset, column: str, names: list[str], where: str)
         [`~errors.LLKDDataError`]: a name that is none of the classes, or a number that is none.
     """
     if column not in rows.column_names:
-        raise LLKDDataError(
-            f"The {where} rows have no column `{column}`; columns found: {', '.join(rows.column_names)}."
-        )
+        raise LLKDDataError(f"The {where} rows have no column `{column}`; columns found: {named(rows.column_names)}.")
     feature = rows.features[column]
     values = rows[column][:]
     if column == "gold":

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..data.teacher_data import places_of
-from ..data.teacher_files import ROW_COLUMN
+from ..data.teacher_files import ROW_COLUMN, named
 from ..errors import LLKDDataError
 from ..host._compat import get_config_model_id
 from ..host.model_paths import refuse_adapter_path
@@ -239,7 +239,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             if args.text_column not in rows.column_names:
                 raise LLKDDataError(
                     f"The {where} rows have no column `{args.text_column}`, and no `input_ids`; columns found: "
-                    f"{', '.join(rows.column_names)}. Name the column of the text in text_column."
+                    f"{named(rows.column_names)}. Name the column of the text in text_column."
                 )
             # Once for all processes: they find what the first one wrote
             with PartialState().main_process_first():
