@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from trl_bbkd import launch
-from trl_bbkd.cli import find_accelerate_config, run_recipe, train_with_accelerate
+from trl_bbkd.cli import _say_how_to_go_on, find_accelerate_config, run_recipe, train_with_accelerate
 from trl_bbkd.runs import text_job
 
 
@@ -188,6 +189,13 @@ class TestInterrupted:
         assert interrupted("--output_dir", folder, checkpoint=True) == (
             f"Stopped. To go on: trl-bbkd train {recipe} --output_dir {folder} --resume_from_checkpoint true"
         )
+
+    def test_what_goes_on_by_itself(self, recipe, monkeypatch, capsys):
+        """The stages of a proxy are no checkpoints of the student, and not lost."""
+        monkeypatch.setattr(sys, "argv", [str(recipe)])
+        stopped = SimpleNamespace(method="proxykd", path=recipe, training_args=SimpleNamespace(output_dir="nowhere"))
+        _say_how_to_go_on(stopped)
+        assert capsys.readouterr().err.splitlines()[-1] == f"Stopped. To go on: trl-bbkd train {recipe}"
 
     def test_before_one(self, interrupted, recipe, tmp_path):
         folder = str(tmp_path / "out")

@@ -116,10 +116,13 @@ def _say_how_to_go_on(recipe) -> None:
         print("\nStopped before anything was trained.", file=sys.stderr)
         return
     from .runs.job import command
+    from .runs.methods import METHOD_RUNS
     from .runs.progress import can_go_on
 
     again = command(recipe.path, sys.argv).removesuffix(RESUME)
-    if can_go_on(recipe.training_args.output_dir):
+    if recipe.method in METHOD_RUNS and METHOD_RUNS[recipe.method].goes_on_by_itself:
+        print(f"\nStopped. To go on: {again}", file=sys.stderr)
+    elif can_go_on(recipe.training_args.output_dir):
         print(f"\nStopped. To go on: {again}{RESUME}", file=sys.stderr)
     else:
         print(f"\nStopped before the first checkpoint. To start again: {again}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_bbkd import BayesKDConfig, GADConfig, ProxyAlignmentConfig, ProxyKDConfig
@@ -100,6 +101,23 @@ def test_gad_learns_and_shows_the_templates_end_of_turn(tiny_model_dir, tmp_path
     trainer.save_model(str(tmp_path / "saved"))
     saved = GenerationConfig.from_pretrained(tmp_path / "saved")
     assert set(saved.eos_token_id) == {end, eos}
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_a_student_of_soft_targets_stops_there_too(tiny_model_dir, tmp_path, tokenizer, is_lora):
+    tokenizer.eos_token = "<|endoftext|>"
+    end, eos = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.generation_config.eos_token_id = eos
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")) if is_lora else model
+    settings = {"kl_weight": 0.0, "stages": ["distil"], "distil_on_all_rows": True, "max_steps": 1}
+    given = {"processing_class": tokenizer}
+    trainer = make_kd_trainer(tmp_path, model, None, make_rows(), held_out=0, trainer_kwargs=given, **settings)
+    trainer.train()
+    assert set(trainer.model.generation_config.eos_token_id) == {end, eos}
+    if not is_lora:
+        trainer.save_model(str(tmp_path / "saved"))
+        assert set(GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id) == {end, eos}
 
 
 def test_strings_end_with_the_tokenizers_end(tiny_model_dir, tmp_path, standard_rows, tokenizer):

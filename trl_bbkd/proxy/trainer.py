@@ -20,6 +20,7 @@ from transformers import (
 from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import TeacherDataCounts, is_tokenized, row_names, tokenize_teacher_data
 from ..errors import TeacherDataError
+from ..evaluation.student import end_token_ids
 from ..host._compat import keep_4bit_weights_differentiable
 from ..host.preflight import require_config, require_tokenizer
 from ..host.resume import last_finished_checkpoint
@@ -163,7 +164,10 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         )
         if self.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(self.model)
-        vocab_size = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.size(0)
+        student = self.accelerator.unwrap_model(self.model)
+        # So that it stops where the teacher's answers end, whoever uses it
+        student.generation_config.eos_token_id = end_token_ids(student, processing_class, teacher_rows[0]["prompt"])
+        vocab_size = student.get_output_embeddings().weight.size(0)
         self.proxy_stages = self._stages_type(
             proxy, args, stage_rows, held_out, processing_class, vocab_size, self.accelerator
         )

@@ -32,11 +32,11 @@ class Progress:
     def __init__(self, output_dir: str, settings: dict, is_new: bool = False):
         self.path = Path(output_dir) / PROGRESS_NAME
         self.settings = json.loads(json.dumps(settings, default=str))
-        found = [None if is_new else _read(self.path)]
-        # One process reads: the others may see the file when it is already further
-        broadcast_object_list(found)
-        same = found[0] is not None and found[0]["settings"] == self.settings
-        self.parts: dict[str, Any] = found[0]["parts"] if same else {}
+        found = None if is_new else _read(self.path)
+        parts = [found["parts"] if found is not None and found["settings"] == self.settings else {}]
+        # One process reads and compares: others may see the file when it is already further, and must not part ways
+        broadcast_object_list(parts)
+        self.parts: dict[str, Any] = parts[0]
         if is_new:
             self._write()
 
