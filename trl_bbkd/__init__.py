@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .teacher_data import load_teacher_data
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "BayesKDConfig",
     "BayesKDTrainer",
