@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .cli import OVERRIDES_HELP, add_version, run_recipe
+from .cli import OVERRIDES_HELP, RECIPE_HELP, add_version, run_recipe
 
 
 def main(arguments: list[str]) -> None:
@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> None:
         description="Train a recipe in this process. `trl-bbkd train` starts one process per GPU instead.",
     )
     add_version(parser)
-    parser.add_argument("recipe", help="a recipe, such as recipes/gad.yaml")
+    parser.add_argument("recipe", help=RECIPE_HELP)
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=OVERRIDES_HELP)
     options = parser.parse_args(arguments)
     run_recipe(options.recipe, options.overrides)

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -15,9 +17,7 @@ from .host.version import __version__
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
 RESUME = " --resume_from_checkpoint true"
 INTERRUPTED = 130  # as a shell reports it
-PACKAGE = Path(__file__).parent
-# In a checkout the configurations lie with the recipes; a wheel carries them inside the package.
-ACCELERATE_CONFIG_FOLDERS = (PACKAGE.parent / "recipes" / "accelerate_configs", PACKAGE / "accelerate_configs")
+RECIPE_HELP = "a recipe's file, or the name of one that comes with the package, such as gad"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,13 +33,31 @@ def main(arguments: list[str] | None = None) -> None:
         usage="trl-bbkd train RECIPE [--accelerate_config NAME|PATH] [accelerate launch flags] [overrides]",
         description="Train a recipe through `accelerate launch`.",
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a recipe, such as recipes/gad.yaml")
+    train.add_argument("recipe", metavar="RECIPE", help=f"{RECIPE_HELP}: `trl-bbkd recipes` lists them")
     train.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
         help="--accelerate_config with one of ddp, zero2, zero3, fsdp2 or a path; flags of `accelerate launch`, such "
         f"as --num_processes 2; {OVERRIDES_HELP}",
     )
+    commands.add_parser(
+        "recipes",
+        help="list the recipes that come with the package",
+        description="List the recipes that come with the package, one line each.",
+    )
+    init = commands.add_parser(
+        "init",
+        help="write a recipe to start from",
+        description="Write a commented recipe to start from, with your student and your teacher's rows.",
+    )
+    init.add_argument("method", metavar="METHOD", help="gad, proxykd, bayeskd or llkd")
+    init.add_argument("--student", required=True, metavar="MODEL", help="folder or Hub id of the student")
+    init.add_argument("--data", required=True, metavar="ROWS", help="file, folder or Hub id of the teacher's rows")
+    init.add_argument("--proxy", metavar="MODEL", help="folder or Hub id of the proxy, for proxykd and bayeskd")
+    init.add_argument("--labels", metavar="NAME", nargs="+", help="names of the classes, for llkd")
+    init.add_argument("--teacher", metavar="NAME", help="name of the teacher, for the report and the card")
+    init.add_argument("--output", metavar="FILE", help="the file to write, METHOD.yaml by default")
+    init.error = exit_with_error  # one line, without the usage
     push = commands.add_parser(
         "push",
         help="send a finished student to the Hub",
@@ -55,6 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "push":
         push_to_hub(options)
+    elif options.command == "recipes":
+        from .runs.shipped import recipe_list
+
+        print(recipe_list())
+    elif options.command == "init":
+        init_recipe(options)
     else:
         train_with_accelerate(options.recipe, options.arguments)
 
@@ -80,10 +104,13 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
 def _checked_recipe(recipe_file: str, overrides: list[str]):
 
     _pass_over_known_noise()
+    # `datasets` would tell a server that a file of this format was read
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     try:
         from .runs.recipe import load_recipe
+        from .runs.shipped import find_recipe
 
-        return load_recipe(recipe_file, overrides)
+        return load_recipe(find_recipe(recipe_file), overrides)
     except DistillationError as error:
         exit_with_error(error)
 
@@ -136,9 +163,10 @@ def train_with_accelerate(recipe_file: str, arguments: list[str]) -> None:
     _pass_over_known_noise()
     try:
         from .runs.recipe import check_keys
+        from .runs.shipped import find_recipe
 
         # Before the launcher, which takes seconds to import
-        check_keys(RecipeFile(recipe_file), arguments, {*launcher_options(), "--accelerate_config"})
+        check_keys(RecipeFile(find_recipe(recipe_file)), arguments, {*launcher_options(), "--accelerate_config"})
         _launch(recipe_file, arguments)
     except DistillationError as error:
         exit_with_error(error)
@@ -152,11 +180,12 @@ def _launch(recipe_file: str, arguments: list[str]) -> None:
 
     from .runs.recipe import check_recipe
     from .runs.recipe_file import one_line
+    from .runs.shipped import find_recipe
 
     launch_parser = launch_command_parser()
     launch_parser.add_argument("--accelerate_config", dest="config_file", type=find_accelerate_config)
     launch_parser.error = exit_with_error  # without pages of usage
-    launch_flags, overrides = check_recipe(recipe_file, arguments, launch_parser._option_string_actions)
+    launch_flags, overrides = check_recipe(find_recipe(recipe_file), arguments, launch_parser._option_string_actions)
     launch_arguments = launch_parser.parse_args([*launch_flags, "--module", "trl_bbkd", recipe_file, *overrides])
     try:
         launch_command(launch_arguments)
@@ -168,6 +197,18 @@ def _launch(recipe_file: str, arguments: list[str]) -> None:
         exit_with_error(one_line(error) + advice)
     except ValueError as error:
         exit_with_error(one_line(error))
+
+
+def init_recipe(options: argparse.Namespace) -> None:
+    """Write a recipe to start from."""
+    from .runs.new_recipe import write_recipe
+
+    arguments = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        path = write_recipe(**arguments)
+    except DistillationError as error:
+        exit_with_error(error)
+    print(f"Wrote {path}. Train it with: {shlex.join(['trl-bbkd', 'train', str(path)])}")
 
 
 def push_to_hub(options: argparse.Namespace) -> None:
@@ -191,7 +232,9 @@ def find_accelerate_config(name_or_path: str) -> str:
     """Path of an `accelerate` configuration: a file, or one of ours by name."""
     if Path(name_or_path).is_file():
         return name_or_path
-    folder = next(folder for folder in ACCELERATE_CONFIG_FOLDERS if folder.is_dir())
+    from .runs.shipped import ACCELERATE_CONFIGS, recipes_folder
+
+    folder = recipes_folder() / ACCELERATE_CONFIGS
     if not (folder / f"{name_or_path}.yaml").is_file():
         names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise argparse.ArgumentTypeError(f"{name_or_path!r} is neither a file nor one of {names}")

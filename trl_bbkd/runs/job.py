@@ -33,6 +33,7 @@ from .progress import TRAINED, Progress, can_go_on
 from .recipe import Recipe
 from .recipe_checks import check_packages
 from .recipe_file import RecipeFile, one_line
+from .shipped import recipe_path as path_of_recipe
 
 
 logger = logging.getLogger(__name__)
@@ -380,16 +381,17 @@ def command(recipe_path: Path | None, argv: list[str]) -> str | None:
         argv (`list[str]`):
             The process's `sys.argv`: the recipe is its program or its first argument.
     """
-    named = [index for index, argument in enumerate(argv[:2]) if recipe_path and same_file(recipe_path, argument)]
+    named = [index for index, argument in enumerate(argv[:2]) if recipe_path and same_recipe(recipe_path, argument)]
     if not named:
         return None
     overrides = argv[named[0] + 1 :]
-    path = display_path(str(recipe_path))
+    word = argv[named[0]]
+    path = display_path(str(recipe_path)) if Path(word).is_file() else word  # the name of a recipe of ours
     return shlex.join(["trl-bbkd", "train", path, *arguments_without_secrets(overrides)])
 
 
-def same_file(path: Path, other: str) -> bool:
-    return path.resolve() == Path(other).resolve()
+def same_recipe(path: Path, other: str) -> bool:
+    return path.resolve() == path_of_recipe(other).resolve()
 
 
 def settings(recipe: Recipe) -> dict:
