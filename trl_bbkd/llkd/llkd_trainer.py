@@ -26,7 +26,7 @@ from ..preflight import refuse_frozen, refuse_frozen_adapter, require_config, re
 from ..resume import ResumableRun
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.config import SELECTION_ARGUMENTS, check_batches
-from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
+from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin, check_confidences
 from ..selection.signals import LLKDDataError, class_entropy
 from ..selection.tally import UNKNOWN
 from ..teacher_data import places_of
@@ -266,6 +266,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             check_all_classes(rows, self._num_classes, self.class_names)
         if "gold" in rows.column_names:
             check_labels(rows, "gold", self._num_classes, self.class_names, "training", may_be_unknown=True)
+        if args.selection == "llkd":
+            check_confidences(rows)
         check_batches(len(rows), args)
 
     def _training_rows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLKDConfig) -> Dataset:
