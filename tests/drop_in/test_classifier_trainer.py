@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import TrainingArguments
 
 from tests.conftest import build_tokenizer
-from tests.llkd.helpers import LORA, build_encoder, make_rows, make_trainer
+from tests.llkd.helpers import LORA, build_encoder, make_rows, make_trainer, save_student
 from trl_bbkd import LLKDTrainer
 
 
@@ -45,9 +45,16 @@ def test_virtual_tokens_are_learned(tmp_path):
     assert all(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before)
 
 
-def test_a_pool_larger_than_the_rows_is_told_before_the_student_is_loaded(tmp_path):
+def test_what_is_wrong_with_a_selection_is_told_before_the_student_is_loaded(tmp_path, monkeypatch):
+    student = save_student(tmp_path / "student", build_encoder())
+    monkeypatch.setattr("trl_bbkd.llkd.llkd_trainer.load_student", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="A pool of 64 rows.*larger than the data set of 32"):
-        make_trainer(tmp_path, model=build_encoder(), pool_factor=16)
+        make_trainer(tmp_path, student, pool_factor=16)
+    rows = make_rows().remove_columns("teacher_confidence")
+    with pytest.raises(ValueError, match="needs a column `teacher_confidence`"):
+        make_trainer(tmp_path, student, rows)
+    with pytest.raises(ValueError, match="^Row 0: `teacher_confidence` is 85.0"):
+        make_trainer(tmp_path, student, rows.add_column("teacher_confidence", [85.0] * 32))
 
 
 def test_rows_that_fill_no_batch(tmp_path):

@@ -250,6 +250,8 @@ class TestRows:
         rows = [{**row, "teacher_confidence": 0.5} for row in make_rows(8)]
         with pytest.raises(ValueError, match="A pool of 16 rows.*larger than the data set of 8"):
             plain(tmp_path, tiny_model_dir, rows=rows, held_out=0, selection="llkd")
+        with pytest.raises(ValueError, match="needs a column `teacher_confidence`"):
+            plain(tmp_path, tiny_model_dir, rows=make_rows(40), held_out=0, selection="llkd")
 
     def test_max_length_that_leaves_no_answer_is_told_before_the_student_is_loaded(
         self, tmp_path, monkeypatch, tiny_model_dir

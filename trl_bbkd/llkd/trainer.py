@@ -30,7 +30,7 @@ from ..host.resume import ResumableRun
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.config import SELECTION_ARGUMENTS, check_batches
-from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
+from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin, check_confidences
 from ..selection.signals import class_entropy
 from ..selection.tally import UNKNOWN
 from .checks import check_all_classes, check_labels, check_token_rows, refuse_other_columns
@@ -267,6 +267,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             check_all_classes(rows, self._num_classes, self.class_names)
         if "gold" in rows.column_names:
             check_labels(rows, "gold", self._num_classes, self.class_names, "training", may_be_unknown=True)
+        if args.selection == "llkd":
+            check_confidences(rows)
         check_batches(len(rows), args)
 
     def _training_rows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: LLKDConfig) -> Dataset:

@@ -12,6 +12,7 @@ from ..errors import ProxyModelError, TeacherDataError
 from ..host.model_paths import no_model, refuse_adapter_path
 from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
+from ..selection.mixin import check_confidences
 from ..soft_targets.vocabulary import check_vocabularies
 from .config import ProxyConfig
 from .model import adapter_of, base_of_adapter
@@ -174,8 +175,11 @@ def check_enough_rows(rows: Dataset, args: ProxyConfig) -> None:
 
     Raises:
         ValueError: `dataloader_drop_last` drops all of them, or a pool of the selection is larger.
+        [`~errors.LLKDDataError`]: there is nothing to select by.
         [`~errors.TeacherDataError`]: `max_length` leaves no answer.
     """
+    if args.selection == "llkd":
+        check_confidences(rows)
     kept = len(rows)
     if args.max_length is not None and args.truncation_mode == "keep_start":
         kept = sum(any(label != -100 for label in labels[: args.max_length]) for labels in rows["labels"])

@@ -70,13 +70,7 @@ class LLKDMixin:
                 "selection='llkd' draws pools from shuffled rows and counts their groups: it needs a `Dataset`, not a stream. "
                 "Turn streaming off."
             )
-        if "teacher_confidence" not in rows.column_names:
-            raise LLKDDataError(
-                "selection='llkd' needs a column `teacher_confidence`, a number from 0 to 1 for each row. Make it with "
-                "`trl_bbkd.pseudo_label`, or from the teacher's token log-probabilities or the agreement of several answers "
-                "(trl_bbkd.selection.signals)."
-            )
-        check_confidence(rows["teacher_confidence"], row_names(rows))
+        check_confidences(rows)
         check_batches(len(rows), args)
         if "row_id" not in rows.column_names:
             self.train_dataset = rows.add_column("row_id", list(range(len(rows))))
@@ -286,3 +280,19 @@ class LLKDMixin:
                 raise ValueError(f"{checkpoint} is of {rows} rows, and `train_dataset` has {own_rows}.")
             self.selector.load_state_dict(state)
             self.tally.load_state_dict(counts)
+
+
+def check_confidences(rows: Dataset) -> None:
+    """
+    Refuse rows that no pool can be selected from. A trainer that has its rows before its student asks this first.
+
+    Raises:
+        [`~selection.signals.LLKDDataError`]: there is no `teacher_confidence`, or a row's is none.
+    """
+    if "teacher_confidence" not in rows.column_names:
+        raise LLKDDataError(
+            "selection='llkd' needs a column `teacher_confidence`, a number from 0 to 1 for each row. Make it with "
+            "`trl_bbkd.pseudo_label`, or from the teacher's token log-probabilities or the agreement of several answers "
+            "(trl_bbkd.selection.signals)."
+        )
+    check_confidence(rows["teacher_confidence"], row_names(rows))
