@@ -4,7 +4,7 @@ Does it help GAD to learn only from the prompts on which discriminator and stude
     OMP_NUM_THREADS=1 python benchmarks/gad_prompt_selection.py --output_dir output/ablations2
 
 The world, student, discriminator and rates are those of `tinyworld_ablations.py` with a discriminator that has not
-memorised the answers (second table of `docs/results.md`); what that script has built in `output_dir` is used again.
+memorised the answers (second table of `docs/results/gad.md`); what that script has built in `output_dir` is used again.
 Every step samples the groups of a pool of 64 prompts and keeps 32: student and discriminator learn from these alone.
 With d the discriminator's scores of a group's samples, s the student's mean log-probability per token of each, and r
 Pearson's correlation of d and s within the group, the 32 kept are those with the highest

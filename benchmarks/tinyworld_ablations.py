@@ -1,5 +1,5 @@
 """
-What each part of GAD is worth in tinyworld: `docs/results.md` is written from this script's table.
+What each part of GAD is worth in tinyworld: `docs/results/gad.md` is written from this script's table.
 
     python benchmarks/tinyworld_ablations.py --seeds 0 1 2 --output_dir output/ablations
 
