@@ -47,7 +47,15 @@ def test_keys_of_the_guides_exist(page):
 
     known = {
         field.name
-        for config in (BayesKDConfig, GADConfig, LLKDConfig, ProxyKDConfig, ModelConfig, ClassifierArguments, RecipeArguments)
+        for config in (
+            BayesKDConfig,
+            GADConfig,
+            LLKDConfig,
+            ProxyKDConfig,
+            ModelConfig,
+            ClassifierArguments,
+            RecipeArguments,
+        )
         for field in fields(config)
     }
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
