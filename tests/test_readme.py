@@ -1,4 +1,4 @@
-"""Every code block of the README is run as it stands, at a smaller size where it says so here."""
+"""Every code block of the README, and every first run of a method, is run as it stands, at a smaller size where it says so here."""
 
 import json
 import os
@@ -20,6 +20,8 @@ from trl_bbkd.runs.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+RUNS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/results/recipes.md").read_text(), flags=re.DOTALL)
+MOST_LINES = 110
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SMALL = "--use_cpu true --bf16 false --max_steps 2 --per_device_train_batch_size 8 --max_completion_length 12"
 
@@ -44,7 +46,13 @@ def run(command, cwd, timeout=900):
 
 
 def test_every_block_has_a_test():
-    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", *["bash"] * 4]
+    assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash"]
+    assert RUNS == [f"accelerate launch recipes/{method}.yaml\n" for method in ("gad", "proxykd", "bayeskd", "llkd")]
+    assert blocks("bash")[0].endswith(f"&& {RUNS[0]}")
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len(README.splitlines()) <= MOST_LINES
 
 
 def test_install_commands():
@@ -60,6 +68,7 @@ def test_first_command_in_small(tmp_path):
     process = run(f"{launch} --max_steps 4 --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
     assert "undistilled" in process.stdout and "SeqKD" in process.stdout
     check_run(tmp_path / "gad")
+    check_folders_are_told(tmp_path / "gad")
 
 
 @pytest.mark.slow
@@ -83,6 +92,14 @@ def check_run(folder):
     )
     process = subprocess.run([sys.executable, "-c", code, folder], env=ENVIRONMENT, capture_output=True, text=True)
     assert "generated_text" in process.stdout, process.stderr[-2000:]
+
+
+def check_folders_are_told(folder):
+    """What a run leaves, and its proxy's folder, stands in `docs/runs.md`."""
+    page = (ROOT / "docs/runs.md").read_text()
+    paths = [*folder.iterdir(), *folder.glob("proxy/*")]
+    names = {re.sub(r"-\d+$", "-N", path.name) + "/" * path.is_dir() for path in paths}
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 def test_python_example(tmp_path):
@@ -109,8 +126,7 @@ def test_teacher_file_and_recipe(tmp_path, tiny_model_dir):
 
 
 def test_proxykd_command_in_small(tmp_path):
-    command = blocks("bash")[3].strip()
-    assert command == "accelerate launch recipes/proxykd.yaml"
+    command = RUNS[1].strip()
     small = (
         f"--max_steps 4 --proxy_warmup_epochs 1 --alignment_epochs 1 --output_dir {shlex.quote(str(tmp_path / 'kd'))}"
     )
@@ -131,18 +147,18 @@ def test_proxykd_command_in_small(tmp_path):
     for text in ((tmp_path / "kd" / name).read_text() for name in ("report.md", "README.md")):
         for stage in ("proxy warm-up", "proxy alignment", "soft targets", "distillation"):
             assert f"| {stage} |" in text
+    check_folders_are_told(tmp_path / "kd")
 
 
 @pytest.mark.slow
 def test_proxykd_command_as_it_stands(tmp_path):
-    run(f"{blocks('bash')[3].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
+    run(f"{RUNS[1].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
     results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
     assert results["Proxy-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
 
 
 def test_bayeskd_command_in_small(tmp_path):
-    command = blocks("bash")[4].strip()
-    assert command == "accelerate launch recipes/bayeskd.yaml"
+    command = RUNS[2].strip()
     folder = tmp_path / "bayeskd"
     small = f"--max_steps 4 --proxy_warmup_epochs 1 --prior_weight 1 --output_dir {shlex.quote(str(folder))}"
     process = run(f"{command} {small}", ROOT)
@@ -160,18 +176,18 @@ def test_bayeskd_command_in_small(tmp_path):
     for stage in ("proxy warm-up", "estimate of the teacher", "distillation"):
         assert f"| {stage} |" in report and f"| {stage} |" in card
     assert "## Calibration of the estimate" in report and "context that was seen once" in report
+    check_folders_are_told(folder)
 
 
 @pytest.mark.slow
 def test_bayeskd_command_as_it_stands(tmp_path):
-    run(f"{blocks('bash')[4].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
+    run(f"{RUNS[2].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
     results = json.loads((tmp_path / "bayeskd/metrics.json").read_text())["results"]
     assert results["Bayes-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
 
 
 def test_llkd_command_in_small(tmp_path):
-    command = blocks("bash")[5].strip()
-    assert command == "accelerate launch recipes/llkd.yaml"
+    command = RUNS[3].strip()
     folder = tmp_path / "llkd"
     small = f"--max_steps 12 --selection_warmup_steps 4 --output_dir {shlex.quote(str(folder))}"
     process = run(f"{command} {small}", ROOT)
@@ -190,11 +206,12 @@ def test_llkd_command_in_small(tmp_path):
     )
     process = subprocess.run([sys.executable, "-c", code, folder], env=ENVIRONMENT, capture_output=True, text=True)
     assert "'label': 'travel'" in process.stdout, process.stderr[-2000:]
+    check_folders_are_told(folder)
 
 
 @pytest.mark.slow
 def test_llkd_command_as_it_stands(tmp_path):
-    run(f"{blocks('bash')[5].strip()} --output_dir {shlex.quote(str(tmp_path / 'llkd'))}", ROOT)
+    run(f"{RUNS[3].strip()} --output_dir {shlex.quote(str(tmp_path / 'llkd'))}", ROOT)
     results = json.loads((tmp_path / "llkd/metrics.json").read_text())["results"]
     f1 = {name: found["macro_f1"] for name, found in results.items()}
     assert f1["LLKD"] > f1["all rows"] > f1["random rows"] > f1["undistilled"]
