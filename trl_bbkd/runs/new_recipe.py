@@ -108,5 +108,9 @@ def _input(option: str, value: str, folder: Path) -> str:
     return value
 
 
-def _line(name: str, value) -> str:
-    return yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True, width=10**6).rstrip("\n")
+def _line(name: str, value: str | list[str] | None) -> str:
+    # A list in its braces keeps to the line
+    entry = {name: value}
+    if isinstance(value, list):
+        return yaml.safe_dump(entry, default_flow_style=True, allow_unicode=True, width=10**6).strip("{}\n")
+    return yaml.safe_dump(entry, default_flow_style=False, allow_unicode=True, width=10**6).rstrip("\n")
