@@ -146,7 +146,7 @@ def test_every_recipe_finds_its_inputs_in_the_wheel(run, environment):
     code = """
 from pathlib import Path
 from trl_bbkd.cli import find_accelerate_config
-from trl_bbkd.recipe import import_callable, load_recipe
+from trl_bbkd.runs.recipe import import_callable, load_recipe
 from trl_bbkd.runs.shipped import shipped_recipes
 for name, file in shipped_recipes().items():
     recipe = load_recipe(file, ["--use_cpu", "true", "--bf16", "false"])
