@@ -11,6 +11,7 @@ from trl_bbkd.evaluation.student import (
     evaluate_teacher,
     generate_completion_ids,
     generate_completions,
+    judge,
     teacher_nll,
 )
 
@@ -145,6 +146,10 @@ class TestEvaluateStudent:
         assert 0 < metrics["distinct_share@t1.0"] < 1
         assert not any(name.startswith(("valid", "distinct_valid")) or "t0.7" in name for name in metrics)
         assert metrics["truncated@greedy"] == 1.0 and metrics["length@greedy"] == 1.0
+
+    def test_judge_without_names(self):
+        with pytest.raises(ValueError, match="must return a dict of lists, one for each metric by its name; got list"):
+            judge(lambda prompts, texts: [1.0], ["a"], ["b"])
 
     def test_judge_that_returns_too_little(self, student, tokenizer, rows):
         with pytest.raises(ValueError, match="one number for each of the 6 completions; .*'valid': 1"):

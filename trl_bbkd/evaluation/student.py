@@ -344,6 +344,10 @@ def evaluate_teacher(
 def judge(sample_metrics: SampleMetrics, prompts: list, texts: list[str]) -> dict[str, list[float]]:
     """Call the judge and check what it returns: numbers, one a text."""
     judged = sample_metrics(prompts, texts)
+    if not isinstance(judged, dict):
+        raise ValueError(
+            f"`sample_metrics` must return a dict of lists, one for each metric by its name; got {type(judged).__name__}."
+        )
     lengths = {name: len(values) for name, values in judged.items()}
     if not lengths or any(length != len(texts) for length in lengths.values()):
         raise ValueError(

@@ -19,7 +19,7 @@ AT_LEAST_ONE = (
     "eval_samples",
 )
 NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "beta")
-POSITIVE = ("temperature",)
+POSITIVE = ("temperature", "repetition_penalty")
 QUANTIZATION = 'pip install "trl-bbkd[quantization]"'
 OPTIMIZERS_OF_BITSANDBYTES = ("bnb", "paged", "lion", "ademamix", "adamw_8bit")
 # Module, and how it is installed
@@ -102,6 +102,12 @@ def _requirement(name: str, value: Any) -> str | None:
         return None if value >= 1 else "at least 1"
     if name in POSITIVE:
         return None if 0 < value < math.inf else "a number above 0"
+    if name == "top_k":
+        return None if value >= 0 else "at least 1, or 0 for all tokens"
+    if name == "min_p":
+        return None if 0 <= value <= 1 else "from 0 to 1"
+    if name in ("seed", "data_seed"):
+        return None if 0 <= value < 2**32 else "from 0 to 2**32 - 1"
     if name == "top_p":
         return None if 0 < value <= 1 else "above 0 and at most 1"
     if name in NOT_NEGATIVE or name.endswith("learning_rate"):
