@@ -47,7 +47,7 @@ def test_virtual_tokens_are_learned(tmp_path):
 
 def test_what_is_wrong_with_a_selection_is_told_before_the_student_is_loaded(tmp_path, monkeypatch):
     student = save_student(tmp_path / "student", build_encoder())
-    monkeypatch.setattr("trl_bbkd.llkd.llkd_trainer.load_student", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr("trl_bbkd.llkd.trainer.load_student", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match="A pool of 64 rows.*larger than the data set of 32"):
         make_trainer(tmp_path, student, pool_factor=16)
     rows = make_rows().remove_columns("teacher_confidence")
