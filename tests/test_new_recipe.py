@@ -1,6 +1,8 @@
 """`trl-bbkd init`."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ NEEDED = {
     "bayeskd": ["--proxy", "some/proxy"],
     "llkd": ["--labels", "yes", "no"],
 }
+INIT_OPTIONS = {"--student", "--data", "--proxy", "--labels", "--teacher", "--output"}
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
@@ -119,3 +122,14 @@ def test_errors_are_one_line(folder, capsys, command, message):
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(("error: " + message, "trl-bbkd: error: " + message))
     assert (folder / "there.yaml").read_text() == "mine" and not (folder / "gad.yaml").exists()
+
+
+def test_the_command_of_the_docs(folder, capsys):
+    docs = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    *_, command = re.findall(r"```bash\n(.*?)\n```", docs, flags=re.DOTALL)
+    (folder / "teacher.jsonl").write_text((folder / "answers.jsonl").read_text())
+    program, *arguments = shlex.split(command)
+    main(arguments)
+    assert program == "trl-bbkd" and Path("gad.yaml").is_file()
+    for option in re.findall(r"`(--\w+)`", docs):
+        assert option in INIT_OPTIONS
