@@ -1,6 +1,8 @@
 """`trl-bbkd init`."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,16 @@ def test_errors_are_one_line(folder, capsys, command, message):
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(("error: " + message, "trl-bbkd: error: " + message))
     assert (folder / "there.yaml").read_text() == "mine" and not (folder / "gad.yaml").exists()
+
+
+def test_the_command_of_the_docs(folder, capsys):
+    docs = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    *_, command = re.findall(r"```bash\n(.*?)\n```", docs, flags=re.DOTALL)
+    (folder / "teacher.jsonl").write_text((folder / "answers.jsonl").read_text())
+    program, *arguments = shlex.split(command)
+    main(arguments)
+    assert program == "trl-bbkd" and Path("gad.yaml").is_file()
+    with pytest.raises(SystemExit):
+        main(["init", "--help"])
+    known = re.findall(r"^  (--\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert {*re.findall(r"`(--\w+)`", docs)} == {*known}
