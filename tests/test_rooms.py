@@ -69,7 +69,10 @@ SHARED = ("runs", "reports", "hub", "evaluation", "data", "host", "seqkd", "cli.
 MAY_NAME_A_METHOD = {
     ("cli.py", "a recipe's file, or the name of one that comes with the package, such as gad"),
     ("runs/shipped.py", "They bring models and data, and run on 2 CPU cores (trl-bbkd train gad):"),
-    ("runs/text_job.py", ", which writes no text: take a causal language model. (For a classifier there is `method: llkd`.)"),
+    (
+        "runs/text_job.py",
+        ", which writes no text: take a causal language model. (For a classifier there is `method: llkd`.)",
+    ),
     ("hub/student.py", "llkd"),  # the rule of selection
 }
 
@@ -90,7 +93,11 @@ def words(tree):
 def test_shared_code_knows_no_method_by_name():
     """But for the one line that a method has in `METHODS`."""
     name = re.compile("|".join((*METHODS, "proxy-kd", "bayes-kd")), re.IGNORECASE)
-    files = [file for room in SHARED for file in ([PACKAGE / room] if room.endswith(".py") else (PACKAGE / room).rglob("*.py"))]
+    files = [
+        file
+        for room in SHARED
+        for file in ([PACKAGE / room] if room.endswith(".py") else (PACKAGE / room).rglob("*.py"))
+    ]
     found = {
         (str(file.relative_to(PACKAGE)), word)
         for file in files

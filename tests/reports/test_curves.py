@@ -49,13 +49,13 @@ def test_no_line_crosses_a_legend(tmp_path, figures, name):
 def test_columns_of_a_legend():
     assert legend_columns(["GAD", "SeqKD"], 200) == 2
     assert legend_columns(["x" * 30, "y" * 30], 200) == 1
-    assert legend_columns(["a", "b" * 20, "c"], 200) == 2
+    assert legend_columns(["a", "b" * 20, "c"], 180) == 2
 
 
 def test_a_ripple_is_no_cliff(tmp_path, figures):
     report = make_proxykd_report(copy.deepcopy(STAGES))
     for stage in report.stages:
-        for entry in stage["metrics"]:
+        for entry in (entry for entry in stage["metrics"] if "nll" in entry):
             entry["top1_agreement"], entry["nll"] = 0.55, 1.5
     for points in report.curves.values():
         for number, point in enumerate(points):

@@ -21,7 +21,7 @@ from trl_bbkd.reports.report import (
     without_secrets,
     write_report,
 )
-from trl_bbkd.reports.text_report import TextReport, decline, table_metrics
+from trl_bbkd.reports.text_report import decline, table_metrics
 
 
 def metrics(valid, nll):

@@ -18,6 +18,7 @@ from ..reports.axes import (
     run_figure,
     set_title,
     share_axis,
+    steps_drawn,
 )
 from ..reports.report import UNDISTILLED, Report
 
@@ -64,7 +65,7 @@ def plot_curves(report: Report, path: str | Path) -> None:
     draw_line(panels[3], log, f"selection/{signal}_dropped", THIRD, "dropped rows")
     set_title(panels[3], "Teacher's labels that are right" if report.teacher_labels else "Teacher's confidence")
 
-    last_step = max((entry["step"] for entry in report.log_history), default=0)
+    last_step = steps_drawn(report)
     for axes in (main, *panels):
         share_axis(axes)
         mark_steps(axes, report.warmup_steps, last_step, label=axes is main)
@@ -75,5 +76,6 @@ def plot_curves(report: Report, path: str | Path) -> None:
     # One key to the classes of three panels, below them, where many have room
     handles, labels = panels[0].get_legend_handles_labels()
     columns = legend_columns(labels, 72 * figure.get_figwidth())
-    figure.legend(handles, labels, loc="outside lower right", ncols=columns, **LEGEND)
+    if labels:
+        figure.legend(handles, labels, loc="outside lower right", ncols=columns, **LEGEND)
     figure.savefig(path, dpi=150)

@@ -8,6 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .report import Report
+
 
 STUDENT, SECOND, THIRD, INK, PALE, SHADE = "#2563eb", "#0d9488", "#d97706", "#374151", "#9ca3af", "#eef0f4"
 STYLE = {"fontsize": 9, "color": INK}
@@ -71,7 +73,14 @@ def reach(axes, low: float, high: float) -> None:
     axes.set_ylim(min(bottom, low), max(top, high))
 
 
+def steps_drawn(report: Report) -> int:
+    """The last optimizer step that something is drawn at."""
+    entries = [*report.log_history, *(point for points in report.curves.values() for point in points)]
+    return max((entry["step"] for entry in entries), default=0)
+
+
 def mark_steps(axes, warmup_steps: float, last_step: int, label: bool) -> None:
+    """A horizontal axis of optimizer steps, those of the warm-up shaded."""
     axes.set_xlim(0, last_step or 1)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if warmup_steps > 0:

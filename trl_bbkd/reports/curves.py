@@ -14,6 +14,7 @@ from .axes import (
     run_figure,
     set_title,
     share_axis,
+    steps_drawn,
 )
 from .report import SEQKD, TEACHER, UNDISTILLED, Report
 
@@ -42,7 +43,7 @@ def plot_curves(report: Report, path: str | Path) -> None:
 
     over_steps = report.draw_panels(panels)
 
-    last_step = max((entry["step"] for entry in report.log_history), default=0)
+    last_step = steps_drawn(report)
     for axes in (main, *over_steps):
         mark_steps(axes, report.warmup_steps, last_step, label=axes is main)
     for row in ([main], panels[:2], panels[2:]):

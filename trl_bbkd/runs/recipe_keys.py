@@ -29,8 +29,8 @@ def recipe_keys(method: str) -> set[str] | None:
     Names of the fields that a recipe of `method` may set, `method` and `env` aside.
 
     Returns:
-        `set[str]`: the names; `None` if an installed library keeps its classes elsewhere than the tested one, and only
-        the parser can tell.
+        `set[str]`: the names; `None` if an installed library keeps its classes elsewhere than the tested one, or a method
+        from outside names them in another way than ours do, and only the parser can tell.
     """
     found = load_method(method)
     try:
@@ -45,9 +45,12 @@ def recipe_keys(method: str) -> set[str] | None:
 
 
 def own_keys(method: str) -> set[str]:
-    """Of [`recipe_keys`], those that the method or this package defines, and not TRL."""
+    """Of [`recipe_keys`], those that the method or this package defines, and not TRL; none where that cannot be told."""
     found = load_method(method)
-    return _fields_of(found.config, own=True) | _fields_of(found.arguments, own=True)
+    try:
+        return _fields_of(found.config, own=True) | _fields_of(found.arguments, own=True)
+    except LookupError:
+        return set()
 
 
 def launcher_options() -> set[str]:
