@@ -1,39 +1,15 @@
-"""The proxy on disk: a model, or an adapter on one."""
+"""Causal language models on disk: whole, or an adapter on one."""
 
-import hashlib
-import json
-import os
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import ProxyModelError
+from .model_paths import base_of_adapter
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
-
-
-def base_of_adapter(path: str) -> str | None:
-    """
-    The model that an adapter on disk belongs to; `None` if `path` is no adapter.
-
-    Raises:
-        [`ProxyModelError`]: it does not say, or the model is not there.
-    """
-    config = Path(path) / ADAPTER_CONFIG
-    if not config.is_file():
-        return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    looks_local = bool(base) and base.startswith((".", "/", "~"))
-    if not base or (looks_local and not Path(base).is_dir()):
-        where = f"its base model {base} is not there" if base else "it does not name its base model"
-        raise ProxyModelError(
-            f"The proxy {path} is a LoRA adapter, and {where}. Set `base_model_name_or_path` in its {ADAPTER_CONFIG} to "
-            "the model it was trained on, or hand in the merged model."
-        )
-    return base
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_of(model: str | PreTrainedModel | PeftModel | None) -> PeftConfig | None:
@@ -41,57 +17,55 @@ def adapter_of(model: str | PreTrainedModel | PeftModel | None) -> PeftConfig | 
     return model.active_peft_config if isinstance(model, PeftModel) else None
 
 
-def load_proxy(path: str, trainable: bool = False, **kwargs) -> PreTrainedModel | PeftModel:
+def load_model(path: str, trainable: bool = False, **kwargs) -> PreTrainedModel | PeftModel:
     """
-    Load a proxy.
+    Load a causal language model.
 
     Args:
         path (`str`):
-            A model on disk or on the Hub, or a LoRA adapter on disk.
+            A model on disk or on the Hub, or a LoRA adapter on disk. An adapter that was saved with more embeddings than
+            its base model has gets a base model with as many.
         trainable (`bool`, *optional*, defaults to `False`):
             Whether an adapter is to be trained further.
         **kwargs:
             Passed to `from_pretrained` of the model.
 
     Raises:
-        [`ProxyModelError`]: an adapter without its base model.
+        ValueError: an adapter without its base model.
     """
     base = base_of_adapter(path)
     model = AutoModelForCausalLM.from_pretrained(base or path, **kwargs)
-    return model if base is None else PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    if base is None:
+        return model
+    rows = saved_embeddings(path, model)
+    if rows is not None and rows != model.get_input_embeddings().weight.size(0):
+        # What the added ones are comes with the adapter
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(model, path, is_trainable=trainable)
 
 
-def save_proxy(proxy: PreTrainedModel | PeftModel, tokenizer, folder: str | Path) -> None:
-    """Write a proxy and its tokenizer; of an adapted model the trained adapter alone."""
-    selected = {"selected_adapters": ["default"]} if isinstance(proxy, PeftModel) else {}
-    proxy.save_pretrained(folder, **selected)
+def saved_embeddings(adapter: str, base: PreTrainedModel) -> int | None:
+    """Rows of the input embedding that lies in an adapter's folder, where PEFT puts one that was resized or trained."""
+    file = Path(adapter).expanduser() / ADAPTER_WEIGHTS
+    if not file.is_file():
+        return None
+    embedding = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    with safe_open(file, framework="pt") as tensors:
+        name = f"base_model.model.{embedding}.weight"
+        return tensors.get_slice(name).get_shape()[0] if name in tensors.keys() else None
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer, folder: str | Path) -> None:
+    """Write a model and its tokenizer; of an adapted model the trained adapter alone."""
+    selected = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **selected)
     tokenizer.save_pretrained(folder)
 
 
-def load_weights(proxy: PreTrainedModel | PeftModel, folder: str | Path) -> None:
-    """Give a proxy in memory the weights of one on disk: of an adapted model those of the trained adapter."""
-    if isinstance(proxy, PeftModel):
-        set_peft_model_state_dict(proxy, load_peft_weights(str(folder), device="cpu"), "default")
+def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+    """Give a model in memory the weights of one on disk: of an adapted model those of the trained adapter."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), "default")
     else:
-        saved = type(proxy).from_pretrained(folder, dtype=proxy.dtype)
-        proxy.load_state_dict(saved.state_dict())
-
-
-def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
-    """
-    What tells one checkpoint from another without loading it: for a folder a hash of its weight files, of which evenly
-    spaced pieces are read, and of an adapter's base model; else the name and revision.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"{path}@{revision or 'main'}"
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = os.path.getsize(file)
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as weights:
-            for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
-                weights.seek(offset)
-                digest.update(weights.read(SAMPLE_BYTES))
-    base = base_of_adapter(path)
-    return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())

@@ -26,7 +26,7 @@ from ..errors import NoStepsError, RecipeError, TeacherDataError
 from ..host.resume import TRAINER_STATE_NAME
 from ..hub.model_card import write_card
 from ..hub.push import push_student
-from ..proxy.model import checkpoint_fingerprint
+from ..host.model_paths import checkpoint_fingerprint
 from ..reports.report import UNDISTILLED, Report, arguments_without_secrets, without_secrets, write_report
 from .console import PrinterCallback, ProgressCallback, ShortPrinter, ShortProgress
 from .progress import TRAINED, Progress, can_go_on
