@@ -8,16 +8,17 @@ import pytest
 from tests.selection.helpers import make_sft_trainer, selection_rows
 from trl_bbkd.bayeskd import ngram_coding
 from trl_bbkd.errors import LLKDDataError
+from trl_bbkd.host.files import write_atomically
 from trl_bbkd.hub.push import stage_student
-from trl_bbkd.proxy.stage import begin_stage, finish_stage
-from trl_bbkd.proxykd import alignment_trainer
-from trl_bbkd.proxykd.sampling import sample_completions
-from trl_bbkd.soft_targets.store import TargetStoreWriter, write_atomically
+from trl_bbkd.preference import rounds
+from trl_bbkd.preference.sampling import sample_completions
+from trl_bbkd.proxy.stage_folder import begin_stage, finish_stage
+from trl_bbkd.soft_targets.store import TargetStoreWriter
 
 
 def write_samples(folder):
     rows = [{"prompt": "a", "completion": "b"}]
-    sample_completions(folder, rows, lambda prompts, seed: ([[1]], ["c"]), 1, 0)
+    sample_completions(folder, rows, lambda prompts, seed: ([[1]], ["c"]), 1, 0, "proxy")
 
 
 WRITERS = {
@@ -26,7 +27,7 @@ WRITERS = {
     "stage finished": (lambda folder: finish_stage(folder, {"k": 1}, {}), "stage.json"),
     "store": (lambda folder: TargetStoreWriter(folder, 2, {"proxy": "p"}), "store.json"),
     "text": (lambda folder: write_atomically(folder / "a.json", "{}"), "a.json"),
-    "alignment": (lambda folder: alignment_trainer._write_json(folder / "round.json", {}), "round.json"),
+    "round": (lambda folder: rounds._write(folder / "round.json", {}), "round.json"),
     "n-grams": (lambda folder: ngram_coding.write_description(folder / "table.json", {}, None), "table.json"),
 }
 

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.errors import NGramError, StageError, TargetStoreError
-from trl_bbkd.proxy.model import load_proxy
+from trl_bbkd.host.model_files import load_model
 from trl_bbkd.seqkd.trainer import sft_rows
 from trl_bbkd.soft_targets.store import TargetStore
 
@@ -265,7 +265,7 @@ class TestStages:
         found = stored_targets(TargetStore(tmp_path / "run/proxy/targets/posterior"))
         assert len(found) == 16
         # The posterior is of the adapted proxy: the merged model gives the same, and its base another
-        merged = load_proxy(str(tmp_path / "run/proxy/warmup")).merge_and_unload()
+        merged = load_model(str(tmp_path / "run/proxy/warmup")).merge_and_unload()
         for proxy, is_same in ((merged, True), (other_model_dir, False)):
             folder = tmp_path / f"from {is_same}"
             make_trainer(folder, tiny_model_dir, proxy, stages=["estimate"], **settings).train()

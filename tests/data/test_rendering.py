@@ -20,7 +20,7 @@ from trl_bbkd.data.teacher_data import (
 )
 from trl_bbkd.errors import TeacherDataError
 from trl_bbkd.evaluation.student import evaluate_student, evaluate_teacher, generate_completion_ids, teacher_nll
-from trl_bbkd.proxykd.sampling import ModelSampler
+from trl_bbkd.preference.sampling import ModelSampler
 from trl_bbkd.seqkd.trainer import sft_rows
 from trl_bbkd.soft_targets.rows import soft_target_rows
 

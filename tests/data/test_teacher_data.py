@@ -225,6 +225,10 @@ class TestChecks:
             ([(USER, [{"role": "assistant", "content": " "}])], "Row 0: `completion` is empty"),
             ([([], ASSISTANT)], "Row 0: `prompt` is empty"),
             ([([{"role": "user", "content": ""}], ASSISTANT)], "Row 0: `prompt` is empty"),
+            (
+                [(USER + ASSISTANT + USER, ASSISTANT), (USER + ASSISTANT, ASSISTANT)],
+                "Row 1: `prompt` ends with a message of the assistant, .*, and the completion would be a second turn",
+            ),
             ([([{"content": "a"}], ASSISTANT)], "Row 0: `prompt` holds .*'role'"),
             (
                 [(["text"], ASSISTANT)],

@@ -11,7 +11,7 @@ from trl_bbkd.data.teacher_data import check_teacher_data, row_names, tokenize_t
 from trl_bbkd.errors import LLKDDataError, TeacherDataError
 from trl_bbkd.llkd.trainer import tokenize as tokenize_texts
 from trl_bbkd.proxy.checks import check_tokens
-from trl_bbkd.proxykd.splits import split_rows
+from trl_bbkd.proxykd.stage_rows import split_rows
 from trl_bbkd.reports.report import counts_table
 from trl_bbkd.soft_targets.rows import soft_target_rows
 

@@ -7,7 +7,7 @@ import sys
 from peft import LoraConfig
 
 from tests.proxykd.helpers import LORA, make_aligner
-from trl_bbkd.proxykd import sampling
+from trl_bbkd.preference import sampling
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 
 

@@ -7,9 +7,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_bbkd.errors import TeacherDataError
-from trl_bbkd.proxy.model import load_proxy
+from trl_bbkd.host.model_files import load_model
+from trl_bbkd.preference.sampling import read_samples
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
-from trl_bbkd.proxykd.sampling import read_samples, sample_completions
 
 from .helpers import LORA, assert_same_weights, make_aligner, make_rows, run_processes, weights
 
@@ -137,7 +137,7 @@ def test_what_is_left_on_disk(tmp_path, other_model_dir, trainer_kwargs):
         tmp_path, other_model_dir, trainer_kwargs=trainer_kwargs, save_strategy="steps", save_steps=1
     )
     trainer.train()
-    proxy = load_proxy(str(tmp_path))
+    proxy = load_model(str(tmp_path))
     assert isinstance(proxy, PeftModel) == bool(trainer_kwargs)
     final = proxy_weights(trainer)
     found = {name: value for name, value in weights(proxy).items() if name in final}
@@ -191,19 +191,8 @@ def test_back_to_the_proxy_that_was_handed_in(tmp_path, other_model_dir, monkeyp
     assert trainer.best_round == 0 and len(trainer.rounds) == 2
     assert_same_weights(proxy_weights(trainer), start)
     if not in_memory:
-        saved = weights(load_proxy(str(tmp_path)))
+        saved = weights(load_model(str(tmp_path)))
         assert all(torch.equal(saved[name], value) for name, value in start.items())
-
-
-def test_samples_with_unusual_line_ends(tmp_path):
-    text = "a\u2028b\u2029c\x85d\re"
-    rows = [{"prompt": text, "completion": text}] * 3
-    for _ in range(2):  # made, then read
-        ids = sample_completions(
-            tmp_path, rows, lambda prompts, seed: ([[1]] * len(prompts), [text] * len(prompts)), 1, 0
-        )
-        assert ids == [[1]] * 3
-    assert read_samples(tmp_path / "00000.jsonl")[0]["proxy"] == text
 
 
 @pytest.mark.parametrize(("lora", "save_steps"), [(False, 1), (True, 2)], ids=["full", "lora"])

@@ -6,10 +6,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_bbkd.errors import StageError
-from trl_bbkd.proxy.model import load_proxy
-from trl_bbkd.proxykd import alignment_trainer
+from trl_bbkd.host.model_files import load_model
+from trl_bbkd.preference.sampling import read_samples
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
-from trl_bbkd.proxykd.sampling import read_samples
 
 from .helpers import LORA, assert_same_weights, make_aligner, make_rows, weights
 from .test_alignment import RecordingTrainer, proxy_weights
@@ -78,7 +77,7 @@ def test_no_two_files_of_samples_have_one_seed(tmp_path, other_model_dir, monkey
             seeds.append(seed)
             return [[7, 8]] * len(prompts), ["x"] * len(prompts)
 
-    monkeypatch.setattr(alignment_trainer, "ModelSampler", Sampler)
+    monkeypatch.setattr("trl_bbkd.preference.trainer.ModelSampler", Sampler)
     for number, seed in enumerate((42, 43)):
         make_aligner(tmp_path / str(number), other_model_dir, sample_batch_size=1, seed=seed).train()
     assert len(seeds) == len(set(seeds)) == 8  # two runs of two rounds with two files each
@@ -109,7 +108,7 @@ def test_dora_is_aligned_saved_and_the_reference(tmp_path, other_model_dir):
         first, last = [line for line in losses if line["round"] == number]
         assert first["rewards/margins"] == pytest.approx(0, abs=1e-6) and last["rewards/margins"] > 1e-3
 
-    saved = load_proxy(str(tmp_path))
+    saved = load_model(str(tmp_path))
     final = proxy_weights(trainer)
     assert_same_weights({name: value for name, value in weights(saved).items() if name in final}, final)
     again = make_aligner(tmp_path, other_model_dir, **config)

@@ -14,7 +14,7 @@ from tests.conftest import build_model
 from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.errors import ProxyModelError, StageError, TargetStoreError, TeacherDataError, VocabularyError
-from trl_bbkd.proxy.model import load_proxy
+from trl_bbkd.host.model_files import load_model
 from trl_bbkd.proxykd.weights import row_weights
 from trl_bbkd.seqkd.trainer import sft_rows
 from trl_bbkd.soft_targets.store import TargetStore
@@ -153,13 +153,13 @@ class TestStages:
         trainer.train()
         for stage in ("warmup", "align"):
             assert (tmp_path / "proxy" / stage / "adapter_model.safetensors").is_file()
-        warmed, aligned = (weights(load_proxy(str(tmp_path / "proxy" / stage))) for stage in ("warmup", "align"))
+        warmed, aligned = (weights(load_model(str(tmp_path / "proxy" / stage))) for stage in ("warmup", "align"))
         assert any(not torch.equal(value, aligned[name]) for name, value in warmed.items() if "lora_B" in name)
         assert all(value.abs().sum() > 0 for name, value in weights(trainer.model).items() if "lora_B" in name)
         # The targets are the aligned proxy's, not those of the one before or of its base
         store = TargetStore(tmp_path / "proxy/targets")
-        aligned = load_proxy(str(tmp_path / "proxy/align"))
-        warmed = load_proxy(str(tmp_path / "proxy/warmup"))
+        aligned = load_model(str(tmp_path / "proxy/align"))
+        warmed = load_model(str(tmp_path / "proxy/warmup"))
         for row in trainer.train_dataset.select(range(3)):
             stored = torch.from_numpy(store[row["row_key"]].label_log_probs)
             torch.testing.assert_close(stored, label_log_probs(aligned, row), atol=1e-4, rtol=1e-4)
@@ -171,7 +171,7 @@ class TestStages:
         trainer = make_kd_trainer(tmp_path, tiny_model_dir, proxy)
         trainer.train()
         for stage in ("warmup", "align"):
-            found, expected = (weights(load_proxy(str(root / "proxy" / stage))) for root in (tmp_path, finished[1]))
+            found, expected = (weights(load_model(str(root / "proxy" / stage))) for root in (tmp_path, finished[1]))
             assert_same_weights(found, expected)
         assert_same_weights(weights(trainer.model), weights(finished[0].model))
 

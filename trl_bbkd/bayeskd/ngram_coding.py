@@ -1,13 +1,13 @@
 """Contexts of tokens as integers, and the files that say what counts were made from."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import NGramError
+from ..host.files import write_atomically
 
 
 TABLE_FILE, MODEL_FILE, KEYS_FILE, CUMULATIVE_FILE = "table.json", "model.json", "keys.u64", "cumulative.u32"
@@ -114,6 +114,4 @@ def read_description(path: Path) -> dict:
 
 def write_description(path: Path, description: dict, fingerprint: dict[str, str] | None) -> None:
     description = {"version": FORMAT_VERSION} | description | {"fingerprint": fingerprint or {}}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(description) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(description) + "\n")

@@ -15,10 +15,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import TargetStoreError
-from ..proxy.stage import finish_stage, finished_stage
+from ..host.files import write_atomically
+from ..proxy.stage_folder import finish_stage, finished_stage
 from ..proxy.stages import ProxyStages, release_memory, store_metrics
 from ..soft_targets.caching import StoreSpec, fill_stores, rows_fingerprint
-from ..soft_targets.store import TargetStore, check_description, read_description, write_atomically
+from ..soft_targets.store import TargetStore, check_description, read_description
 from .calibration import DRAWS, HeldOutTokens, calibration, hits
 from .config import BayesKDConfig
 from .ngram import NGramModel, answer_contexts, build_ngram_model

@@ -2,8 +2,7 @@ from datasets import Dataset
 
 from ..data.teacher_data import end_token_id, row_names
 from ..errors import TeacherDataError
-from ..proxy.trainer import ProxyTargetTrainer
-from ..selection.config import SELECTION_ARGUMENTS
+from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import BayesKDConfig
 from .stages import BayesKDRows, BayesKDStages
 from .top_logprobs import TOP_LOGPROBS, check_top_logprobs
@@ -74,24 +73,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
     eprint       = {arXiv:2401.07013v1},
 }""",
     }
-    _same_when_resumed = (
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        # A checkpoint brings its own, whatever is asked for
-        "learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "hard_weight",
-        "prior_weight",
-        "posterior_weight",
-        "distillation_temperature",
-        "target_store",
-        "target_top_k",
-        "target_tail",
-        "stages",
-        *SELECTION_ARGUMENTS,
-    )
+    _same_when_resumed = (*SAME_WHEN_RESUMED, "prior_weight", "posterior_weight")
     _config_type = BayesKDConfig
     _stages_type = BayesKDStages
     _without_proxy = "posterior_weight=0.0 leaves the hard loss and the prior, which need none."

@@ -30,6 +30,7 @@ __all__ = [
     "prompt_ids_of",
     "prompt_token_ids",
     "row_names",
+    "tokenize_as_configured",
     "tokenize_teacher_data",
 ]
 
@@ -196,8 +197,15 @@ def _check_rows(batch: dict, places: list[int], conversational: bool | None) -> 
                 f"{kinds[conversational]}; use one format throughout."
             )
         if conversational:
-            prompt_text = "".join(message["content"] for message in plain_messages(prompt, f"Row {row}: `prompt`"))
+            messages = plain_messages(prompt, f"Row {row}: `prompt`")
+            prompt_text = "".join(message["content"] for message in messages)
             answer = _answer(completion, row)
+            if prompt_text.strip() and messages[-1]["role"] == "assistant":
+                raise TeacherDataError(
+                    f"Row {row}: `prompt` ends with a message of the assistant, {short(messages[-1]['content'])}, and the "
+                    "completion would be a second turn after it. An answer is a whole turn: put the user's message last, or, "
+                    "where the teacher went on with that text, put both into the completion."
+                )
         else:
             prompt_text, answer = prompt, completion
             if MESSAGES_AS_TEXT.match(prompt) and MESSAGES_AS_TEXT.match(completion):
@@ -348,6 +356,33 @@ def tokenize_teacher_data(
         for warning in _warnings(counts, dataset, max_completion_length, held_out):
             logger.warning(warning)
     return dataset.remove_columns(NOTES), counts
+
+
+def tokenize_as_configured(dataset, tokenizer, args, *, max_length: int | None = None, held_out: bool = False):
+    """
+    [`tokenize_teacher_data`] with what a configuration says of it. Rows that went through it are returned as they are.
+
+    Args:
+        dataset, tokenizer, max_length, held_out:
+            As in [`tokenize_teacher_data`].
+        args ([`~config.TeacherTextConfig`]):
+            Configuration, or one with the same fields.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, TeacherDataCounts | None]`: the rows, and their counts if they were made here.
+    """
+    if is_tokenized(dataset):
+        return dataset, None
+    return tokenize_teacher_data(
+        dataset,
+        tokenizer,
+        max_completion_length=args.max_completion_length,
+        max_prompt_length=args.max_prompt_length,
+        max_length=max_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+        reasoning=args.reasoning,
+        held_out=held_out,
+    )
 
 
 def _no_room(row: int, length: int, max_completion_length: int, max_length: int) -> str:

@@ -151,6 +151,14 @@ def end_token_ids(model, tokenizer, prompt: str | list) -> list[int]:
     return list(dict.fromkeys([end_token_id(tokenizer, prompt), tokenizer.eos_token_id, *own]))
 
 
+def with_one_end(ids: list[int], ends: list[int], end: int) -> list[int]:
+    """
+    A student's answer that ends as the teacher's do: a model may end its own with any of several tokens, and which one is
+    no sign of quality.
+    """
+    return [*ids[:-1], end] if ids and ids[-1] in ends else list(ids)
+
+
 def pad_rows(rows: list[list[int]], pad_id: int, device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask, both of shape `(B, L)`, padded on `side` (`"left"` or `"right"`)."""
     tensors = [torch.tensor(row) for row in rows]

@@ -9,18 +9,23 @@ from ..host.preflight import (
     refuse_prompt_learning,
     refuse_short_embeddings,
     require_config,
+    require_model,
 )
 from .config import GADConfig
+from .discriminator import Discriminator
 
 
-def check_arguments(reward_funcs, args, optimizers: tuple, tools, environment_factory) -> None:
+def check_arguments(model, discriminator, reward_funcs, args, optimizers: tuple, tools, environment_factory) -> None:
     """
     Refuse what [`~trl.GRPOTrainer`] takes and GAD does not, before anything is read.
 
     Raises:
-        TypeError: `args` is no [`GADConfig`], or stands in the place of `reward_funcs`.
+        TypeError: a model is none; `args` is no [`GADConfig`], or stands in the place of `reward_funcs`.
         ValueError: tools, environments, or a schedule beside `warmup_learning_rate`.
     """
+    require_model(model, "GADTrainer")
+    if discriminator is not None and not isinstance(discriminator, Discriminator):
+        require_model(discriminator, "GADTrainer", "discriminator")
     if isinstance(reward_funcs, TrainingArguments):
         raise TypeError(
             "The second argument of GADTrainer is reward_funcs, as in GRPOTrainer. Name the configuration: "

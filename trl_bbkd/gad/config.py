@@ -4,7 +4,7 @@ from typing import Any, Literal
 from trl import GRPOConfig
 
 from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
-from .inherited import check_choices, refuse_without_effect
+from .config_checks import check_choices, refuse_without_effect
 
 
 @dataclass

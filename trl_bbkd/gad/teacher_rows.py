@@ -3,7 +3,7 @@ import logging
 from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..data.teacher_data import TeacherDataCounts, is_tokenized, tokenize_teacher_data
+from ..data.teacher_data import TeacherDataCounts, is_tokenized, tokenize_as_configured
 from ..errors import TeacherDataError
 from ..host.preflight import refuse_too_few_rows
 from .config import GADConfig
@@ -53,15 +53,8 @@ class TeacherRows:
             )
         if is_tokenized(rows) or any(rows is stream for stream in self._streams):
             return rows
-        rows, self.counts[split] = tokenize_teacher_data(
-            rows,
-            self.tokenizer,
-            max_completion_length=self.args.max_completion_length,
-            max_prompt_length=self.args.max_prompt_length,
-            max_length=self.max_length,
-            chat_template_kwargs=self.args.chat_template_kwargs,
-            reasoning=self.args.reasoning,
-            held_out=split != "train",
+        rows, self.counts[split] = tokenize_as_configured(
+            rows, self.tokenizer, self.args, max_length=self.max_length, held_out=split != "train"
         )
         logger.info(self.counts[split])
         if isinstance(rows, IterableDataset):

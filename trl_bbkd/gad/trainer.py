@@ -18,7 +18,8 @@ from transformers import (
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
-from ..evaluation.student import SampleMetrics, judge
+from ..evaluation.means import EvaluationMeans
+from ..evaluation.student import SampleMetrics, judge, with_one_end
 from ..host._compat import fused_forward, keep_4bit_weights_differentiable
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_frozen_adapter, require_tokenizer
@@ -33,12 +34,11 @@ from .discriminator import Discriminator
 from .discriminator_setup import resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .embeddings import match_embeddings
-from .held_out import HeldOutMetrics
-from .resumable import DISCRIMINATOR_FOLDER, ResumableGAD
+from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
 from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
 from .stabilizers import without_length_effect
-from .stages import TwoStageGAD
 from .teacher_rows import TeacherRows
+from .warmup import TwoStageGAD
 
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             Not supported: the teacher's answers are text, written without the tools or the environment of a rollout.
 
     Raises:
-        TypeError: If `args` is no [`GADConfig`], or `processing_class` no tokenizer.
+        TypeError: If a model is none, `args` no [`GADConfig`], or `processing_class` no tokenizer.
         TeacherDataError: If the teacher text breaks the contract, before any model is loaded.
         ValueError: If a model that is to be trained is frozen, has no embedding for some token or no adapter that can
             learn; if there are fewer prompts than one generation batch has; with `tools` or `environment_factory`.
@@ -142,7 +142,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         discriminator_peft_config: PeftConfig | None = None,
         sample_metrics: SampleMetrics | None = None,
     ):
-        check_arguments(reward_funcs, args, optimizers, tools, environment_factory)
+        check_arguments(model, discriminator, reward_funcs, args, optimizers, tools, environment_factory)
         refuse_adapter_path(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
@@ -222,7 +222,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             self.critic_trainer = CriticTrainer(critic, args, self.accelerator)
         self._estimate_advantages = AdvantageEstimator(args, self.accelerator, self.critic_trainer)
         self.sample_metrics = sample_metrics
-        self._held_out = HeldOutMetrics(self.accelerator)
+        self._held_out = EvaluationMeans(self.accelerator)
         if self.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(self.model, self.discriminator)
             # A saturated discriminator's gradients are denormal numbers, on which CPUs are many times slower
@@ -349,10 +349,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         return [row // num_generations for row in range(first, first + num_rows)]
 
     def _collect_pairs(self, inputs: list[dict], completion_ids: list[list[int]]) -> PairBatch:
-        end, eos_ids = self._end_id, self.eos_token_ids
-        # A model may end its answer with any of several ids. Which one is no sign of quality: show the discriminator one,
-        # that of the teacher's answers
-        student_ids = [ids[:-1] + [end] if ids and ids[-1] in eos_ids else list(ids) for ids in completion_ids]
+        student_ids = [with_one_end(list(ids), self.eos_token_ids, self._end_id) for ids in completion_ids]
         numbers = self._prompt_numbers(len(inputs))
         first_rows = [row for row, number in enumerate(numbers) if row == 0 or number != numbers[row - 1]]
         return PairBatch(

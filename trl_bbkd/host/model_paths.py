@@ -5,9 +5,6 @@ import json
 import os
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
 
 ADAPTER_CONFIG = "adapter_config.json"
 SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
@@ -30,10 +27,10 @@ def no_model(name: str, path: str, what: str, error: Exception) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         reason = "the folder has no config.json" if not (folder / "config.json").is_file() else _first_line(error)
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or os.sep != "/" and os.sep in path:
+    elif _names_a_folder(path):
         reason = f"there is no folder {folder.absolute()}"
     else:
-        reason = _first_line(error)
+        reason = f"{_first_line(error).rstrip('.')}, and there is no folder {folder.absolute()}"
     return f"{name}={path!r} is neither a folder with {what} nor a model on the Hub: {reason.rstrip('.')}."
 
 
@@ -41,30 +38,49 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def base_name(folder: Path) -> str | None:
-    """The model that an adapter in a folder says it was trained on; `None` if it does not say, or there is no adapter."""
-    config = folder / ADAPTER_CONFIG
-    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
-
-
-def base_of_student(path: str) -> str | None:
+def base_of_adapter(path: str, what: str | None = None) -> str | None:
     """
     The model that a LoRA adapter in a folder was trained on; `None` if `path` is no such folder.
 
+    Args:
+        path (`str`):
+            A model on disk or on the Hub, or a LoRA adapter on disk.
+        what (`str`, *optional*):
+            What the message calls it, such as `"The proxy runs/adapter"`. By default the path.
+
+    Returns:
+        `str`: its base model, which is a folder that is there, or may be an id of the Hub.
+
     Raises:
-        ValueError: the adapter does not name its base model, or it is not there.
+        ValueError: the adapter does not name its base model, or names a folder that is not there.
     """
     folder = Path(path).expanduser()
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    base = base_name(folder)
-    if base and (not base.startswith((".", "/", "~")) or Path(base).expanduser().is_dir()):
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base and Path(base).expanduser().is_dir():
+        return str(Path(base).expanduser())
+    if base and not _names_a_folder(base):
         return base
-    where = f"its base model {base} is not there" if base else "it does not name its base model"
+    where = "it does not name its base model"
+    if base:
+        where = f"its base model {base} is not there"
+        if not Path(base).expanduser().is_absolute():
+            where += f" (a relative path, looked for from {Path.cwd()})"
     raise ValueError(
-        f"model_name_or_path={path!r} is an adapter, and {where}. Set base_model_name_or_path in its {ADAPTER_CONFIG}, or "
-        "merge it into its base model and name that."
+        f"{what or path} is an adapter, and {where}. Set `base_model_name_or_path` in its {ADAPTER_CONFIG} to the model it was "
+        "trained on, or hand in the merged model."
     )
+
+
+def base_of_student(path: str) -> str | None:
+    """[`base_of_adapter`] of a recipe's student."""
+    return base_of_adapter(path, f"model_name_or_path={path!r}")
+
+
+def _names_a_folder(path: str) -> bool:
+    """Whether `path` is none that an id of the Hub could be."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (os.sep != "/" and os.sep in path)
 
 
 def refuse_adapter_path(model, role: str) -> None:
@@ -80,26 +96,11 @@ def refuse_adapter_path(model, role: str) -> None:
     Raises:
         ValueError: `model` is the path of an adapter.
     """
-    if isinstance(model, str) and (Path(model) / ADAPTER_CONFIG).is_file():
+    if isinstance(model, str) and (Path(model).expanduser() / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"The {role} {model} is an adapter. Hand in PeftModel.from_pretrained(base, {model!r}, is_trainable=True), or the "
             "merged model."
         )
-
-
-def load_adapter_student(path: str, base: str, **kwargs) -> PeftModel:
-    """
-    Load an adapter on its base model, to be trained further.
-
-    Args:
-        path (`str`):
-            Folder of the adapter.
-        base (`str`):
-            Its base model, as of [`base_of_student`].
-        **kwargs:
-            Passed to `from_pretrained` of the base model.
-    """
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), path, is_trainable=True)
 
 
 def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
@@ -118,5 +119,5 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
             for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
                 weights.seek(offset)
                 digest.update(weights.read(SAMPLE_BYTES))
-    base = base_name(folder)
+    base = base_of_adapter(path)
     return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")

@@ -31,6 +31,26 @@ def require_config(args, config_type: type, trainer: str) -> None:
         )
 
 
+def require_model(model, trainer: str, argument: str = "model") -> None:
+    """
+    Args:
+        model:
+            What was given as model.
+        trainer (`str`):
+            The trainer's name.
+        argument (`str`, *optional*, defaults to `"model"`):
+            Name of its argument.
+
+    Raises:
+        TypeError: neither a path nor a model with a configuration.
+    """
+    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise TypeError(
+            f"{argument} of {trainer} must be a path or an id of the Hub (`str`), a `PreTrainedModel` or a `PeftModel`, got "
+            f"{type(model).__name__}."
+        )
+
+
 def require_tokenizer(processing_class, trainer: str) -> None:
     """
     Args:

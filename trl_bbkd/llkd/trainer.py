@@ -25,7 +25,7 @@ from ..data.teacher_files import ROW_COLUMN, named
 from ..errors import LLKDDataError
 from ..host._compat import get_config_model_id
 from ..host.model_paths import refuse_adapter_path
-from ..host.preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_tokenizer
+from ..host.preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_model, require_tokenizer
 from ..host.resume import ResumableRun
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
@@ -133,6 +133,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         peft_config: PeftConfig | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
     ):
+        require_model(model, type(self).__name__)
         self._student_path = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")

@@ -9,13 +9,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from ..data.teacher_data import answer_text, check_teacher_data
 from ..errors import ProxyModelError, TeacherDataError
-from ..host.model_paths import no_model, refuse_adapter_path
+from ..host.model_files import adapter_of
+from ..host.model_paths import base_of_adapter, no_model, refuse_adapter_path
 from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..selection.mixin import check_confidences
 from ..soft_targets.vocabulary import check_vocabularies
 from .config import ProxyConfig
-from .model import adapter_of, base_of_adapter
 
 
 VOCABULARY_TEXTS = 256
@@ -23,6 +23,19 @@ TRAINING_STAGES = {"warmup", "align"}  # those that train the proxy
 NO_VIRTUAL_TOKENS = (
     "soft targets and their loss are computed in the model below the adapter, without its virtual tokens"
 )
+
+
+def base_of_proxy(path: str) -> str | None:
+    """
+    [`~host.model_paths.base_of_adapter`] of a proxy.
+
+    Raises:
+        [`~errors.ProxyModelError`]: it does not name its base model, or that is not there.
+    """
+    try:
+        return base_of_adapter(path, f"The proxy {path}")
+    except ValueError as error:
+        raise ProxyModelError(str(error)) from error
 
 
 def check_proxy(
@@ -64,7 +77,7 @@ def check_proxy(
             "The proxy is an adapter whose base model has no path, from which the next stage could read it. Save the base model, "
             "and hand in an adapter on its path."
         )
-    if isinstance(proxy, str) and base_of_adapter(proxy) is not None and args.proxy_lora_kwargs is not None:
+    if isinstance(proxy, str) and base_of_proxy(proxy) is not None and args.proxy_lora_kwargs is not None:
         raise ProxyModelError(
             f"The proxy {proxy} is a LoRA adapter already, which is trained further. Leave proxy_lora_kwargs out."
         )
@@ -91,17 +104,17 @@ def check_shared_vocabulary(
         [`~errors.ProxyModelError`]: there is no model at the proxy's path.
     """
     in_memory = not isinstance(proxy, str)
+    base = None if in_memory else base_of_proxy(proxy)
     try:
-        proxy_config = (
-            proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
-        )
+        proxy_config = proxy.config if in_memory else AutoConfig.from_pretrained(base or proxy, **hub_kwargs)
     except OSError as error:
-        raise ProxyModelError(no_model("proxy_model", proxy, "a model", error)) from error
+        name = "proxy_model" if base is None else f"base_model_name_or_path of the adapter {proxy}"
+        raise ProxyModelError(no_model(name, base or proxy, "a model", error)) from error
     path = proxy.config._name_or_path if in_memory else proxy
     # A model made in memory has no tokenizer of its own
     if path:
         has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
-        source = path if has_own else base_of_adapter(path) or path
+        source = path if has_own else base_of_proxy(path) or path
         proxy_tokenizer = AutoTokenizer.from_pretrained(source, **hub_kwargs)
         first_rows = rows.select(range(min(len(rows), VOCABULARY_TEXTS)))
         check_teacher_data(first_rows)
@@ -129,7 +142,7 @@ def check_models(
     if not isinstance(student, str) and peft_config is None:
         refuse_frozen(student, "student")
     if isinstance(proxy, str):
-        adapter = PeftConfig.from_pretrained(proxy) if base_of_adapter(proxy) is not None else None
+        adapter = PeftConfig.from_pretrained(proxy) if base_of_proxy(proxy) is not None else None
     else:
         adapter = adapter_of(proxy)
         if proxy is not None and TRAINING_STAGES.intersection(args.stages):

@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import TargetStoreError
 from ..host._compat import keep_4bit_weights_differentiable
-from ..host.model_paths import checkpoint_fingerprint
+from ..host.model_files import load_model, save_model
+from ..host.model_paths import base_of_adapter, checkpoint_fingerprint
 from ..host.preflight import refuse_no_steps
 from ..host.resume import checkpoints, last_finished_checkpoint
 from ..seqkd.trainer import SHARED_ARGUMENTS, sft_rows
@@ -26,8 +27,7 @@ from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import TargetStore, check_description, read_description
 from .agreement import teacher_agreement
 from .config import ProxyConfig
-from .model import base_of_adapter, load_proxy, save_proxy
-from .stage import begin_stage, finish_stage, finished_stage
+from .stage_folder import begin_stage, finish_stage, finished_stage
 
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class ProxyStages:
         refuse_no_steps(trainer.state.global_step, "The proxy's training")
         proxy = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.args.should_save:
-            save_proxy(proxy, self.tokenizer, folder)
+            save_model(proxy, self.tokenizer, folder)
         trainer.accelerator.wait_for_everyone()
         if self.held_out is not None:
             metrics.append({"at": "after", **self._agreement(proxy)})
@@ -210,14 +210,14 @@ class ProxyStages:
 
     def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
         """The proxy in evaluation mode, loaded if it is on disk; of a model that was handed in, the weights stay."""
-        proxy = load_proxy(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
+        proxy = load_model(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
         proxy = proxy.to(self.accelerator.device).eval()
         check_head(proxy)
         return proxy
 
     def _trainable_proxy(self) -> str | PreTrainedModel | PeftModel:
         if isinstance(self.proxy, str) and self._is_adapter:
-            return load_proxy(self.proxy, trainable=True, **self._init_kwargs())
+            return load_model(self.proxy, trainable=True, **self._init_kwargs())
         return self.proxy
 
     @property

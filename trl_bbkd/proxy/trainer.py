@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from ..data.student_tokenizer import student_tokenizer
-from ..data.teacher_data import TeacherDataCounts, is_tokenized, row_names, tokenize_teacher_data
+from ..data.teacher_data import row_names, tokenize_as_configured
 from ..errors import TeacherDataError
 from ..evaluation.student import end_token_ids
 from ..host._compat import keep_4bit_weights_differentiable
-from ..host.preflight import require_config, require_tokenizer
+from ..host.preflight import require_config, require_model, require_tokenizer
 from ..host.resume import last_finished_checkpoint
 from ..host.sharding import refuse_sharding
+from ..selection.config import SELECTION_ARGUMENTS
 from ..seqkd.trainer import sft_rows
 from ..soft_targets.caching import model_fingerprint
 from ..soft_targets.rows import soft_target_rows
@@ -36,6 +37,23 @@ from .stages import ProxyStages
 
 
 logger = logging.getLogger(__name__)
+
+SAME_WHEN_RESUMED = (
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    # A checkpoint brings its own, whatever is asked for
+    "learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "hard_weight",
+    "distillation_temperature",
+    "target_store",
+    "target_top_k",
+    "target_tail",
+    "stages",
+    *SELECTION_ARGUMENTS,
+)
 
 
 class ProxyTargetTrainer(SoftTargetTrainer):
@@ -60,7 +78,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             As in [`~trl.SFTTrainer`].
 
     Raises:
-        TypeError: If `args` is another trainer's configuration, or `processing_class` no tokenizer.
+        TypeError: If a model is none, `args` another trainer's configuration, or `processing_class` no tokenizer.
         TeacherDataError: If the teacher text breaks the contract or a stage has no rows, before any model is loaded.
         VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
         ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
@@ -91,6 +109,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
+        require_model(model, type(self).__name__)
         student_path = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(proxy_model, TrainingArguments):
             if args is not None:
@@ -111,6 +130,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         if not isinstance(eval_dataset, Dataset | None):
             raise TeacherDataError(f"eval_dataset must be one `Dataset`, not {_kind(eval_dataset)}.")
         proxy = args.proxy_model if proxy_model is None else proxy_model
+        if proxy is not None:
+            require_model(proxy, type(self).__name__, "proxy_model")
         self._needs_proxy = args.needs_proxy and not self._has_targets(args)
         if self._needs_proxy:
             check_proxy(proxy, model, args, self._name, self._without_proxy)
@@ -136,10 +157,14 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         self._context = min((size for size in contexts if size), default=None)
         shared_size = self._shared_size = min(each.get_text_config().vocab_size for each in configs)
 
-        teacher_rows, train_counts = self._tokenized(train_dataset, processing_class, args)
+        teacher_rows, train_counts = tokenize_as_configured(
+            train_dataset, processing_class, args, max_length=self._context
+        )
         held_out, held_out_counts = None, None
         if eval_dataset is not None:
-            held_out, held_out_counts = self._tokenized(eval_dataset, processing_class, args, held_out=True)
+            held_out, held_out_counts = tokenize_as_configured(
+                eval_dataset, processing_class, args, max_length=self._context, held_out=True
+            )
         self._check_rows(teacher_rows, processing_class, shared_size)
         stage_rows, student_teacher_rows = self._divide(teacher_rows, args)
         for part in stage_rows:
@@ -181,27 +206,6 @@ class ProxyTargetTrainer(SoftTargetTrainer):
 
     # Rows, whichever door they come through
 
-    def _tokenized(
-        self,
-        dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        args: ProxyConfig,
-        held_out: bool = False,
-    ) -> tuple[Dataset | IterableDataset, TeacherDataCounts | None]:
-        """Teacher rows with `teacher_ids`, and their counts if they had none before."""
-        if is_tokenized(dataset):
-            return dataset, None
-        return tokenize_teacher_data(
-            dataset,
-            tokenizer,
-            max_completion_length=args.max_completion_length,
-            max_prompt_length=args.max_prompt_length,
-            max_length=self._context,
-            chat_template_kwargs=args.chat_template_kwargs,
-            reasoning=args.reasoning,
-            held_out=held_out,
-        )
-
     def _student_rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig) -> Dataset:
         rows = soft_target_rows(dataset, tokenizer, args.chat_template_kwargs)
         if len(rows):
@@ -212,7 +216,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: ProxyConfig
     ) -> Dataset | IterableDataset:
         """Rows without soft targets, with the prompts that callbacks generate from."""
-        dataset, _ = self._tokenized(dataset, tokenizer, args, held_out=True)
+        dataset, _ = tokenize_as_configured(dataset, tokenizer, args, max_length=self._context, held_out=True)
         rows = sft_rows(dataset, tokenizer, args.chat_template_kwargs)
         if isinstance(rows, IterableDataset):
             return rows

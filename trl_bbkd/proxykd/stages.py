@@ -5,14 +5,14 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..proxy.stage import finish_stage, finished_stage
+from ..proxy.stage_folder import finish_stage, finished_stage
 from ..proxy.stages import ProxyStages, release_memory, store_metrics
 from ..soft_targets.caching import store_targets
 from ..soft_targets.store import TargetStore, check_description
 from .alignment_config import ProxyAlignmentConfig
 from .alignment_trainer import ProxyAlignmentTrainer
 from .config import ProxyKDConfig
-from .splits import StageRows
+from .stage_rows import StageRows
 
 
 class ProxyKDStages(ProxyStages):

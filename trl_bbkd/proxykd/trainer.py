@@ -6,10 +6,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import TeacherDataError
-from ..proxy.trainer import ProxyTargetTrainer
-from ..selection.config import SELECTION_ARGUMENTS
+from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import ProxyKDConfig
-from .splits import StageRows, split_rows
+from .stage_rows import StageRows, split_rows
 from .stages import ProxyKDStages
 from .weights import RowWeights, row_weights
 
@@ -79,26 +78,7 @@ class ProxyKDTrainer(ProxyTargetTrainer):
     eprint       = {arXiv:2401.07013},
 }""",
     }
-    _same_when_resumed = (
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        # A checkpoint brings its own, whatever is asked for
-        "learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "hard_weight",
-        "kl_weight",
-        "distillation_temperature",
-        "target_source",
-        "target_store",
-        "target_top_k",
-        "target_tail",
-        "sample_weighting",
-        "stages",
-        *SELECTION_ARGUMENTS,
-    )
-
+    _same_when_resumed = (*SAME_WHEN_RESUMED, "kl_weight", "target_source", "sample_weighting")
     _config_type = ProxyKDConfig
     _stages_type = ProxyKDStages
     _without_proxy = "kl_weight=0.0 is plain SFT, which needs none."

@@ -21,7 +21,8 @@ from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
 from ..evaluation.student import evaluate_student, evaluate_teacher
-from ..host.model_paths import base_of_student, load_adapter_student, no_model
+from ..host.model_files import load_model
+from ..host.model_paths import base_of_student, no_model
 from ..hub.model_card import library_versions
 from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
@@ -140,7 +141,7 @@ class TextJob(Job):
         if self.base is None:
             return self.model
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if value is not None}
-        return load_adapter_student(self.model, self.base, **kwargs)
+        return load_model(self.model, trainable=True, **kwargs)
 
     def trainer_arguments(self) -> dict:
         """What the run hands a trainer of TRL, but for what it evaluates on."""

@@ -2,41 +2,30 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
-from ..data.messages import REASONING_HELP, ReasoningPolicy
+from ..data.config import TeacherTextConfig
 from ..host.refused_fields import refuse_fields
 from ..selection.config import SelectionConfig
 
 
 @dataclass
-class SoftTargetConfig(SelectionConfig, SFTConfig):
+class SoftTargetConfig(SelectionConfig, TeacherTextConfig, SFTConfig):
     r"""
     What every trainer on soft targets has: the student learns the teacher's text and, token by token, the distribution
     of a model that has weights.
 
     This class includes only the parameters that are specific to soft targets. For the rest, see
-    [`~selection.config.SelectionConfig`] (which rows a step learns from) and [`~trl.SFTConfig`].
+    [`~data.config.TeacherTextConfig`] (the teacher's rows), [`~selection.config.SelectionConfig`] (which rows a step
+    learns from) and [`~trl.SFTConfig`].
 
     > [!NOTE]
     > Defaults that differ from [`~trl.SFTConfig`]:
     > - `max_length`: `None` instead of `1024` (`max_completion_length` bounds the answers)
 
     Parameters:
-        > Parameters that control the data
-
-        max_prompt_length (`int`, *optional*):
-            Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
-        max_completion_length (`int`, *optional*, defaults to `512`):
-            Longest answer, in tokens. Longer ones are cut, and counted.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Passed to `apply_chat_template`.
-        reasoning (`str`, *optional*, defaults to `"keep"`):
-            What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
-            `"drop"` it.
-
         > Parameters that control the loss
 
         hard_weight (`float`, *optional*, defaults to `1.0`):
@@ -58,18 +47,6 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
         },
     )
 
-    # Data
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
-    )
-    max_completion_length: int = field(
-        default=512, metadata={"help": "Longest answer in tokens. Longer ones are cut and counted."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
-    )
-    reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
-
     # Loss
     hard_weight: float = field(default=1.0, metadata={"help": "Weight of the NLL of the teacher's tokens."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of both sides of the KL."})
@@ -87,10 +64,7 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
         refuse_fields(self, REFUSED, "with soft targets", HARMLESS)
         if self.hard_weight < 0:
             raise ValueError(f"hard_weight must be at least 0, got {self.hard_weight}.")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}.")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        self.check_teacher_text()
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be positive, got {self.distillation_temperature}.")
         if self.target_tail == "bucket" and self.distillation_temperature != 1.0:

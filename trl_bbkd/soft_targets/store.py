@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import TargetStoreError
+from ..host.files import write_atomically
 
 
 STORE_FILE = "store.json"
@@ -349,12 +350,6 @@ def _undamaged(records: np.ndarray, data: Path, k: int) -> int:
             if zlib.crc32(file.read(int(record["tokens"]) * bytes_per_token(k))) != record["checksum"]:
                 return number
     return len(records)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _flush(file) -> None:

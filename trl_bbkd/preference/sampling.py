@@ -1,20 +1,22 @@
-"""The proxy's own answers to the prompts of a round: made in bulk, kept on disk, never made twice."""
+"""A model's own answers to the prompts of a round: made in bulk, kept on disk, never made twice."""
 
 import json
-import os
 from pathlib import Path
 
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data.teacher_data import end_token_id
-from ..evaluation.student import end_token_ids, generate_completion_ids
+from ..evaluation.student import end_token_ids, generate_completion_ids, with_one_end
+from ..host.files import write_atomically
 
 
 BATCHES_PER_FILE = 4
 
 
-def sample_completions(folder: str | Path, rows: list[dict], generate, batch_size: int, seed: int) -> list[list[int]]:
+def sample_completions(
+    folder: str | Path, rows: list[dict], generate, batch_size: int, seed: int, role: str
+) -> list[list[int]]:
     """
     Sample an answer to each row's prompt. What is in `folder` already is read, not made again.
 
@@ -29,6 +31,8 @@ def sample_completions(folder: str | Path, rows: list[dict], generate, batch_siz
             Samples made at once.
         seed (`int`):
             Seed; every file has one of its own, so that its samples do not depend on which were made before.
+        role (`str`):
+            What the model is, such as `"proxy"`: the name of its samples in the files.
 
     Returns:
         `list[list[int]]`: token ids of each row's sample.
@@ -39,19 +43,19 @@ def sample_completions(folder: str | Path, rows: list[dict], generate, batch_siz
     missing = [(number, part) for number, part in parts if not _file(folder, number).is_file()]
     state.wait_for_everyone()
     own = missing[state.process_index :: state.num_processes]
-    for number, part in tqdm(own, desc="Sampling from the proxy", disable=not state.is_main_process or not own):
+    for number, part in tqdm(own, desc=f"Sampling from the {role}", disable=not state.is_main_process or not own):
         ids, texts = generate(part, seed + number)
         lines = [
-            {"prompt": row["prompt"], "teacher": row["completion"], "proxy": text, "proxy_ids": sample}
+            {"prompt": row["prompt"], "teacher": row["completion"], role: text, f"{role}_ids": sample}
             for row, text, sample in zip(part, texts, ids, strict=True)
         ]
         _write(_file(folder, number), lines)
     state.wait_for_everyone()
-    return [line["proxy_ids"] for number, _ in parts for line in read_samples(_file(folder, number))]
+    return [line[f"{role}_ids"] for number, _ in parts for line in read_samples(_file(folder, number))]
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The samples in a file: `prompt`, `teacher`, `proxy` and `proxy_ids`."""
+    """The samples in a file: `prompt`, `teacher`, and text and token ids of the model's answer."""
     # Not `splitlines`, which also splits at characters that JSON leaves as they are
     with open(path, encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]
@@ -62,9 +66,7 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _write(path: Path, lines: list[dict]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 class ModelSampler:
@@ -86,7 +88,7 @@ class ModelSampler:
         )
         ends = end_token_ids(self.model, self.tokenizer, prompts[0])
         end = end_token_id(self.tokenizer, prompts[0])
-        ids = [_with_one_end(group[0], ends, end) for group in groups]
+        ids = [with_one_end(group[0], ends, end) for group in groups]
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -115,17 +117,12 @@ class VLLMSampler:
         if adapter is not None:
             from vllm.lora.request import LoRARequest
 
-            self.request = {"lora_request": LoRARequest("proxy", 1, adapter)}
+            self.request = {"lora_request": LoRARequest("adapter", 1, adapter)}
 
     def __call__(self, rows: list[dict], seed: int) -> tuple[list[list[int]], list[str]]:
         inputs = [{"prompt_token_ids": list(row["prompt_ids"])} for row in rows]
         eos, end = self.tokenizer.eos_token_id, end_token_id(self.tokenizer, rows[0]["prompt"])
         parameters = [self.parameters(seed + row, end) for row in range(len(inputs))]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False, **self.request)
-        ids = [_with_one_end(list(output.outputs[0].token_ids), [eos, end], end) for output in outputs]
+        ids = [with_one_end(list(output.outputs[0].token_ids), [eos, end], end) for output in outputs]
         return ids, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def _with_one_end(ids: list[int], ends: list[int], end: int) -> list[int]:
-    """A model may end its answer with any of several tokens; the teacher's answers all end with the same."""
-    return [*ids[:-1], end] if ids and ids[-1] in ends else ids

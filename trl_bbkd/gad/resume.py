@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference
 from ..host.resume import ResumableRun
-from .checkpoint import load_generation_batch, save_generation_batch
+from .generation_batch import load_generation_batch, save_generation_batch
 
 
 DISCRIMINATOR_FOLDER = "discriminator"

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from trl_bbkd.errors import TeacherDataError
-from trl_bbkd.proxykd.splits import split_rows
+from trl_bbkd.proxykd.stage_rows import split_rows
 
 
 def make_dataset(prompts):

@@ -1,10 +1,10 @@
 """A stage on disk: its folder says what it was made from, and that it is finished."""
 
 import json
-import os
 from pathlib import Path
 
 from ..errors import StageError
+from ..host.files import write_atomically
 from ..host.resume import differences
 
 
@@ -54,6 +54,4 @@ def finish_stage(folder: str | Path, fingerprint: dict, report: dict) -> None:
 
 def _write(folder: Path, content: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{STAGE_FILE}.tmp"
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / STAGE_FILE)
+    write_atomically(folder / STAGE_FILE, json.dumps(content, indent=2, default=str) + "\n")

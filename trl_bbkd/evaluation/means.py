@@ -4,10 +4,9 @@ import torch
 from accelerate import Accelerator
 
 
-class HeldOutMetrics:
+class EvaluationMeans:
     """
-    Means over an evaluation, whatever its batches and processes: the student judged by something other than the
-    discriminator.
+    Means over an evaluation, whatever its batches and processes.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
