@@ -7,6 +7,8 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from .preflight import refuse_broken_weights
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -91,4 +93,6 @@ def load_adapter_student(path: str, base: str, **kwargs) -> PeftModel:
         **kwargs:
             Passed to `from_pretrained` of the base model.
     """
+    refuse_broken_weights(path, "student")
+    refuse_broken_weights(base, "student's base model")
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), path, is_trainable=True)

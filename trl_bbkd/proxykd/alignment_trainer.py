@@ -16,6 +16,7 @@ from ..errors import StageError, TeacherDataError
 from ..host._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
+    refuse_broken_weights,
     refuse_frozen,
     refuse_frozen_adapter,
     refuse_no_steps,
@@ -122,6 +123,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
         if args.use_vllm and args.world_size > 1:
             raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
         refuse_adapter_path(model, "proxy")
+        refuse_broken_weights(model, "proxy")
         refuse_prompt_learning(adapter_of(model) or peft_config, "proxy", NO_VIRTUAL_TOKENS)
         refuse_frozen_adapter(peft_config, "proxy")
         if not isinstance(model, str) and peft_config is None:

@@ -24,8 +24,10 @@ from transformers.integrations import get_available_reporting_integrations
 from ..data.splitting import input_key, split_by_input
 from ..errors import NoStepsError, RecipeError, TeacherDataError
 from ..host.resume import TRAINER_STATE_NAME
+from ..hub.example import example_input
 from ..hub.model_card import write_card
 from ..hub.push import push_student
+from ..hub.settings import changed_settings
 from ..proxy.model import checkpoint_fingerprint
 from ..reports.report import UNDISTILLED, Report, arguments_without_secrets, without_secrets, write_report
 from .console import PrinterCallback, ProgressCallback, ShortPrinter, ShortProgress
@@ -199,6 +201,9 @@ class Job:
         self.card.teacher = self.script_args.teacher_name
         self.card.datasets = dataset_names(self.recipe)
         self.card.counts = self.counts
+        column = getattr(self.args, "text_column", "prompt")
+        self.card.example = example_input(self.held_out_rows, column) or self.card.example
+        self.card.recipe_settings = changed_settings(self.script_args, self.recipe.model_args, self.recipe.dataset_args)
         self.card.settings = settings(self.recipe)
         self.card.command = command(self.recipe.path, sys.argv)
 
@@ -320,7 +325,10 @@ def hold_out(train, most: int, column: str = "prompt"):
         and len(set(map(input_key, train[column]))) == 1
     )
     sides = f"all rows have the same {column}, which training sees too" if shared else f"no {column} is on both sides"
-    logger.warning(f"The teacher data has no test split: {rows} of its rows are held out for evaluation; {sides}.")
+    logger.warning(
+        f"The teacher data has no test split: {rows} of its rows {'is' if rows == 1 else 'are'} held out for "
+        f"evaluation; {sides}."
+    )
     return parts
 
 
@@ -329,7 +337,10 @@ def refuse_another_run(output_dir: str, inputs: dict) -> None:
     path = Path(output_dir) / "metrics.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8")).get("inputs", {})
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("inputs", {})
+    except ValueError:
+        return  # a run was stopped while it wrote its report
     differing = [key for key, value in inputs.items() if found.get(key) != value]
     if differing:
         there = ", ".join(f"{key}: {found.get(key)}" for key in differing)

@@ -8,7 +8,7 @@ from string import Template
 import yaml
 
 from ..errors import RecipeError
-from .recipe_file import nearest
+from .key_names import nearest
 
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -14,7 +14,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..errors import RecipeError
 from .recipe_checks import check_values
-from .recipe_file import RecipeFile, nearest, one_line
+from .key_names import nearest
+from .recipe_file import RecipeFile, one_line
 from .recipe_keys import own_keys, recipe_keys, unknown_option
 
 

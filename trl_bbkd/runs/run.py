@@ -2,10 +2,14 @@
 
 from ..reports.report import print_table
 from .classifier_job import ClassifierJob
+from .full_disk import tells_of_a_full_disk
+from .in_use import alone_in_its_folder
 from .recipe import Recipe
 from .text_job import TextJob
 
 
+@tells_of_a_full_disk
+@alone_in_its_folder
 def run(recipe: Recipe) -> None:
     """
     Distil a student as `recipe` says and report what it gained over plain training on the same rows.
@@ -19,8 +23,9 @@ def run(recipe: Recipe) -> None:
             The recipe.
 
     Raises:
-        [`~errors.RecipeError`]: no student is named, or `output_dir` holds a run of another recipe.
+        [`~errors.RecipeError`]: no student is named, or `output_dir` holds a run of another recipe or is in use by one.
         [`~errors.TeacherDataError`]: the teacher's text or labels cannot be used.
+        [`~errors.DiskFullError`]: there is no space left; what is finished is safe.
         [`~errors.HubError`]: the student cannot be pushed; before training, or when it is finished and on disk.
     """
     job = (ClassifierJob if recipe.method == "llkd" else TextJob)(recipe)

@@ -157,7 +157,8 @@ class TextJob(Job):
             trainer = self.method.trainer()
         self.open_progress(trainer)
         self.start_card(trainer)
-        undistilled = self._undistilled(trainer)
+        # Without the student's training there is no report
+        undistilled = self._undistilled(trainer) if "distil" in getattr(args, "stages", ["distil"]) else {}
         if self.is_trained:
             self.recall(trainer)
             found = self.progress[TRAINED]
