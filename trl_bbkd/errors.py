@@ -51,8 +51,16 @@ class LLKDDataError(DistillationError, ValueError):
     """Data that LLKD cannot select by."""
 
 
-class DiskFullError(DistillationError, OSError):
+class DiskFullError(DistillationError, RuntimeError):
     """There is no space left; the message says what of the run is safe."""
+
+
+class DivergedError(DistillationError, RuntimeError, FloatingPointError):
+    """A training whose numbers are none any more; the message says what to lower."""
+
+
+class JudgeError(DistillationError, ValueError):
+    """A function that judges samples returned something else than one number a sample."""
 
 
 class WeightsError(DistillationError, ValueError):

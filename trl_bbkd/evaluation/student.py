@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
+from ..errors import JudgeError, kind_of
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -364,13 +365,16 @@ def judge(sample_metrics: SampleMetrics, prompts: list, texts: list[str]) -> dic
     """Call the judge and check what it returns: numbers, one a text."""
     judged = sample_metrics(prompts, texts)
     if not isinstance(judged, dict):
-        raise ValueError(
+        raise JudgeError(
             f"`sample_metrics` must return a dict of lists, one for each metric by its name; got {type(judged).__name__}."
         )
-    lengths = {name: len(values) for name, values in judged.items()}
+    lengths = {name: len(values) if hasattr(values, "__len__") else kind_of(values) for name, values in judged.items()}
     if not lengths or any(length != len(texts) for length in lengths.values()):
-        raise ValueError(
+        raise JudgeError(
             f"`sample_metrics` must return a dict of lists with one number for each of the {len(texts)} completions; "
             f"it returned lists of lengths {lengths}."
         )
-    return {name: [float(value) for value in values] for name, values in judged.items()}
+    try:
+        return {name: [float(value) for value in values] for name, values in judged.items()}
+    except (TypeError, ValueError) as error:
+        raise JudgeError(f"`sample_metrics` must return numbers only: {error}.") from error

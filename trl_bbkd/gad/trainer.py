@@ -18,6 +18,7 @@ from transformers import (
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
+from ..errors import DivergedError
 from ..evaluation.student import SampleMetrics, judge, without_router_logits
 from ..host._compat import fused_forward, keep_4bit_weights_differentiable
 from ..host.model_paths import refuse_adapter_path
@@ -382,7 +383,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         pairs = self._collect_pairs(inputs, completion_ids_list)
         self._scores = self.discriminator_trainer.score(pairs)
         if not torch.isfinite(self._scores.student).all() or not torch.isfinite(self._scores.teacher).all():
-            raise FloatingPointError(
+            raise DivergedError(
                 f"The discriminator's scores are not finite at step {self.state.global_step}. Lower "
                 "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
             )

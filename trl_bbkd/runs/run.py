@@ -2,13 +2,13 @@
 
 from ..reports.report import print_table
 from .classifier_job import ClassifierJob
-from .full_disk import tells_of_a_full_disk
+from .failures import tells_failures
 from .in_use import alone_in_its_folder
 from .recipe import Recipe
 from .text_job import TextJob
 
 
-@tells_of_a_full_disk
+@tells_failures
 @alone_in_its_folder
 def run(recipe: Recipe) -> None:
     """
