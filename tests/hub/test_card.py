@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy
 
-from tests.proxykd.helpers import make_kd_trainer
+from tests.proxykd.helpers import make_kd_trainer, make_rows
 from trl_bbkd import BayesKDConfig, GADConfig, LLKDConfig
 from trl_bbkd.hub.model_card import FIRST_HYPERPARAMETERS, PLACEHOLDER, StudentCard, render_card
 from trl_bbkd.hub.settings import changed_settings, hyperparameters
@@ -100,7 +100,7 @@ class TestWithoutARecipe:
             folder,
             model,
             other_model_dir,
-            rows=[secret, held_out, *conversational_rows],
+            rows=[secret, held_out, *conversational_rows, *conversational_rows],
             held_out=2,
             trainer_kwargs={"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")},
             adam_beta2=0.95,
@@ -129,6 +129,6 @@ class TestWithoutARecipe:
         assert capsys.readouterr().out
 
 
-def test_an_example_from_training_rows_where_none_are_held_out(tmp_path, tiny_model_dir, other_model_dir, standard_rows):
-    trainer = make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, rows=standard_rows, held_out=0)
-    assert trainer.card.example == standard_rows[0]["prompt"] and not trainer.card.conversational
+def test_an_example_from_training_rows_where_none_are_held_out(tmp_path, tiny_model_dir, other_model_dir):
+    trainer = make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, held_out=0)
+    assert trainer.card.example == make_rows()[0]["prompt"] and not trainer.card.conversational

@@ -25,7 +25,7 @@ def test_what_looks_secret_is_passed_over(text):
     assert example_input([{"prompt": [{"role": "user", "content": text}]}]) is None
 
 
-@pytest.mark.parametrize("text", ["kim takes 1 cake to the river .", "What is 12 * 7?", "Who was king in 1712?\n\nOne name."])
+@pytest.mark.parametrize("text", ["Are skyscrapers for skateboarders?", "kim takes 1 cake to the river .", "What is 12 * 7?", "Who was king in 1712?\n\nOne name."])
 def test_what_does_not(text):
     assert not looks_secret(text) and example_input([{"prompt": text}]) == text
 

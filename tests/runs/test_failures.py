@@ -14,6 +14,8 @@ from trl_bbkd.errors import DiskFullError, DivergedError, JudgeError, RecipeErro
 from trl_bbkd.evaluation.student import judge
 from trl_bbkd.host.resume import TRAINER_STATE_NAME
 from trl_bbkd.runs.failures import tells_failures
+from trl_bbkd.runs.job import refuse_another_run
+from trl_bbkd.runs.progress import PROGRESS_NAME, Progress, can_go_on
 from trl_bbkd.runs.recipe import import_callable
 
 
@@ -87,7 +89,13 @@ def test_found_in_what_an_error_came_from(tmp_path):
         run_that_fails(tmp_path, error)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(RecipeError, match=f"^{tmp_path}/report.md cannot be written or read: Is a directory. .*Move it away"):
+        run_that_fails(tmp_path, lambda: (tmp_path / "report.md").write_text("x"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "gone", "x"), OSError(errno.EACCES, "denied"), RuntimeError("unexpected pos 64 vs 0")])
 def test_other_errors_stay(tmp_path, error):
     with pytest.raises(type(error)) as found:
         run_that_fails(tmp_path, error)
@@ -140,3 +148,12 @@ def test_a_file_that_cannot_be_imported(tmp_path, text):
 def test_what_a_judge_returns(judged, problem):
     with pytest.raises(JudgeError, match=problem):
         judge(lambda prompts, texts: judged, ["a", "b"], ["c", "d"])
+
+
+def test_what_a_stopped_run_left_half_written_is_no_obstacle(tmp_path):
+    for text in ("{", "[]", '{"settings'):
+        for name in ("metrics.json", PROGRESS_NAME):
+            (tmp_path / name).write_text(text)
+        refuse_another_run(str(tmp_path), {} if text == "[]" else {"method": "gad"})
+        assert not can_go_on(str(tmp_path))
+        assert "trained" not in Progress(str(tmp_path), {})

@@ -16,10 +16,11 @@ SECRET_LOOKS = re.compile(
     r"""
     \b(?:pass(?:word|wd|phrase|code)|secret|credentials?|token|login|confidential|iban|ssn|social\ security|credit\ card)s?\b
     | \b(?:api|private|access|secret|license)[\ _-]?key\b
-    | \b(?:sk|pk|rk|ghp|gho|github_pat|glpat|xox[abp]|AKIA|AIza|hf)[-_A-Za-z0-9]{8,}
+    | \b(?:sk|pk|rk|hf|ghp|gho|github_pat|glpat|xox[abp])[-_][-_A-Za-z0-9]{8,}
+    | \b(?:AKIA|AIza)[-_A-Za-z0-9]{8,}
     | -----BEGIN
     | [\w.+-]+@[\w-]+\.\w+         # an e-mail address
-    | (?:\d[\ ().-]?){9,}          # a number of a telephone, a card or an account
+    | (?:\d[\ ().-]{0,2}){9,}       # a number of a telephone, a card or an account
     | \b(?=\w*\d)(?=\w*[A-Za-z])\w{20,}
     """,
     re.IGNORECASE | re.VERBOSE,

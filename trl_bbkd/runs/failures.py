@@ -17,6 +17,7 @@ from .recipe_file import one_line
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+IN_THE_WAY = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG)
 LITTLE = 1 << 20  # bytes: so much is left at most where a writer does not say why it failed
 # How writers without an error number of the system put it
 SAYS_FULL = ("no space left", "not enough disk space", "disk quota exceeded")
@@ -48,6 +49,11 @@ def _known(error: Exception, recipe) -> DistillationError | None:
         return DiskFullError(
             f"The disk is full ({one_line(error).rstrip('.')}). {_state_of(output_dir)} Make room, or lower save_total_limit, "
             f"and {_again(output_dir)}."
+        )
+    if isinstance(error, OSError) and error.errno in IN_THE_WAY and error.filename:
+        return RecipeError(
+            f"{error.filename} cannot be written or read: {error.strerror}. {_state_of(output_dir)} Move it away, or allow it, and "
+            f"{_again(output_dir)}."
         )
     if isinstance(error, torch.OutOfMemoryError):
         return RecipeError(

@@ -17,7 +17,7 @@ NAMES_HERE = {
     **dict.fromkeys(("output", "out", "out_dir", "output_path", "outdir", "save_dir", "save_path"), OUTPUT),
     **dict.fromkeys(("teacher", "teacher_model", "teacher_model_name_or_path"), ("teacher_name",)),
     **dict.fromkeys(("proxy", "proxy_model_name_or_path"), ("proxy_model",)),
-    **dict.fromkeys(("critic_model", "judge", "metric", "metrics"), ("sample_metrics",)),
+    **dict.fromkeys(("judge", "metric", "metrics"), ("sample_metrics",)),
     **dict.fromkeys(("reward_model", "discriminator_model"), ("discriminator",)),
     **dict.fromkeys(("lr", "student_lr", "student_learning_rate"), ("learning_rate",)),
     **dict.fromkeys(("d_lr", "discriminator_lr", "reward_lr"), ("discriminator_learning_rate",)),
