@@ -338,10 +338,10 @@ def refuse_another_run(output_dir: str, inputs: dict) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return  # a run was stopped while it wrote its report
-    found = found.get("inputs", {}) if isinstance(found, dict) else {}
+    found = metrics.get("inputs", {}) if isinstance(metrics, dict) else inputs
     differing = [key for key, value in inputs.items() if found.get(key) != value]
     if differing:
         there = ", ".join(f"{key}: {found.get(key)}" for key in differing)
