@@ -1,6 +1,12 @@
 """What a user can mend: one tree, whose root a program can catch. Each is a type of the standard library as well."""
 
 
+def kind_of(value) -> str:
+    """The name of a value's type with its article, for a message: `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
 class DistillationError(Exception):
     """Something in rows, settings, models or folders does not fit; the message says what, and what to do."""
 
@@ -43,6 +49,22 @@ class NGramError(DistillationError, ValueError):
 
 class LLKDDataError(DistillationError, ValueError):
     """Data that LLKD cannot select by."""
+
+
+class DiskFullError(DistillationError, RuntimeError):
+    """There is no space left; the message says what of the run is safe."""
+
+
+class DivergedError(DistillationError, RuntimeError, FloatingPointError):
+    """A training whose numbers are none any more; the message says what to lower."""
+
+
+class JudgeError(DistillationError, ValueError):
+    """A function that judges samples returned something else than one number a sample."""
+
+
+class WeightsError(DistillationError, ValueError):
+    """A file of weights cannot be read; the message names it."""
 
 
 class NoStepsError(DistillationError, ValueError):

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from trl_bbkd.data.rendering import ChatRenderer
 from trl_bbkd.data.teacher_data import (
     answer_text,
     check_teacher_data,
@@ -289,6 +290,21 @@ class TestTemplateErrors:
             learned(family("gemma"), USER * 2, FOUR)
         with pytest.raises(TeacherDataError, match="Row 0: the chat template does not take it: .*tokenize"):
             learned(family("qwen3"), USER, FOUR, {"chat_template_kwargs": {"tokenize": True}})
+
+    @pytest.mark.parametrize(
+        ("name", "advice"),
+        [
+            ("enable_thinkng", "did you mean 'enable_thinking'[?]"),
+            ("colour", "take it out, or take a template that reads it."),
+        ],
+    )
+    def test_a_setting_that_the_template_does_not_read(self, family, name, advice):
+        with pytest.raises(
+            TeacherDataError, match=f"^chat_template_kwargs has '{name}', which .* does not read; {advice}$"
+        ):
+            ChatRenderer(family("qwen3"), {"enable_thinking": True, name: True})
+        # What `apply_chat_template` itself takes is no variable of the template
+        ChatRenderer(family("qwen3"), {"enable_thinking": True, "documents": None, "tools": None})
 
     def test_template_that_writes_no_text(self):
         tokenizer = build_tokenizer()

@@ -116,6 +116,20 @@ class TestLoading:
         with pytest.raises(TeacherDataError, match="`train` split; data files found: validation.jsonl"):
             load(tmp_path)
 
+    @pytest.mark.parametrize("split", ["trian", "test"])
+    def test_the_name_of_a_split_of_one_file_means_nothing(self, tmp_path, split):
+        path = write_jsonl(tmp_path / "teacher_validation.jsonl", ("a", "b"))
+        with pytest.raises(
+            TeacherDataError, match=f"^`dataset_train_split: {split}` means nothing for one file, teacher_val"
+        ):
+            load(path, dataset_train_split=split)
+        assert len(load(path, dataset_train_split="validation")[0]) == 1
+
+    def test_nor_of_a_mixture(self, tmp_path):
+        mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": "a.jsonl"}])
+        with pytest.raises(TeacherDataError, match="^`dataset_train_split: trian` means nothing for a mixture"):
+            load(mixture=mixture, dataset_train_split="trian")
+
     def test_missing_test_split_lists_the_splits(self, tmp_path):
         path = write_jsonl(tmp_path / "train.jsonl", ("a", "b"))
         with pytest.raises(TeacherDataError, match="`dataset_test_split: held_out` does not exist.*splits: train"):

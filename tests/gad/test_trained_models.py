@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from trl_bbkd.evaluation.student import generate_completions
 from trl_bbkd.gad.discriminator import Discriminator, build_discriminator
 from trl_bbkd.host.preflight import refuse_short_embeddings
 
@@ -283,6 +284,16 @@ class TestMixtureOfExperts:
         assert step["adversarial_phase"] == 0 and "aux_loss" not in without
         assert step["aux_loss"] > 1
         assert step["loss"] - without["loss"] == pytest.approx(2.0 * step["aux_loss"], rel=1e-4)
+
+    def test_it_samples_whatever_its_configuration_returns(self, moe_dir, tmp_path, standard_rows, tokenizer):
+        model = AutoModelForCausalLM.from_pretrained(moe_dir)
+        model.config.output_router_logits = True
+        model.save_pretrained(tmp_path / "moe")
+        tokenizer.save_pretrained(tmp_path / "moe")
+        assert "aux_loss" in self.first_step(str(tmp_path / "moe"), tmp_path / "out", standard_rows)
+        prompts = [row["prompt"] for row in standard_rows[:2]]
+        assert len(generate_completions(model, tokenizer, prompts, max_new_tokens=4)) == 2
+        assert model.config.output_router_logits is True
 
     def test_it_has_no_part_in_the_teacher_s_nll(self, moe_dir, tmp_path, standard_rows):
         nll = []

@@ -49,6 +49,9 @@ class TestValues:
             ("max_steps: -5\nnum_train_epochs: 1", "max_steps must be at least 1, or -1 for `num_train_epochs`"),
             ("max_steps: 0", "max_steps must be at least 1, or -1"),
             ("num_train_epochs: -1", "num_train_epochs must be a number of at least 0"),
+            ("save_steps: 0", "save_steps must be at least 1 step, or a share of all steps between 0 and 1, got 0"),
+            ("logging_steps: -2", "logging_steps must be at least 1 step, or a share"),
+            ("eval_steps: 0", "eval_steps must be at least 1 step, or a share"),
         ],
     )
     def test_numbers_out_of_range(self, write, line, message):
@@ -80,6 +83,12 @@ class TestValues:
             ({"load_in_4bit": True}, r"load_in_4bit=True needs bitsandbytes.*trl-bbkd\[quantization\]"),
             ({"discriminator_load_in_4bit": True}, r"bitsandbytes.*trl-bbkd\[quantization\]"),
             ({"optim": OptimizerNames("paged_adamw_8bit")}, "optim=paged_adamw_8bit needs bitsandbytes"),
+            (
+                {"optim": OptimizerNames("adamw_torch_8bit")},
+                "^optim=adamw_torch_8bit needs torchao.*pip install torchao",
+            ),
+            ({"optim": OptimizerNames("galore_adamw_8bit_layerwise")}, "needs galore_torch.*pip install galore-torch"),
+            ({"optim": OptimizerNames("schedule_free_sgd")}, "needs schedulefree"),
             ({"use_liger_kernel": True}, "pip install liger-kernel"),
         ],
     )
@@ -87,7 +96,20 @@ class TestValues:
         monkeypatch.setattr("trl_bbkd.runs.recipe_checks.find_spec", lambda name: None)
         with pytest.raises(RecipeError, match=advice):
             check_packages(values)
-        check_packages(dict.fromkeys(values) | {"optim": OptimizerNames("adamw_torch_8bit")})
+        check_packages(dict.fromkeys(values) | {"optim": OptimizerNames("adamw_torch_fused")})
+
+    @pytest.mark.parametrize("name", OptimizerNames)
+    def test_every_optimizer_with_a_package_of_its_own_is_known(self, monkeypatch, name):
+        """Against transformers' own: when this fails, it has a new one."""
+        monkeypatch.setattr("trl_bbkd.runs.recipe_checks.find_spec", lambda name: None)
+        is_torchs = name.startswith(("adamw_torch", "sgd", "adagrad", "adafactor", "rmsprop")) and not any(
+            part in name for part in ("bit", "bnb")
+        )
+        if is_torchs:
+            check_packages({"optim": name})
+        else:
+            with pytest.raises(RecipeError, match=f"^optim={name.value} needs "):
+                check_packages({"optim": name})
 
 
 class TestKeys:

@@ -59,6 +59,14 @@ class BayesKDTrainer(ProxyTargetTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "bayeskd"]
     _name = "Bayes-KD"
+    _card_settings = (
+        "proxy_model",
+        "proxy_learning_rate",
+        "ngram_context_length",
+        "posterior_draws",
+        "posterior_weight",
+        "prior_weight",
+    )
     _card_note = (
         "Part of what it learned is an estimate of the teacher's distributions, from counts of its text and an open model's "
         "imitation of it."

@@ -3,6 +3,8 @@ How a chat template spells a row: the prompt that a student is asked with, the a
 ends it.
 """
 
+import difflib
+import inspect
 import json
 import re
 from typing import NamedTuple
@@ -69,6 +71,7 @@ class ChatRenderer:
                 "named Instruct), set `tokenizer.chat_template` (`chat_template_path`, where the configuration has it), or "
                 "write `prompt` and `completion` as strings."
             )
+        refuse_unread_kwargs(tokenizer, chat_template_kwargs or {})
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.reasoning = reasoning
@@ -256,6 +259,33 @@ class ChatRenderer:
                     f"{place}: the chat template leaves out the message of {role!r}, {short(message['content'])}. Remove it, "
                     "or take a template that renders it."
                 )
+
+
+def refuse_unread_kwargs(tokenizer, chat_template_kwargs: dict) -> None:
+    """
+    Refuse what is passed to a chat template that does not read it: it would be taken and do nothing.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with a chat template.
+        chat_template_kwargs (`dict`):
+            Passed to `apply_chat_template`.
+
+    Raises:
+        [`~errors.TeacherDataError`]: naming the first such key, and what the template reads.
+    """
+    if not chat_template_kwargs:
+        return
+    templates = tokenizer.chat_template
+    text = templates if isinstance(templates, str) else " ".join(templates.values())
+    words, taken = set(re.findall(r"\w+", text)), inspect.signature(tokenizer.apply_chat_template).parameters
+    for name in chat_template_kwargs:
+        if name not in words and name not in taken:
+            match = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
+            advice = f"did you mean {match[0]!r}?" if match else "take it out, or take a template that reads it."
+            raise TeacherDataError(
+                f"chat_template_kwargs has {name!r}, which the chat template does not read; {advice}"
+            )
 
 
 def end_token_id(tokenizer, prompt: str | list) -> int:

@@ -11,7 +11,7 @@ from itertools import islice
 from accelerate import PartialState
 from datasets import Features, IterableDataset, List, Value
 
-from ..errors import TeacherDataError
+from ..errors import TeacherDataError, kind_of
 from .messages import ReasoningPolicy, answer_text, plain_messages, short
 from .rendering import ChatRenderer, end_token_id
 from .teacher_files import ROW_COLUMN, load_teacher_data, named, places_of, row_names
@@ -231,8 +231,7 @@ def _check_kind(value, column: str, row: int) -> None:
         raise TeacherDataError(f"Row {row}: `{column}` is null; remove the row or fill it in.")
     if not isinstance(value, str | list):
         raise TeacherDataError(
-            f"Row {row}: `{column}` is {short(value)}, a {type(value).__name__}; it must be a string or a list "
-            "of messages."
+            f"Row {row}: `{column}` is {short(value)}, {kind_of(value)}; it must be a string or a list of messages."
         )
     if isinstance(value, list) and value and not isinstance(value[0], dict):
         raise TeacherDataError(

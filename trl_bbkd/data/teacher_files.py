@@ -70,6 +70,7 @@ def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
         [`TeacherDataError`]: nothing to load, or a file, data set or split does not exist.
     """
     train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+    _refuse_needless_split(script_args, dataset_args)
     with PartialState().main_process_first():
         if dataset_args.datasets:
             splits = {train_split: _load_mixture(dataset_args)}
@@ -107,6 +108,23 @@ def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
             )
         train, test = split_by_input(train, input_column, rows, TEST_SPLIT_SEED)
     return train, test
+
+
+def _refuse_needless_split(script_args, dataset_args) -> None:
+    """Refuse the name of a split where there is one file, or a mixture: it would be taken and mean nothing."""
+    split, path = script_args.dataset_train_split, Path(script_args.dataset_name or "").expanduser()
+    if split == "train" or not (dataset_args.datasets or path.is_file()):
+        return
+    if dataset_args.datasets or split not in _words(path):
+        what = "a mixture, whose entries have a `split` each" if dataset_args.datasets else f"one file, {path.name}"
+        raise TeacherDataError(
+            f"`dataset_train_split: {split}` means nothing for {what}: all its rows are for training. Take dataset_train_split out."
+        )
+
+
+def _words(file: Path) -> list[str]:
+    """Of a file's name, the whole words: teacher_train.jsonl, train-00000-of-00002.parquet."""
+    return [file.stem, *re.split(r"[-_.]", file.stem)]
 
 
 def _load_mixture(dataset_args):
@@ -240,8 +258,7 @@ def _files_per_split(folder: Path, script_args) -> dict[str, list[Path]]:
     found = sorted(file for file in folder.iterdir() if file.is_file() and _format(file) is not None)
     files = {}
     for split in (script_args.dataset_train_split, script_args.dataset_test_split):
-        # The split is a whole word of the file name: teacher_train.jsonl, train-00000-of-00002.parquet.
-        named = [file for file in found if split in (file.stem, *re.split(r"[-_.]", file.stem))]
+        named = [file for file in found if split in _words(file)]
         if len({_format(file) for file in named}) > 1 or len({file.suffix for file in named}) > 1:
             raise TeacherDataError(
                 f"The `{split}` split of {folder} is there in several formats "

@@ -1,6 +1,7 @@
 """What a student says to held-out prompts: sampling it, judging the samples, and its likelihood of the teacher's text."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
+from ..errors import JudgeError, kind_of
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -19,6 +21,23 @@ SampleMetrics = Callable[[list, list[str]], dict[str, list[float]]]
 def temperature_name(temperature: float) -> str:
     """How a temperature is written in the name of a metric: `t1.0`, `t0.7`, `greedy`."""
     return "greedy" if temperature == 0 else f"t{temperature}"
+
+
+@contextlib.contextmanager
+def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Let a mixture of experts generate. With `output_router_logits` in its configuration it would compute its balancing loss of
+    every single new token, which transformers cannot.
+    """
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def generate_completions(
@@ -135,7 +154,8 @@ def generate_completion_ids(
             input_ids, attention_mask = pad_rows(
                 [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
             )
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            with without_router_logits(model):
+                output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
             for index, row in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))
                 completions[index].append(row[:length])
@@ -353,13 +373,16 @@ def judge(sample_metrics: SampleMetrics, prompts: list, texts: list[str]) -> dic
     """Call the judge and check what it returns: numbers, one a text."""
     judged = sample_metrics(prompts, texts)
     if not isinstance(judged, dict):
-        raise ValueError(
+        raise JudgeError(
             f"`sample_metrics` must return a dict of lists, one for each metric by its name; got {type(judged).__name__}."
         )
-    lengths = {name: len(values) for name, values in judged.items()}
+    lengths = {name: len(values) if hasattr(values, "__len__") else kind_of(values) for name, values in judged.items()}
     if not lengths or any(length != len(texts) for length in lengths.values()):
-        raise ValueError(
+        raise JudgeError(
             f"`sample_metrics` must return a dict of lists with one number for each of the {len(texts)} completions; "
             f"it returned lists of lengths {lengths}."
         )
-    return {name: [float(value) for value in values] for name, values in judged.items()}
+    try:
+        return {name: [float(value) for value in values] for name, values in judged.items()}
+    except (TypeError, ValueError) as error:
+        raise JudgeError(f"`sample_metrics` must return numbers only: {error}.") from error

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from ..host._compat import get_tokenizer_config
 from ..host.model_paths import no_model
-from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..host.preflight import refuse_broken_weights, refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from .config import GADConfig
-from .discriminator import CONFIG_NAME, Discriminator, build_discriminator, find_backbone
+from .discriminator import BACKBONE_NAME, CONFIG_NAME, Discriminator, build_discriminator, find_backbone
 from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
 
 
@@ -52,6 +52,9 @@ def resolve_discriminator(
     if adapter is not None and args.discriminator_lora_kwargs is not None:
         raise ValueError("Pass `discriminator_peft_config` or set `args.discriminator_lora_kwargs`, not both.")
     discriminator = discriminator or args.discriminator
+    refuse_broken_weights(discriminator, "discriminator")
+    if isinstance(discriminator, str):
+        refuse_broken_weights(Path(discriminator) / BACKBONE_NAME, "discriminator")
     if args.discriminator_lora_kwargs is not None:
         adapter = LoraConfig(**args.discriminator_lora_kwargs)
     _check_adapter(discriminator, adapter)

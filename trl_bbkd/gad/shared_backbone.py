@@ -4,6 +4,8 @@ import itertools
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from ..errors import kind_of
+
 
 SHARED = "shared"
 # The other initial values of LoRA subtract the adapter from the base model
@@ -72,7 +74,7 @@ def check_shared_backbone(student_adapter: PeftConfig | None, discriminator_adap
         ValueError: If the student is not a LoRA adapter, or if an adapter changes the weights under it.
     """
     if not isinstance(student_adapter, LoraConfig):
-        kind = "trained in full" if student_adapter is None else f"a {type(student_adapter).__name__} adapter"
+        kind = "trained in full" if student_adapter is None else f"{kind_of(student_adapter)} adapter"
         raise ValueError(
             "discriminator='shared' keeps two LoRA adapters on one frozen model, but the student is "
             f"{kind}. Train it as a LoRA adapter (`peft_config`, or `use_peft: true` in a recipe), or give the "

@@ -18,11 +18,12 @@ from transformers import (
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
+from ..errors import DivergedError
 from ..evaluation.means import EvaluationMeans
-from ..evaluation.student import SampleMetrics, judge, with_one_end
+from ..evaluation.student import SampleMetrics, judge, with_one_end, without_router_logits
 from ..host._compat import fused_forward, keep_4bit_weights_differentiable
 from ..host.model_paths import refuse_adapter_path
-from ..host.preflight import refuse_adapted_head, refuse_frozen_adapter, require_tokenizer
+from ..host.preflight import refuse_adapted_head, refuse_broken_weights, refuse_frozen_adapter, require_tokenizer
 from ..host.reference import add_reference_adapter
 from ..host.sharding import refuse_sharding
 from ..hub.student import StudentHubMixin
@@ -105,6 +106,15 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
     _name = "GAD"
+    _card_settings = (
+        "num_generations",
+        "warmup_epochs",
+        "warmup_learning_rate",
+        "discriminator_learning_rate",
+        "beta",
+        "temperature",
+        "max_completion_length",
+    )
     _card_note = "The discriminator's score is not quality: it moves with the discriminator."
     _paper = {
         "title": "Black-Box On-Policy Distillation of Large Language Models",
@@ -144,6 +154,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     ):
         check_arguments(model, discriminator, reward_funcs, args, optimizers, tools, environment_factory)
         refuse_adapter_path(model, "student")
+        refuse_broken_weights(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
         refuse_sharding(args, "GADTrainer", "the discriminator, a second trained model, would not be synchronised")
@@ -302,7 +313,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _generate(self, prompts):
         is_training = self.model.training
-        output = super()._generate(prompts)
+        with without_router_logits(self._unwrapped_policy()):
+            output = super()._generate(prompts)
         # Continuous batching leaves the model in training mode, by which an evaluation would be taken for a step
         self.model.train(is_training)
         if output[2] is not None:
@@ -368,7 +380,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         pairs = self._collect_pairs(inputs, completion_ids_list)
         self._scores = self.discriminator_trainer.score(pairs)
         if not torch.isfinite(self._scores.student).all() or not torch.isfinite(self._scores.teacher).all():
-            raise FloatingPointError(
+            raise DivergedError(
                 f"The discriminator's scores are not finite at step {self.state.global_step}. Lower "
                 "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
             )

@@ -1,12 +1,15 @@
 """What every trainer asks before it builds anything: configuration, tokenizer, a model that can learn, enough rows."""
 
+from pathlib import Path
+
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import NoStepsError
+from ..errors import NoStepsError, WeightsError
 
 
 def require_config(args, config_type: type, trainer: str) -> None:
@@ -67,6 +70,32 @@ def require_tokenizer(processing_class, trainer: str) -> None:
             f"{trainer} distils text: processing_class must be a tokenizer, got {type(processing_class).__name__}. "
             "Pass the processor's `.tokenizer`."
         )
+
+
+def refuse_broken_weights(model, role: str) -> None:
+    """
+    Refuse a model on disk of which a file of weights was cut off or is none, before anything is loaded from it.
+
+    Args:
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
+            A model, or where it is. One in memory, or on the Hub, is left alone.
+        role (`str`):
+            What the model is: `"student"`, `"proxy"`, `"discriminator"`, `"checkpoint"`.
+
+    Raises:
+        [`~errors.WeightsError`]: naming the first such file.
+    """
+    if not isinstance(model, str | Path):
+        return
+    for file in sorted(Path(model).expanduser().glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"The {role}'s weights cannot be read: {file} ({file.stat().st_size:,} bytes) was not copied or written to its "
+                f"end, or is no safetensors file ({error}). Copy or make it again."
+            ) from error
 
 
 def refuse_frozen(model: nn.Module, role: str) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ._compat import be_wrapped_again, keep_precision
-from .preflight import refuse_no_steps
+from .preflight import refuse_broken_weights, refuse_no_steps
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class ResumableRun:
                 raise ValueError(f"There is no finished checkpoint in {self.args.output_dir} to resume from.")
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
+            refuse_broken_weights(resume_from_checkpoint, "checkpoint")
             found = self._read_state(Path(resume_from_checkpoint)).get("run", {})
             differing = differences(found, self._describe_run())
             if differing:

@@ -19,6 +19,8 @@ from ..reports.report import Report, counts_table
 
 
 CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
+FIRST_HYPERPARAMETERS = 10
+PLACEHOLDER = "Put an input here that is like those of the teacher's rows."
 LIBRARIES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
 
@@ -44,8 +46,12 @@ class StudentCard:
             Whether its weights are an adapter of `base_model`.
         note (`str`, *optional*):
             What a reader has to know of the method's students.
+        example (`str` or `list[dict]`, *optional*):
+            An input of the teacher's rows that strangers may read: see [`~hub.example.example_input`].
         conversational (`bool`, *optional*, defaults to `False`):
             Whether its prompts are messages.
+        chat_template_kwargs (`dict`, *optional*):
+            With which its prompts were rendered.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest answer it learned.
         labels (`list[str]`, *optional*):
@@ -59,7 +65,12 @@ class StudentCard:
         counts (`dict`, *optional*):
             Data counts per split.
         hyperparameters (`dict`, *optional*):
-            Name and value.
+            Name and value, what matters first.
+        changed_settings, recipe_settings (`dict`, *optional*):
+            Name and value of what else was not at its default when it ran: of the trainer's configuration, and of a
+            recipe's other keys.
+        hardware (`str`, *optional*):
+            What it was trained on.
         settings (`dict`, *optional*):
             What the recipe says, without secrets.
         command (`str`, *optional*):
@@ -76,7 +87,9 @@ class StudentCard:
     repo_id: str
     is_adapter: bool = False
     note: str | None = None
+    example: str | list[dict] | None = None
     conversational: bool = False
+    chat_template_kwargs: dict = field(default_factory=dict)
     max_new_tokens: int = 256
     labels: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -84,6 +97,9 @@ class StudentCard:
     datasets: list[str] = field(default_factory=list)
     counts: dict = field(default_factory=dict)
     hyperparameters: dict = field(default_factory=dict)
+    changed_settings: dict = field(default_factory=dict)
+    recipe_settings: dict = field(default_factory=dict)
+    hardware: str | None = None
     settings: dict = field(default_factory=dict)
     command: str | None = None
     report: Report | None = None
@@ -92,6 +108,23 @@ class StudentCard:
     def teacher_name(self) -> str:
         """The teacher's name, or what to call one without, in Markdown."""
         return escape(self.teacher) if self.teacher else "an unnamed teacher"
+
+
+def student_name(args, base_model: str | None, method: str) -> str:
+    """
+    What a student is called: as its repository where one is named, else after the model it started from and its method.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Its training's configuration.
+        base_model (`str`, *optional*):
+            Checkpoint the student started from.
+        method (`str`):
+            Name of the method.
+    """
+    if args.hub_model_id is None and base_model:
+        return f"{Path(base_model).name}-{method.replace('-', '')}"
+    return Path(args.hub_model_id or args.output_dir).name
 
 
 def write_card(card: StudentCard, output_dir: str | Path) -> None:
@@ -200,13 +233,6 @@ def _results(card: StudentCard) -> str:
 def _usage(card: StudentCard) -> str:
     model_class = f"AutoModelFor{'SequenceClassification' if card.labels else 'CausalLM'}"
     head = f", num_labels={len(card.labels)}" if card.labels else ""
-    if card.labels:
-        encode = 'inputs = tokenizer("Name a red fruit.", return_tensors="pt")'
-    elif card.conversational:
-        encode = """messages = [{"role": "user", "content": "Name a red fruit."}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
-    else:
-        encode = 'inputs = tokenizer("Name a red fruit.", return_tensors="pt")'
     lines = [
         f"from transformers import {model_class}, AutoTokenizer",
         "",
@@ -222,15 +248,39 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
         note = "The weights are an adapter, and the model it belongs to is not on the Hub: put its path in place of `base`'s.\n\n"
     else:
         lines.append(f"model = {model_class}.from_pretrained(student{head if card.is_adapter else ''})")
+    lines += _encoding(card)
     if card.labels:
-        lines += [encode, f"print({json.dumps(card.labels)}[model(**inputs).logits.argmax().item()])"]
-        return f"## How to use it\n\n{note}" + fenced("\n".join(lines), "python") + _folders(card)
-    lines += [
-        encode,
-        f"outputs = model.generate(**inputs, max_new_tokens={card.max_new_tokens}, do_sample=True)",
-        'print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
+        lines.append(f"print({_literal(card.labels)}[model(**inputs).logits.argmax().item()])")
+    else:
+        lines.append(f"outputs = model.generate(**inputs, max_new_tokens={card.max_new_tokens}, do_sample=True)")
+        lines.append('print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))')
     return f"## How to use it\n\n{note}" + fenced("\n".join(lines), "python") + _folders(card)
+
+
+def _encoding(card: StudentCard) -> list[str]:
+    """Lines of Python that make `inputs` of the example, as inputs were made in training."""
+    example = card.example or PLACEHOLDER
+    if not card.conversational:
+        return [f'inputs = tokenizer({_literal(example)}, return_tensors="pt")']
+    messages = [{"role": "user", "content": example}] if isinstance(example, str) else example
+    written = [f"    {_literal(message)}," for message in messages]
+    keywords = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    given = "".join(f", {name}={_literal(value)}" for name, value in (keywords | card.chat_template_kwargs).items())
+    return [
+        *(["messages = [", *written, "]"] if len(messages) > 1 else [f"messages = {_literal(messages)}"]),
+        f"inputs = tokenizer.apply_chat_template(messages{given})",
+    ]
+
+
+def _literal(value) -> str:
+    """`value` as Python writes it, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    return repr(value)
 
 
 def _folders(card: StudentCard) -> str:
@@ -240,20 +290,35 @@ def _folders(card: StudentCard) -> str:
 
 
 def _making(card: StudentCard) -> str:
-    blocks = ["## How it was made"]
-    if card.hyperparameters:
-        rows = [[escape(name), code(_value(value))] for name, value in card.hyperparameters.items()]
-        blocks.append("\n".join(table(["hyper-parameter", "value"], rows)))
+    blocks, listed = ["## How it was made"], list(card.hyperparameters.items())
+    if listed:
+        blocks.append(_settings_table(listed[:FIRST_HYPERPARAMETERS]))
+    others = dict(listed[FIRST_HYPERPARAMETERS:])
+    changed = card.changed_settings | card.recipe_settings
+    others |= {name: value for name, value in changed.items() if name not in card.hyperparameters}
+    if others:
+        blocks.append(_folded("All other settings, as run", _settings_table(list(others.items()))))
     if card.command:
         blocks += ["The command:", fenced(card.command, "bash")]
     if card.settings:
         blocks += [
-            f"The recipe, here as [`{RECIPE_NAME}`]({RECIPE_NAME}); what the command states wins:",
-            fenced(recipe_text(card.settings), "yaml"),
+            f"The recipe as it was written is [`{RECIPE_NAME}`]({RECIPE_NAME}); what the command states wins.",
+            _folded("The recipe", fenced(recipe_text(card.settings), "yaml")),
         ]
     versions = card.report.versions if card.report else library_versions()
-    blocks.append(", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    hardware = f"Trained on {escape(card.hardware)} with " if card.hardware else ""
+    blocks.append(f"{hardware}{', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return "\n\n".join(blocks)
+
+
+def _settings_table(settings: list[tuple]) -> str:
+    rows = [[escape(name), code(_value(value))] for name, value in settings]
+    return "\n".join(table(["hyper-parameter", "value"], rows))
+
+
+def _folded(title: str, text: str) -> str:
+    """Markdown that a page shows when its title is clicked."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def _value(value) -> str:

@@ -1,9 +1,7 @@
 """What a trainer needs for its student to reach the Hub with a card of ours."""
 
 import contextlib
-import dataclasses
 import functools
-import itertools
 import logging
 from pathlib import Path
 
@@ -13,9 +11,10 @@ from transformers.trainer_utils import HubStrategy
 from ..errors import HubError
 from ..host._compat import get_config_model_id, uploads_through
 from ..reports.redaction import without_tokens
-from ..selection.config import SELECTION_ARGUMENTS
-from .model_card import RECIPE_NAME, StudentCard, write_card
+from .example import example_input
+from .model_card import RECIPE_NAME, StudentCard, student_name, write_card
 from .push import creation_error, upload_student
+from .settings import changed_settings, hardware, hyperparameters
 
 
 logger = logging.getLogger(__name__)
@@ -31,24 +30,33 @@ class StudentHubMixin:
     """
 
     _card_note: str | None = None  # what a reader has to know of this method's students
+    _card_settings: tuple[str, ...] = ()  # fields of the configuration that a card tells first
 
     @functools.cached_property
     def card(self) -> StudentCard:
         """What is known about the student. A run fills in what the trainer does not know, such as `teacher`."""
+        base_model, example = get_config_model_id(self.model.config) or None, self._example_input()
         return StudentCard(
             method=self._name,
             paper=self._paper,
             tags=list(self._tag_names),
-            base_model=get_config_model_id(self.model.config) or None,
-            name=Path(self.args.output_dir).name,
+            base_model=base_model,
+            name=student_name(self.args, base_model, self._name),
             repo_id=self.args.output_dir,
             is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+            example=example,
             conversational=_is_conversational(self.train_dataset),
+            chat_template_kwargs=getattr(self.args, "chat_template_kwargs", None) or {},
             note=self._card_note,
             max_new_tokens=getattr(self.args, "max_completion_length", 256),
             labels=self._class_labels(),
             folders=self._hub_folders(),
         )
+
+    def _example_input(self) -> str | list[dict] | None:
+        """An input of the teacher's rows that the card shows; of a held-out row, if there are any."""
+        rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        return example_input(rows) or example_input(self.train_dataset)
 
     def _class_labels(self) -> list[str]:
         """Names of the student's classes, if it is a classifier."""
@@ -88,8 +96,12 @@ class StudentHubMixin:
         card.datasets = _listed(dataset_name) or card.datasets
         card.tags = list(dict.fromkeys([*card.tags, *_listed(tags)]))
         card.repo_id = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
-        card.name = model_name or Path(card.repo_id).name
-        card.hyperparameters = hyperparameters(self.args, self.state.global_step)
+        card.name = model_name or card.name
+        student = self.accelerator.unwrap_model(self.model)
+        adapter = student.peft_config[student.active_adapter] if card.is_adapter else None
+        card.hyperparameters = hyperparameters(self.args, self.state.global_step, self._card_settings, adapter)
+        card.changed_settings = changed_settings(self.args)
+        card.hardware = hardware(self.args)
         write_card(card, self.args.output_dir)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -176,42 +188,3 @@ def _listed(value: str | list[str] | None) -> list[str]:
 def _is_conversational(dataset) -> bool:
     row = next(iter(dataset), {}) if dataset is not None else {}
     return isinstance(row.get("prompt"), list)
-
-
-def hyperparameters(args, steps: int) -> dict:
-    """
-    What a reader has to know to train the same student: the step, the batch, the rate, and what a method's own
-    configuration states, changed defaults included.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            A method's configuration.
-        steps (`int`):
-            Optimizer steps taken.
-    """
-    ours = itertools.takewhile(
-        lambda owner: not owner.__module__.startswith(("trl.", "transformers.")), type(args).__mro__
-    )
-    names = {name for owner in ours for name in vars(owner).get("__annotations__", {})}
-    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batch = {"sequences per optimizer step": samples}
-    if getattr(args, "selection", "none") == "llkd":
-        batch = {"rows looked at per optimizer step": samples * args.pool_factor}
-    else:
-        names -= set(SELECTION_ARGUMENTS)
-    first = {
-        "optimizer steps": steps or None,
-        **batch,
-        "num_generations": getattr(args, "num_generations", None),
-        "learning_rate": args.learning_rate,
-        # `max_steps` overrides it
-        "num_train_epochs": None if args.max_steps > 0 else args.num_train_epochs,
-        "seed": args.seed,
-    }
-    own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name in names}
-    # What is off or unset says nothing
-    return {
-        name: value
-        for name, value in {**first, **own}.items()
-        if value not in (None, "") and value is not False and not name.startswith("push_")
-    }

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.teacher_data import prompt_token_ids
-from ..errors import PseudoLabelError
+from ..errors import PseudoLabelError, kind_of
 from ..evaluation.student import pad_rows
 from ..soft_targets.head import check_head, last_hidden_states, lm_head
 from ..soft_targets.loss import project
@@ -117,7 +117,7 @@ def pseudo_label(
         [`PseudoLabelError`]: at the first problem, naming column, row and value.
     """
     if not isinstance(dataset, Dataset):
-        raise PseudoLabelError(f"`dataset` is a {type(dataset).__name__}; labelling needs a `datasets.Dataset`.")
+        raise PseudoLabelError(f"`dataset` is {kind_of(dataset)}; labelling needs a `datasets.Dataset`.")
     if len(dataset) == 0:
         raise PseudoLabelError("The data set has no rows.")
     _check_labels(labels)

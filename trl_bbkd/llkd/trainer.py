@@ -22,11 +22,19 @@ from transformers import (
 
 from ..data.teacher_data import places_of
 from ..data.teacher_files import ROW_COLUMN, named
-from ..errors import LLKDDataError
+from ..errors import LLKDDataError, kind_of
 from ..host._compat import get_config_model_id
 from ..host.model_paths import refuse_adapter_path
-from ..host.preflight import refuse_frozen, refuse_frozen_adapter, require_config, require_model, require_tokenizer
+from ..host.preflight import (
+    refuse_broken_weights,
+    refuse_frozen,
+    refuse_frozen_adapter,
+    require_config,
+    require_model,
+    require_tokenizer,
+)
 from ..host.resume import ResumableRun
+from ..hub.example import example_input
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
 from ..selection.config import SELECTION_ARGUMENTS, check_batches
@@ -94,6 +102,13 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
 
     _tag_names = ["trl-bbkd", "llkd"]
     _name = "LLKD"
+    _card_settings = (
+        "selection_rule",
+        "selection_weighting",
+        "selection_momentum",
+        "selection_warmup_steps",
+        "max_length",
+    )
     _card_note = "The paper's formulas are not public enough to be exact: this is our reading of its method."
     _paper = {
         "title": "Learning with Less: Knowledge Distillation from Large Language Models via Unlabeled Data",
@@ -139,6 +154,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         require_config(args, LLKDConfig, type(self).__name__)
         refuse_adapter_path(model, "student")
+        refuse_broken_weights(model, "student")
         refuse_frozen_adapter(peft_config, "student")
         if not isinstance(model, str) and peft_config is None:
             refuse_frozen(model, "student")
@@ -163,6 +179,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         require_tokenizer(processing_class, type(self).__name__)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
+        candidates = (example_input(rows, args.text_column) for rows in (*evaluated.values(), train_dataset))
+        self._example = next(filter(None, candidates), None)
         train_dataset = self._training_rows(train_dataset, processing_class, args)
         evaluated = {
             name: without(self._tokenized(rows, processing_class, args, name), (*CARRIED_COLUMNS, "gold"))
@@ -311,6 +329,9 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         rows = self._tokenized(rows, self.processing_class, self.args, "evaluation")
         return without(rows, (*CARRIED_COLUMNS, "gold"))
 
+    def _example_input(self) -> str | list[dict] | None:
+        return self._example
+
     def _class_labels(self) -> list[str]:
         return [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
 
@@ -376,7 +397,7 @@ def class_names(rows: Dataset, labels: list[str] | None) -> list[str] | None:
     """
     if not isinstance(rows, Dataset):
         raise LLKDDataError(
-            f"train_dataset is {'missing' if rows is None else f'a {type(rows).__name__}'}; LLKD draws pools from shuffled "
+            f"train_dataset is {'missing' if rows is None else kind_of(rows)}; LLKD draws pools from shuffled "
             "rows and counts their classes: it needs a `Dataset`. Turn streaming off."
         )
     if not len(rows):

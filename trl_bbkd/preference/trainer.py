@@ -16,6 +16,7 @@ from ..host._compat import keep_4bit_weights_differentiable, keep_precision, pri
 from ..host.model_files import load_weights, save_model
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
+    refuse_broken_weights,
     refuse_frozen,
     refuse_frozen_adapter,
     refuse_no_steps,
@@ -113,6 +114,7 @@ class PreferenceRoundsTrainer(DPOTrainer):
         if args.use_vllm and args.world_size > 1:
             raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
         refuse_adapter_path(model, self._role)
+        refuse_broken_weights(model, self._role)
         refuse_frozen_adapter(peft_config, self._role)
         if not isinstance(model, str) and peft_config is None:
             refuse_frozen(model, self._role)

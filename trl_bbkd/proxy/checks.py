@@ -11,7 +11,7 @@ from ..data.teacher_data import answer_text, check_teacher_data
 from ..errors import ProxyModelError, TeacherDataError
 from ..host.model_files import adapter_of
 from ..host.model_paths import base_of_adapter, no_model, refuse_adapter_path
-from ..host.preflight import refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..host.preflight import refuse_broken_weights, refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
 from ..selection.config import check_batches
 from ..selection.mixin import check_confidences
 from ..soft_targets.vocabulary import check_vocabularies
@@ -139,10 +139,14 @@ def check_models(
     refuse_prompt_learning(adapter_of(student) or peft_config, "student", NO_VIRTUAL_TOKENS)
     refuse_frozen_adapter(peft_config, "student")
     refuse_adapter_path(student, "student")
+    refuse_broken_weights(student, "student")
     if not isinstance(student, str) and peft_config is None:
         refuse_frozen(student, "student")
     if isinstance(proxy, str):
-        adapter = PeftConfig.from_pretrained(proxy) if base_of_proxy(proxy) is not None else None
+        refuse_broken_weights(proxy, "proxy")
+        base = base_of_proxy(proxy)
+        refuse_broken_weights(base, "proxy's base model")
+        adapter = None if base is None else PeftConfig.from_pretrained(proxy)
     else:
         adapter = adapter_of(proxy)
         if proxy is not None and TRAINING_STAGES.intersection(args.stages):

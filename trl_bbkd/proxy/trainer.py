@@ -25,6 +25,7 @@ from ..host._compat import keep_4bit_weights_differentiable
 from ..host.preflight import require_config, require_model, require_tokenizer
 from ..host.resume import last_finished_checkpoint
 from ..host.sharding import refuse_sharding
+from ..hub.example import example_input
 from ..selection.config import SELECTION_ARGUMENTS
 from ..seqkd.trainer import sft_rows
 from ..soft_targets.caching import model_fingerprint
@@ -202,6 +203,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         self._learned_from: dict[str, str] = {}
         counts = {"train": train_counts, "test": held_out_counts}
         self.card.counts = {split: found for split, found in counts.items() if found is not None}
+        self.card.example = self.card.example or example_input(teacher_rows)
         self.card.conversational = isinstance(teacher_rows[0]["prompt"], list)
 
     # Rows, whichever door they come through

@@ -67,6 +67,14 @@ class ProxyKDTrainer(ProxyTargetTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "proxykd"]
     _name = "Proxy-KD"
+    _card_settings = (
+        "proxy_model",
+        "proxy_learning_rate",
+        "alignment_rounds",
+        "kl_weight",
+        "sample_weighting",
+        "target_top_k",
+    )
     _card_note = "Part of what it learned is its proxy's: an open model's imitation of the teacher."
     _paper = {
         "title": "Knowledge Distillation of Black-Box Large Language Models",

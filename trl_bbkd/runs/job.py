@@ -25,8 +25,10 @@ from ..data.splitting import input_key, split_by_input
 from ..errors import NoStepsError, RecipeError, TeacherDataError
 from ..host.model_paths import checkpoint_fingerprint
 from ..host.resume import TRAINER_STATE_NAME
+from ..hub.example import example_input
 from ..hub.model_card import write_card
 from ..hub.push import push_student
+from ..hub.settings import changed_settings
 from ..reports.report import UNDISTILLED, Report, arguments_without_secrets, without_secrets, write_report
 from .console import PrinterCallback, ProgressCallback, ShortPrinter, ShortProgress
 from .methods import load_method
@@ -196,6 +198,11 @@ class Job:
         self.card.teacher = self.script_args.teacher_name
         self.card.datasets = dataset_names(self.recipe)
         self.card.counts = self.counts
+        column = getattr(self.args, "text_column", "prompt")
+        self.card.example = example_input(self.held_out_rows, column) or self.card.example
+        self.card.recipe_settings = changed_settings(
+            self.script_args, self.recipe.model_args, self.recipe.dataset_args
+        )
         self.card.settings = settings(self.recipe)
         self.card.command = command(self.recipe.path, sys.argv)
 
@@ -317,7 +324,10 @@ def hold_out(train, most: int, column: str = "prompt"):
         and len(set(map(input_key, train[column]))) == 1
     )
     sides = f"all rows have the same {column}, which training sees too" if shared else f"no {column} is on both sides"
-    logger.warning(f"The teacher data has no test split: {rows} of its rows are held out for evaluation; {sides}.")
+    logger.warning(
+        f"The teacher data has no test split: {rows} of its rows {'is' if rows == 1 else 'are'} held out for "
+        f"evaluation; {sides}."
+    )
     return parts
 
 
@@ -326,7 +336,11 @@ def refuse_another_run(output_dir: str, inputs: dict) -> None:
     path = Path(output_dir) / "metrics.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8")).get("inputs", {})
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # a run was stopped while it wrote its report
+    found = metrics.get("inputs", {}) if isinstance(metrics, dict) else inputs
     differing = [key for key, value in inputs.items() if found.get(key) != value]
     if differing:
         there = ", ".join(f"{key}: {found.get(key)}" for key in differing)

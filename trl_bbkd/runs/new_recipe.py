@@ -8,8 +8,8 @@ from string import Template
 import yaml
 
 from ..errors import RecipeError
+from .key_names import nearest
 from .methods import METHODS, load_method
-from .recipe_file import nearest
 
 
 # What some methods need, and what it is

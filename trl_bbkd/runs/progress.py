@@ -72,7 +72,11 @@ class Progress:
 
 
 def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() >= {"settings", "parts"} else None
 
 
 def is_trained(output_dir: str) -> bool:

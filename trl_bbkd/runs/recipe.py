@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..errors import RecipeError
+from .key_names import nearest
 from .methods import METHODS, load_class, load_method
 from .recipe_checks import check_values
-from .recipe_file import RecipeFile, nearest, one_line
+from .recipe_file import RecipeFile, one_line
 from .recipe_keys import own_keys, recipe_keys, unknown_option
 
 
@@ -247,7 +248,10 @@ def import_callable(spec: str) -> Callable:
         if module_spec is None:
             raise RecipeError(f"{spec!r}: {file} is not a Python file.")
         module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:  # a file of the user's may raise anything
+            raise RecipeError(f"{spec!r}: {file} cannot be imported: {_what(error)}.") from error
     else:
         module_name, dot, name = spec.rpartition(".")
         if not dot:
@@ -256,6 +260,8 @@ def import_callable(spec: str) -> Callable:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise RecipeError(f"{spec!r}: cannot import {module_name} ({error}).") from error
+        except Exception as error:
+            raise RecipeError(f"{spec!r}: {module_name} cannot be imported: {_what(error)}.") from error
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RecipeError(f"{spec!r}: {module.__name__} has no function {name!r}{nearest(name, functions)}")
@@ -263,6 +269,10 @@ def import_callable(spec: str) -> Callable:
     if not callable(function):
         raise RecipeError(f"{spec!r} is not a function but {type(function).__name__}.")
     return function
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error).rstrip('.')}"
 
 
 # What nearly every recipe sets, beside the method's own keys

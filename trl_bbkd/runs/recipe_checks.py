@@ -20,8 +20,22 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps", "beta")
 POSITIVE = ("temperature", "repetition_penalty")
+INTERVALS = ("logging_steps", "save_steps", "eval_steps")
 QUANTIZATION = 'pip install "trl-bbkd[quantization]"'
 OPTIMIZERS_OF_BITSANDBYTES = ("bnb", "paged", "lion", "ademamix", "adamw_8bit")
+# By what an optimizer's name begins with
+OPTIMIZER_PACKAGES = {
+    "galore": ("galore_torch", "pip install galore-torch"),
+    "apollo": ("apollo_torch", "pip install apollo-torch"),
+    "lomo": ("lomo_optim", "pip install lomo-optim"),
+    "adalomo": ("lomo_optim", "pip install lomo-optim"),
+    "grokadamw": ("grokadamw", "pip install grokadamw"),
+    "schedule_free": ("schedulefree", "pip install schedulefree"),
+    "stable_adamw": ("optimi", "pip install torch-optimi"),
+    "adamw_torch_4bit": ("torchao", "pip install torchao"),
+    "adamw_torch_8bit": ("torchao", "pip install torchao"),
+    "adamw_anyprecision": ("torchdistx", "see github.com/pytorch/torchdistx"),
+}
 # Module, and how it is installed
 PACKAGES = {
     "use_vllm": ("vllm", 'pip install "trl-bbkd[vllm]"'),
@@ -72,6 +86,9 @@ def check_packages(values: dict[str, Any]) -> None:
     optimizer = str(getattr(values.get("optim"), "value", ""))
     if any(part in optimizer for part in OPTIMIZERS_OF_BITSANDBYTES):
         needed["optim"] = PACKAGES["load_in_8bit"]
+    for start, package in OPTIMIZER_PACKAGES.items():
+        if optimizer.startswith(start):
+            needed["optim"] = package
     for name, (module, command) in needed.items():
         if find_spec(module) is None:
             raise RecipeError(
@@ -102,6 +119,8 @@ def _requirement(name: str, value: Any) -> str | None:
         return None
     if name == "max_steps":
         return None if value == -1 or value >= 1 else "at least 1, or -1 for `num_train_epochs` to decide"
+    if name in INTERVALS:
+        return None if value > 0 else "at least 1 step, or a share of all steps between 0 and 1"
     if name in AT_LEAST_ONE or name.endswith("batch_size"):
         return None if value >= 1 else "at least 1"
     if name in POSITIVE:

@@ -1,7 +1,6 @@
 """A recipe's YAML: its keys with their lines, and its values as the types of dataclasses. Imports nothing heavy."""
 
 import dataclasses
-import difflib
 import glob
 import os
 import types
@@ -13,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import RecipeError
+from .key_names import SECTIONS, nearest
 from .methods import METHODS, load_method
 
 
@@ -107,11 +107,11 @@ class RecipeFile:
         # YAML reads an unquoted `on` or `2` as something else than text; no field has such a name.
         line = self.lines.get((*prefix, name))
         place = f"{self.path}, line {line}" if line else str(self.path)
-        if isinstance(value, dict) and any(key in known for key in value):
-            return RecipeError(
-                f"{place}: unknown key {name!r}: a recipe is flat. Take that line out, and write what is below it, such as "
-                f"`{next(key for key in value if key in known)}`, without indentation."
-            )
+        below = list(value) if isinstance(value, dict) else []
+        if any(key in known for key in below) or (str(name).lower() in SECTIONS and (below or value is None)):
+            first = next((key for key in below if key in known), below[0] if below else None)
+            rest = f", and write what is below it, such as `{first}`, without indentation" if below else ""
+            return RecipeError(f"{place}: unknown key {name!r}: a recipe is flat. Take that line out{rest}.")
         return RecipeError(f"{place}: unknown key {name!r}{nearest(str(name), known)}")
 
     def checked_values(self, dataclass_types: Collection[type]) -> dict[str, Any]:
@@ -168,12 +168,6 @@ class RecipeFile:
         if isinstance(value, str) and is_input and _exists(value, folder):
             return os.path.normpath(os.path.join(folder, value))
         return value
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about `name`: the nearest of the known names, if one is near."""
-    match = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def _exists(path: str, folder: str) -> bool:

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from ..errors import RecipeError
-from .recipe_file import nearest
+from .key_names import nearest
 
 
 PACKAGE = Path(__file__).parents[1]

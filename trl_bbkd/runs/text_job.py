@@ -23,6 +23,7 @@ from ..errors import RecipeError
 from ..evaluation.student import evaluate_student, evaluate_teacher
 from ..host.model_files import load_model
 from ..host.model_paths import base_of_student, no_model
+from ..host.preflight import refuse_broken_weights
 from ..hub.model_card import library_versions
 from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
@@ -140,6 +141,8 @@ class TextJob(Job):
         """The student as trainers take it: its path, or an adapter on its base model, in memory."""
         if self.base is None:
             return self.model
+        refuse_broken_weights(self.model, "student")
+        refuse_broken_weights(self.base, "student's base model")
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if value is not None}
         return load_model(self.model, trainable=True, **kwargs)
 
@@ -161,7 +164,8 @@ class TextJob(Job):
             trainer = self.method.trainer(self)
         self.open_progress(trainer)
         self.start_card(trainer)
-        undistilled = self._undistilled(trainer)
+        # Without the student's training there is no report
+        undistilled = self._undistilled(trainer) if "distil" in getattr(args, "stages", ["distil"]) else {}
         if self.is_trained:
             self.recall(trainer)
             found = self.progress[TRAINED]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import LLKDDataError
+from ..errors import LLKDDataError, kind_of
 from .signals import check_confidence
 
 
@@ -72,7 +72,7 @@ class LLKDDataCollator:
 
         batch = self.collator([{k: v for k, v in row.items() if k not in CARRIED_COLUMNS} for row in rows])
         if not isinstance(batch, Mapping):
-            raise LLKDDataError(f"The collator made a {type(batch).__name__}; LLKD needs a dictionary of tensors.")
+            raise LLKDDataError(f"The collator made {kind_of(batch)}; LLKD needs a dictionary of tensors.")
         expected = 2 * len(rows) if "chosen_ids" in rows[0] else len(rows)
         found = _length(batch)
         if found != expected:
