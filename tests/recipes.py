@@ -1,15 +1,17 @@
-"""Recipes of tiny runs, and runs that are killed."""
+"""Recipes of tiny runs, and what the runs leave."""
 
+import contextlib
+import io
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
-from tests.processes import ROOT
+from trl_bbkd.__main__ import main
+from trl_bbkd.runs.recipe import load_recipe
+from trl_bbkd.runs.run import run
 
 
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -44,11 +46,17 @@ def write_recipe(folder, student, output_dir, **changes):
     return path
 
 
-def kill(recipe, module, name):
-    command = [sys.executable, ROOT / "tests/runs/kill_after_training.py", recipe, module, name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+def run_recipe(path):
+    run(load_recipe(path))
+
+
+def command_line(folder, *arguments) -> str:
+    """What `python -m trl_bbkd` prints in a folder; in a process of its own, which stays there."""
+    os.chdir(folder)
+    sys.argv = ["trl_bbkd/__main__.py", *map(str, arguments)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(sys.argv[1:])
+    return printed.getvalue()
 
 
 def saved(folder):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from trl_bbkd import launch
-from trl_bbkd.cli import _say_how_to_go_on, find_accelerate_config, run_recipe, train_with_accelerate
+from trl_bbkd.cli import _say_how_to_go_on, find_accelerate_config, main, run_recipe, train_with_accelerate
 from trl_bbkd.runs import text_job
 
 
@@ -122,11 +122,12 @@ class TestErrors:
         assert stopped.value.code == 2
         assert 'With our extra: `pip install "trl-bbkd[deepspeed]"`.' in capsys.readouterr().err
 
-    def test_unknown_accelerate_config_lists_ours(self, recipe, tmp_path):
-        done = start(["trl-bbkd", "train", recipe, "--accelerate_config", "zero9"], cwd=tmp_path)
-        assert done.returncode == 2
+    def test_unknown_accelerate_config_lists_ours(self, recipe, capfd):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", str(recipe), "--accelerate_config", "zero9"])
+        assert stopped.value.code == 2
         message = "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3"
-        assert done.stderr.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
+        assert capfd.readouterr().err.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
 
 
 class TestQuickly:
@@ -224,7 +225,7 @@ class TestAccelerateConfig:
         with pytest.raises(argparse.ArgumentTypeError, match="ddp, fsdp2, zero2, zero3"):
             find_accelerate_config("zero9")
 
-    def test_it_reaches_the_training_process(self, recipe, tmp_path):
+    def test_it_reaches_the_training_process(self, recipe, tmp_path, monkeypatch, capfd):
         config = {
             "compute_environment": "LOCAL_MACHINE",
             "distributed_type": "NO",
@@ -234,8 +235,11 @@ class TestAccelerateConfig:
         (tmp_path / "debug.yaml").write_text(yaml.safe_dump({**config, "debug": True}))
         # any other error of a run keeps its traceback, which shows what the launcher passed on
         (tmp_path / "rewards.py").write_text("import os\nraise RuntimeError(os.environ['ACCELERATE_DEBUG_MODE'])")
-        command = ["trl-bbkd", "train", recipe, "--accelerate_config", "debug.yaml"]
-        done = start([*command, "--reward_funcs", "rewards.py:reward"], cwd=tmp_path)
-        assert done.returncode == 1
-        assert "Traceback" in done.stderr
-        assert "RuntimeError: true" in done.stderr
+        monkeypatch.chdir(tmp_path)
+        command = ["train", str(recipe), "--accelerate_config", "debug.yaml"]
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--reward_funcs", "rewards.py:reward"])
+        assert stopped.value.code == 1
+        stderr = capfd.readouterr().err
+        assert "Traceback" in stderr
+        assert "RuntimeError: true" in stderr

@@ -2,7 +2,6 @@ import numpy as np
 from datasets import Dataset
 
 from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
-from tests.processes import run_processes  # noqa: F401
 from tests.proxykd.helpers import LORA, ON_CPU, make_rows  # noqa: F401
 from trl_bbkd.bayeskd.config import BayesKDConfig
 from trl_bbkd.bayeskd.trainer import BayesKDTrainer

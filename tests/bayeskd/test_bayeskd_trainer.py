@@ -1,5 +1,7 @@
+import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from tests.processes import Moment, killed_at, on_processes, train
+from tests.proxykd.on_processes import one_step
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.errors import NGramError, StageError, TargetStoreError
 from trl_bbkd.host.model_files import load_model
@@ -23,11 +27,9 @@ from .helpers import (
     assert_same_weights,
     make_rows,
     make_trainer,
-    run_processes,
     stored_targets,
     weights,
 )
-from .two_processes_bayeskd import one_step
 
 
 NAMES = ("prior", "posterior")
@@ -41,6 +43,22 @@ def finished(tmp_path_factory, tiny_model_dir, other_model_dir):
     trainer = make_trainer(folder, tiny_model_dir, other_model_dir)
     trainer.train()
     return trainer, folder
+
+
+def is_target_file(name, file):
+    return Path(file.name).parts[-2:] == (name, "part-00000.targets")
+
+
+# Of `append` the second batch's targets are on disk, its index is not
+MOMENTS = {
+    name: Moment(
+        "trl_bbkd.soft_targets.store._flush", call=2, counts=functools.partial(is_target_file, name), after=True
+    )
+    for name in NAMES
+} | {
+    "warmup": Moment("trl.SFTTrainer.training_step", call=3),
+    "distil": Moment("trl_bbkd.bayeskd.trainer.BayesKDTrainer.training_step", call=3),
+}
 
 
 def reuse(finished, folder):
@@ -93,9 +111,8 @@ class TestStages:
     @pytest.mark.parametrize("moment", ["warmup", "prior", "posterior", "distil"])
     def test_killed_at_any_moment_it_goes_on_there(self, finished, tmp_path, tiny_model_dir, other_model_dir, moment):
         folder = tmp_path / "run"
-        arguments = (folder, tiny_model_dir, other_model_dir, moment)
-        killed = run_processes(1, "tests/bayeskd/kill_bayeskd.py", *arguments, check=False)
-        assert killed.returncode == -9, killed.stderr[-2000:]
+        arguments = (make_trainer, folder, tiny_model_dir, other_model_dir)
+        killed_at(MOMENTS[moment], train, *arguments, save_strategy="steps", save_steps=1)
         files = [folder / "proxy" / name / "stage.json" for name in ("warmup", "targets/posterior")]
         done = [file for file in files if file.is_file() and "report" in json.loads(file.read_text())]
         assert len(done) == {"warmup": 0, "prior": 1, "posterior": 1, "distil": 2}[moment]
@@ -360,11 +377,19 @@ class TestLoss:
         """1 x 8, 2 x 4 and 8 x 1: one loss and one gradient."""
         proxy = str(finished[1] / "proxy/warmup")
         found = [
-            one_step(tiny_model_dir, proxy, reuse(finished, tmp_path / f"{size}"), size, 8 // size)
+            estimate_and_step(tiny_model_dir, proxy, reuse(finished, tmp_path / f"{size}"), size, 8 // size)
             for size in (8, 4, 1)
         ]
         for other in found[1:]:
             assert_same_step(other, found[0], ("loss", "num_tokens"))
+
+
+estimate_and_step = functools.partial(
+    one_step,
+    make_trainer,
+    logged=("loss", "nll", "kl_prior", "kl_posterior", "num_tokens"),
+    stages=["estimate", "distil"],
+)
 
 
 def assert_same_step(found, expected, logged):
@@ -379,9 +404,8 @@ class TestTwoProcesses:
     def both(self, finished, tmp_path_factory, tiny_model_dir):
         """One step on two processes, after an estimate that they have made together, and one on one process."""
         folder, proxy = tmp_path_factory.mktemp("two"), str(finished[1] / "proxy/warmup")
-        run_processes(2, "tests/bayeskd/two_processes_bayeskd.py", tiny_model_dir, proxy, folder, 2, 2)
-        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-        return folder, ranks, one_step(tiny_model_dir, proxy, reuse(finished, folder / "one"), 4, 2)
+        ranks = on_processes(2, estimate_and_step, tiny_model_dir, proxy, folder, 2, 2)
+        return folder, ranks, estimate_and_step(tiny_model_dir, proxy, reuse(finished, folder / "one"), 4, 2)
 
     def test_their_gradient_is_that_of_one(self, both):
         _, ranks, one = both

@@ -1,22 +1,15 @@
-import json
-
 import pytest
 import torch
 
-from tests.processes import run_processes
+from tests.processes import on_processes
 
 from .helpers import assert_same_weights
-
-
-def run(num_processes, model, output, *arguments):
-    output.mkdir()
-    run_processes(num_processes, "tests/gad/two_processes.py", model, output, *arguments)
-    return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(num_processes)]
+from .on_processes import trained
 
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(4, 1), (2, 2)])
 def test_both_processes_train_one_discriminator(tiny_model_dir, tmp_path, per_device, accumulation):
-    first, second = run(2, tiny_model_dir, tmp_path / "two", per_device, accumulation, 1.0)
+    first, second = on_processes(2, trained, tiny_model_dir, tmp_path / "two", per_device, accumulation, 1.0)
     assert first["discriminator_steps"] == second["discriminator_steps"] == 4
     assert_same_weights(first["discriminator"], second["discriminator"])
     assert_same_weights(first["student"], second["student"])
@@ -26,8 +19,8 @@ def test_both_processes_train_one_discriminator(tiny_model_dir, tmp_path, per_de
 @pytest.mark.parametrize("warmup_epochs", [0.0, 2.0])
 def test_two_processes_take_the_steps_of_one(tiny_model_dir, tmp_path, warmup_epochs):
     """The second of three prompts straddles the processes (6 samples each, groups of 4): scores and loss must not notice."""
-    (one,) = run(1, tiny_model_dir, tmp_path / "one", 12, 1, warmup_epochs)
-    two, _ = run(2, tiny_model_dir, tmp_path / "two", 3, 2, warmup_epochs)
+    (one,) = on_processes(1, trained, tiny_model_dir, tmp_path / "one", 12, 1, warmup_epochs)
+    two, _ = on_processes(2, trained, tiny_model_dir, tmp_path / "two", 3, 2, warmup_epochs)
     for name, gradient in one["gradients"][0].items():
         torch.testing.assert_close(two["gradients"][0][name], gradient, atol=1e-6, rtol=1e-4)
     for key in ("discriminator/loss", "discriminator/accuracy", "discriminator/margin", "completions/length_ratio"):
@@ -40,21 +33,19 @@ def test_two_processes_take_the_steps_of_one(tiny_model_dir, tmp_path, warmup_ep
 
 def test_two_processes_share_critic_credit_and_length_control(tiny_model_dir, tmp_path):
     """Whitening and the slope of length go over the samples of all processes; replayed pairs are each process's own."""
-    config = json.dumps(
-        {
-            "advantage_estimator": "gae",
-            "critic": "copy",
-            "critic_learning_rate": 1e-3,
-            "discriminator_head": "likelihood",
-            "discriminator_credit": "token",
-            "discriminator_replay_size": 16,
-            "length_control": True,
-        }
-    )
-    first, second = run(2, tiny_model_dir, tmp_path / "two", 3, 2, 0.0, config)
+    config = {
+        "advantage_estimator": "gae",
+        "critic": "copy",
+        "critic_learning_rate": 1e-3,
+        "discriminator_head": "likelihood",
+        "discriminator_credit": "token",
+        "discriminator_replay_size": 16,
+        "length_control": True,
+    }
+    first, second = on_processes(2, trained, tiny_model_dir, tmp_path / "two", 3, 2, 0.0, **config)
     for name in ("student", "discriminator", "critic"):
         assert_same_weights(first[name], second[name])
-    (one,) = run(1, tiny_model_dir, tmp_path / "one", 12, 1, 0.0, config)
+    (one,) = on_processes(1, trained, tiny_model_dir, tmp_path / "one", 12, 1, 0.0, **config)
     for name, gradient in one["gradients"][0].items():
         torch.testing.assert_close(first["gradients"][0][name], gradient, atol=1e-6, rtol=1e-4)
     # The critic's gradient is of scores, which are in the tens

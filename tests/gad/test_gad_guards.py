@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import SENTENCES
-from tests.processes import run_processes
+from tests.processes import on_processes
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.evaluation.student import teacher_nll
 from trl_bbkd.gad.critic import Critic
@@ -17,6 +17,7 @@ from trl_bbkd.gad.discriminator_trainer import PairBatch
 from trl_bbkd.host.reference import REFERENCE_ADAPTER
 
 from .helpers import FixedSamplesTrainer, are_different, assert_same_weights, make_trainer, weights
+from .on_processes import trained_evaluated_and_resumed
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -102,8 +103,7 @@ def test_length_control_of_an_evaluation_goes_by_its_own_groups(tiny_model_dir, 
 def on_two_processes(tmp_path_factory, tiny_model_dir):
     """What each of two processes ended with, and the folder."""
     folder = tmp_path_factory.mktemp("two")
-    run_processes(2, "tests/gad/two_processes_resume.py", tiny_model_dir, folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)], folder
+    return on_processes(2, trained_evaluated_and_resumed, tiny_model_dir, folder), folder
 
 
 class TestTwoProcesses:

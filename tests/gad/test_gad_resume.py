@@ -1,9 +1,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from tests.processes import Moment, killed_at, train
 from trl_bbkd.gad.trainer import GADTrainer
 from trl_bbkd.host.resume import is_finished, last_finished_checkpoint
 
@@ -164,31 +162,13 @@ def test_a_run_resumed_at_any_step_ends_like_an_uninterrupted_one(tiny_model_dir
         assert torch.equal(found_generator, expected_generator)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.conftest import SENTENCES
-from tests.gad.helpers import make_trainer
-from trl_bbkd import GADTrainer
-
-class KilledWhileSaving(GADTrainer):
-    def _save_rng_state(self, output_dir):
-        if self.state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super()._save_rng_state(output_dir)
-
-rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8], "row": i} for i in range(16)]
-make_trainer(sys.argv[1], sys.argv[2], rows, KilledWhileSaving, max_steps=6, save_strategy="steps", save_steps=2).train()
-"""
-
-
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tiny_model_dir, tmp_path, standard_rows):
     config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     straight = make_trainer(tmp_path / "straight", tiny_model_dir, standard_rows, **config)
     straight.train()
 
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run"), tiny_model_dir], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    second_time_it_saves = Moment("trl_bbkd.gad.trainer.GADTrainer._save_rng_state", call=2)
+    killed_at(second_time_it_saves, train, make_trainer, tmp_path / "run", tiny_model_dir, standard_rows, **config)
     half_written = tmp_path / "run" / "checkpoint-4"
     assert (half_written / "gad_state.json").is_file() and not is_finished(half_written)
 

@@ -4,10 +4,11 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.processes import on_processes
 from trl_bbkd.gad.discriminator import Discriminator, collate_responses
 
 from .helpers import are_different, assert_same_weights, fill_adapters, make_trainer, weights
-from .test_gad_distributed import run
+from .on_processes import trained
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -220,7 +221,7 @@ def test_one_configuration_for_both_adapters(tiny_model_dir, tmp_path, standard_
 
 
 def test_two_processes(tiny_model_dir, tmp_path):
-    first, second = run(2, tiny_model_dir, tmp_path / "shared", 4, 1, 1.0, '{"discriminator": "shared"}')
+    first, second = on_processes(2, trained, tiny_model_dir, tmp_path / "shared", 4, 1, 1.0, discriminator="shared")
     assert_same_weights(first["discriminator"], second["discriminator"])
     assert_same_weights(first["student"], second["student"])
     assert set(first["gradients"][-1]) == {name for name in first["student"] if ".default." in name}

@@ -40,9 +40,14 @@ SECRET = "a-password-of-somebody"
 TEACHER = "GPT|5\nthe *second*"
 
 
-def start(server, *arguments, cwd, token=TOKEN):
+COMMAND = [Path(sys.executable).parent / "trl-bbkd"]
+# What `trl-bbkd train` starts, without its launcher
+IN_ONE_PROCESS = [sys.executable, "-m", "trl_bbkd"]
+
+
+def start(server, *arguments, cwd, token=TOKEN, command=COMMAND):
     environment = {**os.environ, **server.environment(token), "OMP_NUM_THREADS": "1", "MY_API_KEY": SECRET}
-    command = [Path(sys.executable).parent / "trl-bbkd", *map(str, arguments)]
+    command = [*command, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -395,7 +400,7 @@ def test_a_student_of_a_proxy_goes_alone(
     path = write_recipe(tmp_path / "recipes", tiny_model_dir, conversational_rows, **changes)
     with HubServer() as server:
         arguments = ["--output_dir", "out", "--hub_model_id", "me/student", "--push_to_hub", "true"]
-        done = start(server, "train", path, *arguments, cwd=tmp_path)
+        done = start(server, path, *arguments, cwd=tmp_path, command=IN_ONE_PROCESS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [commit.message for commit in server.commits] == ["End of training"]
     assert set(server.commits[0].files) == STUDENT | REPORT and (tmp_path / "out/proxy/targets").is_dir()

@@ -1,14 +1,8 @@
-"""
-A tiny encoder and a tiny decoder with classification heads, and rows with a teacher's labels.
-
-Run by torchrun, a step on two processes: what each of them ends with.
-"""
+"""A tiny encoder and a tiny decoder with classification heads, and rows with a teacher's labels."""
 
 import random
-import sys
 
 import torch
-from accelerate import PartialState
 from datasets import ClassLabel, Dataset
 from transformers import (
     BertConfig,
@@ -149,12 +143,23 @@ def sequential_step(output_dir, per_device_train_batch_size):
         "state": trainer.selector.state_dict(),
         "loss": logged(trainer, "loss"),
         "kept_share": logged(trainer, "selection/kept_share"),
-        "rank": trainer.accelerator.process_index,
         "num_processes": trainer.accelerator.num_processes,
     }
 
 
-if __name__ == "__main__":
-    result = sequential_step(sys.argv[1], 4)
-    torch.save(result, f"{sys.argv[1]}/rank{result['rank']}.pt")
-    PartialState().destroy_process_group()
+def students_with_and_without_evaluation(output_dir):
+    """Of training that came after an evaluation, and that did not."""
+    students = {}
+    for evaluates in (False, True):
+        trainer = make_trainer(
+            output_dir / str(evaluates),
+            rows=make_rows(64),
+            trainer_kwargs={"eval_dataset": make_rows(24, seed=1)},
+            per_device_train_batch_size=2,
+            max_steps=4,
+        )
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        students[evaluates] = trainer.model.state_dict()
+    return students

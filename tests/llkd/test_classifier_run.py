@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from tests.conftest import build_tokenizer
 from tests.hub_server import TOKEN, HubServer
-from tests.processes import ROOT
-from tests.recipes import RESUME, kill, never, saved, without_times
+from tests.processes import ROOT, killed_at, on_processes
+from tests.recipes import RESUME, command_line, never, run_recipe, saved, without_times
+from trl_bbkd.__main__ import main
 from trl_bbkd.errors import RecipeError
 from trl_bbkd.llkd.trainer import LLKDTrainer
 from trl_bbkd.runs.recipe import load_recipe
@@ -220,7 +221,7 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
 def test_a_classifiers_run_killed_in_a_baseline(tmp_path, data, student, monkeypatch):
     whole, killed = (write_recipe(data, student, tmp_path / name, max_steps=4) for name in ("whole", "out"))
     run(load_recipe(whole))
-    kill(killed, "trl_bbkd.llkd.job", "LLKDJob._baseline")
+    killed_at("trl_bbkd.llkd.job.LLKDJob._baseline", run_recipe, killed)
     weights, train = (tmp_path / "out/model.safetensors").read_bytes(), LLKDTrainer.train
     monkeypatch.setattr(
         LLKDTrainer, "train", lambda trainer, **kwargs: never() if kwargs else train(trainer, **kwargs)
@@ -315,12 +316,8 @@ def test_plain_training_is_reported_too(tmp_path, data, student):
 
 def test_two_processes(tmp_path, data, student):
     path = write_recipe(data, student, tmp_path / "out", max_steps=4, per_device_train_batch_size=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "trl_bbkd", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report.md, curves.png and metrics.json") == 1
+    printed = on_processes(2, command_line, tmp_path, path)
+    assert "".join(printed).count("report.md, curves.png and metrics.json") == 1
     saved = saved_metrics(tmp_path / "out")
     assert set(saved["results"]) == {"undistilled", "all rows", "random rows", "LLKD"}
     assert saved["results"]["LLKD"]["accuracy"] == pytest.approx(accuracy(tmp_path / "out", data))
@@ -407,11 +404,11 @@ class TestBadInput:
         with pytest.raises(RecipeError, match="needs a column `teacher_confidence`.*`trl_bbkd.pseudo_label`"):
             run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out")))
 
-    def test_the_command_line_ends_with_one_line(self, tmp_path, data, student):
+    def test_the_command_line_ends_with_one_line(self, tmp_path, data, student, capfd):
         path = write_recipe(data, student, tmp_path / "out", labels=["a", "b"])
-        done = subprocess.run(
-            [sys.executable, "-m", "trl_bbkd", str(path)], capture_output=True, text=True, cwd=ROOT, timeout=300
-        )
-        assert done.returncode == 2
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "none of the classes a, b" in errors[0] and "Traceback" not in done.stderr
+        with pytest.raises(SystemExit) as stopped:
+            main([str(path)])
+        assert stopped.value.code == 2
+        stderr = capfd.readouterr().err
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "none of the classes a, b" in errors[0] and "Traceback" not in stderr

@@ -31,8 +31,9 @@ from tests.llkd.helpers import (
     make_trainer,
     save_student,
     sequential_step,
+    students_with_and_without_evaluation,
 )
-from tests.processes import run_processes
+from tests.processes import on_processes
 from trl_bbkd.llkd.trainer import LLKDTrainer, classification_metrics
 from trl_bbkd.selection.mixin import SELECTION_FILE, SELECTION_WEIGHT
 
@@ -146,9 +147,8 @@ def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, selection, accepts_lo
 
 def test_two_processes_take_the_step_of_one_though_one_keeps_nothing(tmp_path):
     one = sequential_step(tmp_path / "one", 8)
-    run_processes(2, "tests/llkd/helpers.py", tmp_path)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+    ranks = on_processes(2, sequential_step, tmp_path / "two", 4)
+    for rank, found in enumerate(ranks):
         assert found["num_processes"] == 2
         assert_same_gradient(found["gradient"], one["gradient"])
         assert found["kept_share"] == one["kept_share"]
@@ -157,14 +157,13 @@ def test_two_processes_take_the_step_of_one_though_one_keeps_nothing(tmp_path):
             # What they were scored beside differs, and so does rounding
             torch.testing.assert_close(found["state"][name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
         if rank:
-            first = torch.load(tmp_path / "rank0.pt", weights_only=True)["state"]
+            first = ranks[0]["state"]
             assert all(torch.equal(found["state"][name].nan_to_num(), first[name].nan_to_num()) for name in first)
 
 
 def test_an_evaluation_before_training_changes_nothing_on_two_processes(tmp_path):
     """It marks the bare model as prepared, and unless the mark is taken off DDP leaves it alone."""
-    run_processes(2, "tests/llkd/evaluate_first.py", tmp_path)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = on_processes(2, students_with_and_without_evaluation, tmp_path)
     for name, expected in ranks[0][False].items():
         for found in ranks:
             assert torch.equal(found[True][name], expected) and torch.equal(found[False][name], expected), name

@@ -5,7 +5,6 @@ from datasets import Dataset
 
 from tests.conftest import SENTENCES
 from tests.gad.helpers import assert_same_weights, weights  # noqa: F401
-from tests.processes import run_processes  # noqa: F401
 from trl_bbkd.proxykd.alignment_config import ProxyAlignmentConfig
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.config import ProxyKDConfig

@@ -6,12 +6,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.processes import Moment, killed_at, on_processes, train
 from trl_bbkd.errors import TeacherDataError
 from trl_bbkd.host.model_files import load_model
 from trl_bbkd.preference.sampling import read_samples
 from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 
-from .helpers import LORA, assert_same_weights, make_aligner, make_rows, run_processes, weights
+from .helpers import LORA, assert_same_weights, make_aligner, make_rows, weights
+from .on_processes import aligned
 
 
 def reference_weights(trainer):
@@ -161,7 +163,6 @@ def test_patience_keeps_the_best_proxy_and_stops(tmp_path, other_model_dir, monk
 
 
 def killed_settings(lora, save_steps):
-    """Those of `kill_alignment.py`."""
     return {
         "trainer_kwargs": {"peft_config": LoraConfig(**LORA) if lora else None},
         "sample_batch_size": 1,
@@ -169,6 +170,10 @@ def killed_settings(lora, save_steps):
         "save_strategy": "steps",
         "save_steps": save_steps,
     }
+
+
+def is_in_round_2(trainer, *args, **kwargs):
+    return len(trainer.rounds) == 2
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -199,9 +204,11 @@ def test_back_to_the_proxy_that_was_handed_in(tmp_path, other_model_dir, monkeyp
 def test_killed_inside_a_round_it_ends_as_if_it_had_not_been(tmp_path, other_model_dir, lora, save_steps):
     """SIGKILL in the second round; the same call then goes on."""
     make_aligner(tmp_path / "whole", other_model_dir, **killed_settings(lora, save_steps)).train()
-    arguments = (tmp_path / "killed", other_model_dir, int(lora), save_steps, "round 2 step 2")
-    killed = run_processes(1, "tests/proxykd/kill_alignment.py", *arguments, check=False)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    third_step_of_round_2 = Moment(
+        "trl_bbkd.proxykd.alignment_trainer.ProxyAlignmentTrainer.training_step", call=3, counts=is_in_round_2
+    )
+    arguments = (make_aligner, tmp_path / "killed", other_model_dir)
+    killed_at(third_step_of_round_2, train, *arguments, **killed_settings(lora, save_steps))
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("round-*/samples/*")}
     assert stamps and not (tmp_path / "killed/round-2/round.json").exists()
     resumed = make_aligner(tmp_path / "killed", other_model_dir, **killed_settings(lora, save_steps))
@@ -214,10 +221,9 @@ def test_killed_inside_a_round_it_ends_as_if_it_had_not_been(tmp_path, other_mod
 
 def test_killed_while_sampling_it_makes_the_same_samples(tmp_path, other_model_dir):
     make_aligner(tmp_path / "whole", other_model_dir, **killed_settings(False, 1)).train()
-    killed = run_processes(
-        1, "tests/proxykd/kill_alignment.py", tmp_path / "killed", other_model_dir, 0, 1, "sampling", check=False
-    )
-    assert killed.returncode == -9
+    second_file = Moment("trl_bbkd.preference.sampling._write", call=2)
+    arguments = (make_aligner, tmp_path / "killed", other_model_dir)
+    killed_at(second_file, train, *arguments, **killed_settings(False, 1))
     kept = sorted((tmp_path / "killed/round-1/samples").iterdir())
     stamp = kept[0].stat().st_mtime_ns
     assert len(kept) == 1 and len(list((tmp_path / "whole/round-1/samples").iterdir())) == 2
@@ -274,10 +280,8 @@ class TestRefused:
 
 
 def test_two_processes_align_alike(tmp_path, other_model_dir):
-    run_processes(2, "tests/proxykd/two_processes_align.py", other_model_dir, tmp_path / "two", 2)
-    run_processes(1, "tests/proxykd/two_processes_align.py", other_model_dir, tmp_path / "one", 4)
-    ranks = [torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    one = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
+    ranks = on_processes(2, aligned, other_model_dir, tmp_path / "two", 2)
+    (one,) = on_processes(1, aligned, other_model_dir, tmp_path / "one", 4)
     assert_same_weights(ranks[0]["proxy"], ranks[1]["proxy"])
     assert ranks[0]["samples"] == ranks[1]["samples"] == one["samples"]
     assert ranks[0]["rounds"] == ranks[1]["rounds"]

@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import build_model
+from tests.processes import Moment, killed_at, on_processes, train
 from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.errors import ProxyModelError, StageError, TargetStoreError, TeacherDataError, VocabularyError
@@ -26,10 +28,9 @@ from .helpers import (
     label_log_probs,
     make_kd_trainer,
     make_rows,
-    run_processes,
     weights,
 )
-from .two_processes_kd import one_step
+from .on_processes import one_step
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,18 @@ def finished(tmp_path_factory, tiny_model_dir, other_model_dir):
     trainer = make_kd_trainer(folder, tiny_model_dir, other_model_dir)
     trainer.train()
     return trainer, folder
+
+
+MOMENTS = {
+    "warmup": "trl.SFTTrainer.training_step",
+    "align": "trl.DPOTrainer.training_step",
+    "cache": Moment("trl_bbkd.soft_targets.store.TargetStoreWriter.append", call=2),
+    "distil": Moment("trl_bbkd.proxykd.trainer.ProxyKDTrainer.training_step", call=3),
+}
+
+
+def killed(moment, *arguments):
+    killed_at(MOMENTS[moment], train, make_kd_trainer, *arguments, save_strategy="steps", save_steps=1)
 
 
 def reuse(finished, folder):
@@ -86,9 +99,7 @@ class TestStages:
 
     @pytest.mark.parametrize("moment", ["warmup", "align", "cache", "distil"])
     def test_killed_in_any_stage_it_goes_on_there(self, finished, tmp_path, tiny_model_dir, other_model_dir, moment):
-        arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
-        killed = run_processes(1, "tests/proxykd/kill_proxykd.py", *arguments, moment, check=False)
-        assert killed.returncode == -9, killed.stderr[-2000:]
+        killed(moment, tmp_path / "run", tiny_model_dir, other_model_dir)
         files = {name: tmp_path / "run/proxy" / name / "stage.json" for name in ("warmup", "align", "targets")}
         done = [name for name, file in files.items() if file.is_file() and "report" in json.loads(file.read_text())]
         assert len(done) == ["warmup", "align", "cache", "distil"].index(moment)
@@ -179,9 +190,8 @@ class TestStages:
     def test_a_half_finished_stage_is_not_gone_on_with_under_other_settings(
         self, tmp_path, tiny_model_dir, other_model_dir, stage
     ):
-        arguments = (tmp_path / "run", tiny_model_dir, other_model_dir)
-        killed = run_processes(1, "tests/proxykd/kill_proxykd.py", *arguments, stage, check=False)
-        assert killed.returncode == -9 and (tmp_path / "run/proxy" / stage / "stage.json").is_file()
+        killed(stage, tmp_path / "run", tiny_model_dir, other_model_dir)
+        assert (tmp_path / "run/proxy" / stage / "stage.json").is_file()
         # The warm-up was killed before it made anything; as far as that, it may be begun anew
         (tmp_path / "run/proxy/warmup/checkpoint-1").mkdir(exist_ok=True)
         changed = {"warmup": {"proxy_learning_rate": 5e-3}, "align": {"alignment_epochs": 2.0}}[stage]
@@ -320,13 +330,19 @@ class TestLoss:
     def test_batch_shapes_and_processes_change_nothing(self, finished, tmp_path, tiny_model_dir, source, of_two):
         """1 x 8, 2 x 4 and 8 x 1 on one process, and as many rows on two: one loss and one gradient."""
         proxy = str(finished[1] / "proxy/align")
+        step = functools.partial(
+            one_step,
+            make_kd_trainer,
+            tiny_model_dir,
+            proxy,
+            logged=("loss", "num_tokens"),
+            stages=["cache", "distil"],
+            target_source=source,
+        )
         found = []
         for per_device, accumulation in ((8, 1), (4, 2), (1, 8)):
-            output = tmp_path / f"1-{per_device}-{accumulation}"
-            output.mkdir()
-            found.append(one_step(tiny_model_dir, proxy, output, per_device, accumulation, source))
-        run_processes(2, "tests/proxykd/two_processes_kd.py", tiny_model_dir, proxy, tmp_path / "2", *of_two, source)
-        ranks = [torch.load(tmp_path / "2" / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+            found.append(step(tmp_path / f"1-{per_device}-{accumulation}", per_device, accumulation))
+        ranks = on_processes(2, step, tmp_path / "2", *of_two)
         assert_same_weights(ranks[0]["student"], ranks[1]["student"])
         for other in (*found[1:], ranks[0]):
             assert other["log"] == pytest.approx(found[0]["log"], rel=1e-6)

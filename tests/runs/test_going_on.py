@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from tests.recipes import RESUME, kill, never, saved, without_times, write_recipe
+from tests.processes import killed_at
+from tests.recipes import RESUME, never, run_recipe, saved, without_times, write_recipe
 from trl_bbkd.errors import RecipeError
 from trl_bbkd.gad.trainer import GADTrainer
 from trl_bbkd.runs import text_job
@@ -27,7 +28,7 @@ def gad_recipe(tmp_path, recipe_folder, tiny_model_dir):
 def test_a_run_killed_in_the_baseline(tmp_path, gad_recipe, monkeypatch):
     whole, killed = (gad_recipe(name, save_strategy="steps", save_steps=2) for name in ("whole", "out"))
     run(load_recipe(whole))
-    kill(killed, "trl_bbkd.runs.text_job", "train_seqkd")
+    killed_at("trl_bbkd.runs.text_job.train_seqkd", run_recipe, killed)
     weights = (tmp_path / "out/model.safetensors").read_bytes()
     monkeypatch.setattr(GADTrainer, "train", never)
     for _ in range(2):

@@ -1,9 +1,6 @@
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig
 
-from tests.recipes import write_recipe
+from tests.processes import on_processes
+from tests.recipes import command_line, write_recipe
 from trl_bbkd.data.teacher_data import load_teacher_data, tokenize_teacher_data
 from trl_bbkd.errors import RecipeError, TeacherDataError
 from trl_bbkd.evaluation.student import evaluate_student, teacher_nll
@@ -206,17 +204,8 @@ class TestRun:
         path = write_recipe(
             recipe_folder, tiny_model_dir, tmp_path / "out", max_steps=2, per_device_train_batch_size=4
         )
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*launcher, "-m", "trl_bbkd", str(path)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("report.md, curves.png and metrics.json") == 1
+        printed = on_processes(2, command_line, tmp_path, path)
+        assert "".join(printed).count("report.md, curves.png and metrics.json") == 1
         saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
         assert saved["seqkd"]["batch_size"] == 2
         assert set(saved["results"]) == {"undistilled", "SeqKD", "GAD", "teacher"}

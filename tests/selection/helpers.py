@@ -274,3 +274,11 @@ RUNS = [
     ("bayeskd", "nothing in step 2", 48),
     ("sft", "mixed", 42),
 ]
+
+
+def run_scenarios(folder, student, targets):
+    """On each of two processes."""
+    return {
+        (kind, scenario, count): run_scenario(scenario, kind, folder / str(number), student, targets, 2, count)
+        for number, (kind, scenario, count) in enumerate(RUNS)
+    }

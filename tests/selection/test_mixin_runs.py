@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests.gad.helpers import weights
-from tests.processes import run_processes
+from tests.processes import Moment, killed_at, on_processes, train
 from tests.proxykd.helpers import LORA, make_rows
 from trl_bbkd.errors import RecipeError
 from trl_bbkd.runs.recipe import load_recipe
@@ -28,6 +28,7 @@ from .helpers import (
     make_sft_trainer,
     mean,
     run_scenario,
+    run_scenarios,
     selection_rows,
     state,
 )
@@ -36,9 +37,7 @@ from .helpers import (
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, tiny_model_dir, targets):
     """Each scenario on two processes: results of both."""
-    folder = tmp_path_factory.mktemp("two")
-    run_processes(2, "tests/selection/two_processes_selection.py", tiny_model_dir, targets, folder, timeout=240)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_processes(2, run_scenarios, tmp_path_factory.mktemp("two"), tiny_model_dir, targets)
 
 
 class TestTwoProcesses:
@@ -103,6 +102,10 @@ def uninterrupted(tmp_path_factory, tiny_model_dir, targets):
     return found
 
 
+def is_at_step_3(trainer, *args, **kwargs):
+    return trainer.state.global_step == 3
+
+
 class TestResume:
     @pytest.mark.parametrize("step", [1, 2, 3, 5])
     def test_from_any_checkpoint_it_ends_as_if_it_had_not_stopped(self, make, tmp_path, uninterrupted, step):
@@ -129,8 +132,8 @@ class TestResume:
         self, tmp_path, uninterrupted, tiny_model_dir, targets
     ):
         """In the fourth step, when its rows are selected and before its weights move."""
-        killed = run_processes(1, "tests/selection/kill_selection.py", tmp_path, tiny_model_dir, targets, check=False)
-        assert killed.returncode == -9, killed.stderr[-2000:]
+        fourth_step = Moment("trl_bbkd.bayeskd.trainer.BayesKDTrainer.training_step", counts=is_at_step_3, after=True)
+        killed_at(fourth_step, train, make_bayes_trainer, tmp_path, tiny_model_dir, targets, **RESUMED)
         resumed = make_bayes_trainer(tmp_path, tiny_model_dir, targets, **RESUMED)
         resumed.train()
         assert resumed._initial_global_step == 3

@@ -1,18 +1,16 @@
 import copy
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.processes import run_processes
+from tests.processes import Moment, killed_at, on_processes
 from trl_bbkd.errors import TargetStoreError
 from trl_bbkd.soft_targets.caching import model_fingerprint, rows_fingerprint, store_targets, tokenizer_fingerprint
 from trl_bbkd.soft_targets.store import INDEX_DTYPE, row_key
@@ -21,7 +19,6 @@ from ..conftest import build_tokenizer
 from .test_store import FILES, code_error
 
 
-ROOT = Path(__file__).parents[2]
 VOCAB = 330
 K = 6
 BATCH = 3
@@ -196,32 +193,14 @@ def test_more_tokens_than_the_vocabulary_has(tiny_model_dir, tmp_path):
         cache(tmp_path, load(tiny_model_dir), k=VOCAB + 1)
 
 
-KILLED = """
-import os
-import signal
-import sys
-
-from tests.soft_targets.test_caching import cache, load
-
-proxy, passes = load(sys.argv[1]), []
-
-
-def count(*_):
-    passes.append(1)
-    if len(passes) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-proxy.base_model.register_forward_hook(count)
-cache(sys.argv[2], proxy)
-"""
+def cache_alone(folder, path):
+    cache(folder, load(path))
 
 
 def test_a_killed_process_loses_only_its_last_batch(other_model_dir, tmp_path, straight):
     """It is killed in the third of four forward passes."""
-    command = [sys.executable, "-c", KILLED, other_model_dir, str(tmp_path)]
-    process = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-3000:]
+    in_the_third_pass = Moment("transformers.Qwen2Model.forward", call=3, after=True)
+    killed_at(in_the_third_pass, cache_alone, tmp_path, other_model_dir)
     left = contents(tmp_path)
     assert len(left[FILES[0]]) == 2 * BATCH * INDEX_DTYPE.itemsize
     assert all(straight[name].startswith(left[name]) for name in FILES)
@@ -231,39 +210,30 @@ def test_a_killed_process_loses_only_its_last_batch(other_model_dir, tmp_path, s
     assert len(shapes) == 2 and contents(tmp_path) == straight
 
 
-TWO_PROCESSES = """
-import os
-import sys
-
-from accelerate import PartialState
-
-from tests.soft_targets.test_caching import cache, contents, count_passes, load
-
-state = PartialState(cpu=True)
-proxy, folder = load(sys.argv[1]), sys.argv[2]
-shapes = count_passes(proxy)
-cache(folder, proxy)
-assert sum(batch for batch, _ in shapes) == (6, 5)[state.process_index], shapes
-state.wait_for_everyone()
-before = contents(folder)
-state.wait_for_everyone()
-# Of each part the second batch is torn
-if state.is_main_process:
-    for part in range(2):
-        os.truncate(os.path.join(folder, f"part-0000{part}.index"), 4 * 32 + 5)
-state.wait_for_everyone()
-del shapes[:]
-cache(folder, proxy)
-assert len(shapes) == 1, shapes
-state.wait_for_everyone()
-assert contents(folder) == before
-state.destroy_process_group()
-"""
+def cache_and_go_on(folder, path):
+    """On each of two processes."""
+    state = PartialState(cpu=True)
+    proxy = load(path)
+    shapes = count_passes(proxy)
+    cache(folder, proxy)
+    assert sum(batch for batch, _ in shapes) == (6, 5)[state.process_index], shapes
+    state.wait_for_everyone()
+    before = contents(folder)
+    state.wait_for_everyone()
+    # Of each part the second batch is torn
+    if state.is_main_process:
+        for part in range(2):
+            os.truncate(os.path.join(folder, f"part-0000{part}.index"), 4 * 32 + 5)
+    state.wait_for_everyone()
+    del shapes[:]
+    cache(folder, proxy)
+    assert len(shapes) == 1, shapes
+    state.wait_for_everyone()
+    assert contents(folder) == before
 
 
 def test_two_processes_share_the_rows_and_go_on_as_they_began(other_model_dir, tmp_path, straight):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    run_processes(2, tmp_path / "two.py", other_model_dir, tmp_path / "store")
+    on_processes(2, cache_and_go_on, tmp_path / "store", other_model_dir)
     # One process goes on with what two have written: nothing is missing, and all is as one would have computed it
     proxy = load(other_model_dir)
     shapes = count_passes(proxy)
