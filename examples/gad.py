@@ -5,7 +5,7 @@
 #     "trl>=1.16,<1.17",
 # ]
 # ///
-"""
+r"""
 GAD in a script in TRL's manner. Beside a script for `GRPOTrainer` three things differ: the names `GADConfig` and `GADTrainer`, the
 data, whose column `completion` holds the teacher's answers as for `SFTTrainer`, and `reward_funcs`, which are optional: the
 discriminator is the reward.

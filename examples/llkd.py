@@ -1,4 +1,4 @@
-"""
+r"""
 LLKD from the labels of an API, in a script in TRL's manner: a small classifier learns, at every step, from the rows of which the
 teacher is sure and the classifier is not.
 

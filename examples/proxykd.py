@@ -1,4 +1,4 @@
-"""
+r"""
 Proxy-KD in a script in TRL's manner. Beside a script for `SFTTrainer` the names `ProxyKDConfig` and `ProxyKDTrainer` differ, and
 `--proxy_model` is new: a larger open model with the student's tokenizer. One call to `train` warms the proxy up on some of the
 rows, aligns it to the teacher's answers, keeps its soft targets on disk, and distils. A second call of the same command goes on at

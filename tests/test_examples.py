@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 import tomllib
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,11 @@ def test_gad_in_the_small_world(monkeypatch, tmp_path):
 
 
 def test_proxykd_in_the_small_world(monkeypatch, tmp_path):
-    small = ["--max_steps", 2, "--warmup_share", 0.02, "--alignment_share", 0.02, "--alignment_rounds", 1]
-    run_script("proxykd.py", monkeypatch, tmp_path, *small, "--proxy_warmup_epochs", 1)
+    with (ROOT / "recipes/tinyworld/teacher_train.jsonl").open() as file:
+        (tmp_path / "rows.jsonl").write_text("".join(islice(file, 200)))
+    small = ["--dataset_name", tmp_path / "rows.jsonl", "--max_steps", 2, "--per_device_train_batch_size", 16]
+    small += ["--alignment_rounds", 1, "--alignment_epochs", 1, "--proxy_warmup_epochs", 1]
+    run_script("proxykd.py", monkeypatch, tmp_path, *small)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 14_208
     assert (tmp_path / "proxy/align/stage.json").is_file() and (tmp_path / "proxy/targets/store.json").is_file()
 
@@ -146,7 +150,7 @@ def test_the_notebook_runs(monkeypatch, tmp_path, tiny_model_dir):
     for name in ("install", "login"):
         by_id[name]["source"] = ""
     with HubServer() as hub:
-        own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         for name, value in {**hub.environment(), **own, "IPYTHONDIR": str(tmp_path / "ipython")}.items():
             monkeypatch.setenv(name, value)
         NotebookClient(
