@@ -9,6 +9,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>(?!https?://|#)[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+SHORT_CODE = re.compile(r"<code>([^<]{1,28})</code>")
 REFERENCE = re.compile(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]")
 
 
@@ -21,8 +22,11 @@ def on_files(files, config):
 
 
 def on_page_content(html, **_):
-    """Show names that docstrings refer to, in TRL's way of writing (`[`~module.Name`]`), as names."""
-    return REFERENCE.sub(r"<code>\1</code>", html)
+    """
+    Show names that docstrings refer to, in TRL's way of writing (`[`~module.Name`]`), as names, and keep what is short in one
+    line.
+    """
+    return SHORT_CODE.sub(r'<code class="short">\1</code>', REFERENCE.sub(r"<code>\1</code>", html))
 
 
 def _from_docs(link: re.Match) -> str:
