@@ -6,12 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+from tests.code_blocks import code, code_blocks
 from tests.pictures import is_drawn
 from trl_bbkd.data.teacher_data import check_teacher_data
 from trl_bbkd.runs.recipe import load_recipe
@@ -19,15 +19,15 @@ from trl_bbkd.runs.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-RUNS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/results/recipes.md").read_text(), flags=re.DOTALL)
+BLOCKS = [(block.language, block.code) for block in code_blocks("README.md")]
+RUNS = code("docs/results/recipes.md", "bash")
 MOST_LINES = 110
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SMALL = "--use_cpu true --bf16 false --max_steps 2 --per_device_train_batch_size 8 --max_completion_length 12"
 
 
 def blocks(language):
-    return [code for name, code in BLOCKS if name == language]
+    return [text for name, text in BLOCKS if name == language]
 
 
 def run(command, cwd, timeout=900):
@@ -103,8 +103,8 @@ def check_folders_are_told(folder):
 
 
 def test_python_example(tmp_path):
-    (code,) = blocks("python")
-    small = code.replace("max_steps=20", "max_steps=2, use_cpu=True, bf16=False, per_device_train_batch_size=8")
+    (example,) = blocks("python")
+    small = example.replace("max_steps=20", "max_steps=2, use_cpu=True, bf16=False, per_device_train_batch_size=8")
     small = small.replace("output/student", str(tmp_path / "student"))
     assert small.count("max_steps=2,") == 1
     script = tmp_path / "example.py"
@@ -219,9 +219,9 @@ def test_llkd_command_as_it_stands(tmp_path):
 
 def test_code_of_the_bayeskd_docs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/bayeskd.md").read_text(), flags=re.DOTALL)
+    (example,) = code("docs/bayeskd.md", "python")
     found = {}
-    exec(code, found)
+    exec(example, found)
     assert found["ids"].tolist() == [[7, 8]] and found["ratios"][0] == pytest.approx([2 / 3, 1 / 3])
 
 
@@ -231,15 +231,15 @@ def test_links_lead_somewhere():
 
 
 def test_code_of_the_llkd_docs_runs(tmp_path):
-    docs = (ROOT / "docs/llkd.md").read_text()
-    labelling, mixing = re.findall(r"```python\n(.*?)```", docs, flags=re.DOTALL)
+    labelling, mixing = code("docs/llkd.md", "python")
     found = {"__name__": "docs"}
-    exec(textwrap.dedent(labelling), found)
+    exec(labelling, found)
     assert found["rows"]["label"][:] == [0, 1] and found["rows"]["teacher_confidence"][0] == pytest.approx(
         0.924, abs=1e-3
     )
     exec(mixing, found)
     assert found["SelectiveSFTConfig"]("x", use_cpu=True, bf16=False, selection="llkd").pool_factor == 4
-    (tmp_path / "llkd.yaml").write_text(re.findall(r"```yaml\n(method: llkd.*?)```", docs, flags=re.DOTALL)[0])
+    recipe, _ = code("docs/llkd.md", "yaml")
+    (tmp_path / "llkd.yaml").write_text(recipe)
     recipe = load_recipe(tmp_path / "llkd.yaml", ["--use_cpu", "true"])
     assert recipe.training_args.labels == ["methods", "results"] and recipe.script_args.baselines
