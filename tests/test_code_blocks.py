@@ -214,6 +214,11 @@ TESTED = {
         "selection: llkd": part_of_proxykd_recipe,
         "from dataclasses import dataclass": README + "code_of_the_llkd_docs_runs",
     },
+    "docs/multi_gpu.md": {
+        "# Two adapters on one frozen base": whole_recipe,
+        "trl-bbkd train my.yaml --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3": parsed,
+        "# Samples come from a server": whole_recipe,
+    },
     "docs/performance.md": {
         "OMP_NUM_THREADS=2 python benchmarks/kd_loss.py --rounds 2": parsed,
         "OMP_NUM_THREADS=2 python benchmarks/kd_loss.py --vocab 32000 --tokens 2048 --rounds 2": parsed,
@@ -232,7 +237,6 @@ TESTED = {
     "docs/runs.md": {
         "trl-bbkd train my.yaml --num_train_epochs 3": parsed,
         "trl-bbkd train my.yaml --resume_from_checkpoint true": parsed,
-        "trl-bbkd train my.yaml --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3": parsed,
     },
     "docs/teacher_data.md": {"dataset.map(": splits_messages},
     "docs/results/bayeskd.md": {

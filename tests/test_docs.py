@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-GUIDES = [ROOT / "docs" / name for name in ("choose.md", "runs.md", "troubleshooting.md")]
+GUIDES = [ROOT / "docs" / name for name in ("choose.md", "runs.md", "multi_gpu.md", "troubleshooting.md")]
 SITE = ("mkdocs", "material", "mkdocstrings")
 
 
@@ -29,7 +29,47 @@ def test_site_builds_strictly(tmp_path):
     start, api = ((tmp_path / "site" / name).read_text() for name in ("index.html", "api.html"))
     assert 'href="choose.html"' in start and 'href="contributing.html"' in start
     assert "discriminator_learning_rate" in api and "alignment_rounds" in api
+    check_tables_of_keys((tmp_path / "site/recipes.html").read_text())
     assert not (tmp_path / "site/site").exists()
+
+
+def check_tables_of_keys(page):
+    """Of each method: its own keys, the common ones, the rest, and what is refused, each key once."""
+    from trl import GRPOConfig
+
+    from trl_bbkd import GADConfig, LLKDConfig
+
+    _, *methods = re.split(r'<h3 id="[\w-]+">', page)
+    assert len(methods) == 4 and "<!-- keys" not in page
+    for config, part in ((GADConfig, methods[0]), (LLKDConfig, methods[3])):
+        keys = re.findall(r"<tr><td><code[^>]*>(.*?)</code>", part)
+        names = {key.replace("<wbr>", "").replace("<wbr />", "") for key in keys}
+        assert len(names) == len(keys) and {field.name for field in fields(config) if field.init} <= names
+    own, common, rest, refused = methods[0].split("<table>")[1:]
+    inherited = {field.name for field in fields(GRPOConfig)}
+    for name in {field.name for field in fields(GADConfig)} - inherited | {"seqkd_baseline"}:
+        assert f">{name.replace('_', '_<wbr>')}</code>" in own, name
+    assert ">learning_<wbr>rate</code>" in common and "TrainingArguments" in common and ">beta</code>" in common
+    assert ">top_<wbr>p</code>" in rest and "GRPOConfig" in rest and ">fsdp</code>" not in rest
+    assert ">fsdp</code>" in refused and "would not be synchronised" in refused
+
+
+def test_batches_of_several_gpus(monkeypatch, tmp_path):
+    """The example's table, by the configuration's own arithmetic."""
+    from trl_bbkd import GADConfig
+
+    text = (ROOT / "docs/multi_gpu.md").read_text()
+    table = text.split("| | 1 GPU | 4 GPUs | 8 GPUs |")[1].split("\n\n")[0]
+    rows = {
+        cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \|$", table, re.M)
+    }
+    for column, processes in enumerate((1, 4, 8)):
+        monkeypatch.setattr(GADConfig, "world_size", processes)
+        keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+        args = GADConfig(str(tmp_path), use_cpu=True, bf16=False, **{key: int(rows[key][column]) for key in keys})
+        samples, prompts = int(rows["samples a step"][column]), int(rows["prompts a step"][column])
+        assert args.generation_batch_size == samples == prompts * args.num_generations
+        assert 1000 // prompts == int(rows["steps an epoch, with 1,000 prompts"][column])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
@@ -61,4 +101,5 @@ def test_keys_of_the_guides_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     keys = {key for code in re.findall(r"`([^`]+)`", text) for key in re.findall(r"\b([a-z_]+): ", code)}
     keys |= set(re.findall(r"--(\w+) ", " ".join(re.findall(r"trl-bbkd train my.yaml (.*)", page.read_text()))))
+    keys -= {"accelerate_config", "num_processes"}  # the launcher's
     assert len(keys) > 4 and keys - known == set()

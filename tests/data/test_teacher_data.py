@@ -231,7 +231,7 @@ class TestChecks:
             ([("a", "b"), ("", "b")], "Row 1: `prompt` is empty"),
             ([("a", "b"), ("c", " \n")], r"Row 1: `completion` is empty \(' \\n'\)"),
             ([("a", "b"), ("c", None)], "Row 1: `completion` is null"),
-            ([(3, "b")], "Row 0: `prompt` is 3, a int"),
+            ([(3, "b")], "Row 0: `prompt` is 3, an int"),
             ([("a", ASSISTANT)], "Row 0: `prompt` is a string but `completion` is a list"),
             ([(USER, "b")], "Row 0: `completion` is a string but `prompt` is a list"),
             ([(USER, ASSISTANT + ASSISTANT)], "Row 0: .*exactly one assistant message"),

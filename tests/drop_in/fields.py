@@ -9,7 +9,7 @@ from accelerate import ParallelismConfig
 
 ACTS = "acts"
 SCRIPTS = "differs: for scripts; the trainer does not read it, as in TRL"
-SHARDING = "refused: use plain data parallelism (docs/performance.md)"
+SHARDING = "refused: use plain data parallelism (docs/multi_gpu.md)"
 EVALUATION = "refused: agreement with the teacher, measured before and after every round, takes its place"
 BEST = "refused: `alignment_patience` keeps the best proxy"
 REFERENCE = "refused: the reference is the proxy as it was when the round began"
