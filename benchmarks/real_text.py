@@ -220,7 +220,7 @@ def gad_config(args, seed: int, output_dir: Path) -> GADConfig:
 def train_sft(student: str, args, seed, dataset, tokenizer, output_dir, steps, learning_rate, measure=None):
     """SFT, annealed to 0. With `measure`, the checkpoint that the judge likes best is kept, otherwise the last one."""
     config = gad_config(args, seed, output_dir)
-    config.per_device_train_batch_size = args.sft_batch_size * args.num_generations
+    config.per_device_train_batch_size = args.sft_batch_size
     return train_seqkd(
         student,
         config,
