@@ -41,7 +41,7 @@ from common.arguments import evidence_parser
 from common.bayeskd import PAPER
 from common.seeds import run_seeds
 from common.tables import each_of, markdown, mean_of
-from common.tinyworld import COLUMNS, RECIPES, WORLD, measured, teacher_rows, tokenized
+from common.tinyworld import RECIPES, STUDENT_COLUMNS, WORLD, measured, teacher_rows, tokenized
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -85,7 +85,7 @@ ARMS = {
     "h+proxy, from nothing, a tenth": {"proxy": "from nothing, a tenth", **EXPECTED, **PROXY_ALONE},
     "h+post, teacher's own": {"posterior_draws": 0, "known": True, **POSTERIOR},
 }
-COLUMNS = COLUMNS | {"KL(teacher ‖ student)": ("teacher_kl", "{:.4f}")}
+COLUMNS = STUDENT_COLUMNS | {"KL(teacher ‖ student)": ("teacher_kl", "{:.4f}")}
 PER_SEED = (("valid@t1.0", "{:.3f}"), ("teacher_kl", "{:.4f}"))
 
 

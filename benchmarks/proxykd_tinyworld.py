@@ -26,7 +26,7 @@ import torch
 from common.arguments import evidence_parser
 from common.seeds import run_seeds
 from common.tables import each_of, markdown, mean_of
-from common.tinyworld import COLUMNS, RECIPES, WORLD, measured, teacher_rows, tokenized
+from common.tinyworld import RECIPES, STUDENT_COLUMNS, WORLD, measured, teacher_rows, tokenized
 from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,8 +99,8 @@ def students_table(results: list[dict]) -> str:
     rows = []
     for arm in results[0]["students"]:
         runs = [result["students"][arm] for result in results]
-        rows.append([arm, *(mean_of(runs, *column) for column in COLUMNS.values()), each_of(runs, "valid@t1.0")])
-    return markdown(["arm", *COLUMNS, "valid, T=1.0, of each seed"], rows)
+        rows.append([arm, *(mean_of(runs, *column) for column in STUDENT_COLUMNS.values()), each_of(runs, "valid@t1.0")])
+    return markdown(["arm", *STUDENT_COLUMNS, "valid, T=1.0, of each seed"], rows)
 
 
 def proxies_table(results: list[dict]) -> str:

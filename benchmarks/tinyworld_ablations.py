@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from common.arguments import evidence_arguments, evidence_parser
 from common.tables import each_of, markdown, mean_of
-from common.tinyworld import ANSWER_TOKENS, build, measured, tokenized, world
+from common.tinyworld import ANSWER_TOKENS, STUDENT_COLUMNS, build, measured, tokenized, world
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -74,11 +74,7 @@ ARMS = {
     "group std, floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "length control": {"length_control": True},
 }
-COLUMNS = {
-    "valid, T=1.0": ("valid@t1.0", "{:.3f}"),
-    "T=0.7": ("valid@t0.7", "{:.3f}"),
-    "greedy": ("valid@greedy", "{:.3f}"),
-    "distinct valid": ("distinct_valid@t1.0", "{:,.0f}"),
+COLUMNS = STUDENT_COLUMNS | {
     "teacher NLL": ("teacher_nll", "{:.3f}"),
     "length ratio": ("length_ratio@t1.0", "{:.3f}"),
     "D accuracy, last": ("accuracy", "{:.3f}"),

@@ -19,7 +19,7 @@ import world  # noqa: E402
 
 ANSWER_TOKENS = 32
 # Key of a measurement, and its form
-COLUMNS = {
+STUDENT_COLUMNS = {
     "valid, T=1.0": ("valid@t1.0", "{:.3f}"),
     "T=0.7": ("valid@t0.7", "{:.3f}"),
     "greedy": ("valid@greedy", "{:.3f}"),
