@@ -12,35 +12,29 @@ Options beside `--arms` and `--output_dir` are those of proxykd_real_text.py; th
 and its KL do nothing here.
 """
 
-import argparse
-import json
-import logging
 import statistics
 import time
 from pathlib import Path
 
-import proxykd_real_text as shared
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common.bayeskd import PAPER
+from common.seeds import run_seeds
+from common.tables import markdown
+from common.word_problems import (
+    WordProblemRuns,
+    best_on_validation,
+    load,
+    means,
+    measure,
+    student_arguments,
+    word_problems_parser,
+)
+from transformers import AutoModelForCausalLM
 
 from trl_bbkd.bayeskd.config import BayesKDConfig
 from trl_bbkd.bayeskd.trainer import BayesKDTrainer
-from trl_bbkd.seqkd.trainer import CurveCallback, curve
+from trl_bbkd.seqkd.trainer import curve
 
 
-# Stated here so that it stays when BayesKDConfig's defaults do not
-PAPER = {
-    "hard_weight": 1.0,
-    "prior_weight": 1.0,
-    "posterior_weight": 1.0,
-    "prior_gamma": 3.0,
-    "ngram_context_length": 3,
-    "ngram_min_count": 1,
-    "posterior_draws": 10,
-    "posterior_concentration": 10.0,
-    "posterior_sampling": "drawn",
-    "target_tail": "renormalize",
-    "target_top_k": 16,
-}
 # What is estimated, where it differs
 ESTIMATES = {
     "paper": {},
@@ -81,40 +75,20 @@ NLLS = ("prior", "proxy", "posterior", "posterior_drawn")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="output/bayeskd_real_text")
-    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    own, others = parser.parse_known_args(argv)
-    args = shared.parse_args(others)
-    args.output_dir, args.arms = own.output_dir, own.arms
-    return args
+    return word_problems_parser(__doc__, "output/bayeskd_real_text", ARMS).parse_args(argv)
 
 
-class Seed:
-    """One seed's runs, all below one folder; what is finished there is not run again."""
-
-    def __init__(self, args, seed: int, data: shared.Data, tokenizer):
-        self.args, self.seed, self.data, self.tokenizer = args, seed, data, tokenizer
-        self.root = Path(args.output_dir) / f"seed_{seed}"
-        self.path = self.root / "results.json"
-        empty = {"proxy": {}, "estimates": {}, "arms": {}}
-        self.results = json.loads(self.path.read_text()) if self.path.is_file() else empty
+class Runs(WordProblemRuns):
+    """The proxy is warmed up once, and a target that several arms learn from is estimated once."""
 
     def run(self) -> dict:
         for arm in ["undistilled", *self.args.arms]:
             if arm in self.results["arms"]:
                 continue
-            points = []
             start = time.perf_counter()
-            folder = self.student()
-            if arm != "undistilled":
-                folder, points = self.trained(arm)
-            metrics = shared.measure(
-                AutoModelForCausalLM.from_pretrained(folder), self.data.scored[self.args.report_on]
-            )
-            self.results["arms"][arm] = {**metrics, "seconds": time.perf_counter() - start, "curve": points}
-            self.save()
-            print(f"seed {self.seed}, {arm}:", json.dumps(self.results["arms"][arm]), flush=True)
+            folder, points = (self.student(), []) if arm == "undistilled" else self.trained(arm)
+            metrics = measure(AutoModelForCausalLM.from_pretrained(folder), self.data.scored[self.args.report_on])
+            self.keep("arms", arm, {**metrics, "seconds": time.perf_counter() - start, "curve": points})
         return self.results
 
     def trained(self, arm: str) -> tuple[Path, list[dict]]:
@@ -122,18 +96,10 @@ class Seed:
         folder = self.root / "arms" / arm.replace(" ", "-")
         if estimate is not None:
             settings = {**ESTIMATES[estimate], **settings, "target_store": str(self.targets(estimate))}
-        validation = self.data.scored["validation"]
-        callback = CurveCallback(lambda model: shared.measure(model, validation), points=self.args.curve_points)
-        trainer = self.trainer(folder, ["distil"], None, settings, [callback])
+        trainer = self.trainer(folder, ["distil"], None, settings, [self.callback()])
         trainer.train()
         trainer.save_model(str(folder))
         return folder, curve(trainer.state.log_history)
-
-    def student(self) -> Path:
-        folder = self.root / "student"
-        if not (folder / "model.safetensors").is_file():
-            shared.pretrain_student(self.args, self.seed, self.data, self.tokenizer, folder)
-        return folder
 
     def targets(self, name: str) -> Path:
         """An estimate of the teacher's distributions, made if it is not there."""
@@ -146,40 +112,28 @@ class Seed:
             trainer.train()
             (report,) = trainer.stage_reports
             found = {"calibration": trainer.calibration, **report["metrics"][0]}
-            self.results["estimates"][name] = found | {"seconds": time.perf_counter() - start}
-            self.save()
-            print(f"seed {self.seed}, estimate {name}:", json.dumps(self.results["estimates"][name]), flush=True)
+            self.keep("estimates", name, found | {"seconds": time.perf_counter() - start})
         return folder / "proxy" / "targets"
 
     def warmed_up(self) -> str:
         folder = self.root / "warmed"
-        if not self.results["proxy"]:
+        if "warmed" not in self.results["proxies"]:
             start = time.perf_counter()
             trainer = self.trainer(folder, ["warmup"], self.args.proxy, {})
             trainer.train()
             (report,) = trainer.stage_reports
-            self.results["proxy"] = {"metrics": report["metrics"], "seconds": time.perf_counter() - start}
-            self.save()
-            print(f"seed {self.seed}, proxy:", json.dumps(self.results["proxy"]), flush=True)
+            seconds = time.perf_counter() - start
+            self.keep("proxies", "warmed", {"metrics": report["metrics"], "seconds": seconds})
         return str(folder / "proxy" / "warmup")
 
     def trainer(self, folder: Path, stages: list[str], proxy, settings: dict, callbacks=None, held_out=True):
         args = self.args
         configuration = BayesKDConfig(
             **{
-                "output_dir": str(folder),
                 "stages": stages,
-                "max_completion_length": args.max_completion_length,
-                "max_steps": args.student_steps,
-                "learning_rate": args.learning_rate,
-                "lr_scheduler_type": "linear",
-                "per_device_train_batch_size": args.student_batch_size,
-                "per_device_eval_batch_size": 32,
-                "proxy_per_device_train_batch_size": args.proxy_batch_size,
-                "proxy_learning_rate": args.proxy_learning_rate,
-                "proxy_warmup_epochs": args.proxy_warmup_epochs,
-                **shared.common_arguments(self.seed),
+                **student_arguments(args, self.seed, folder, learning_rate=args.learning_rate),
                 **PAPER,
+                "target_top_k": 16,
                 **settings,
             }
         )
@@ -193,68 +147,61 @@ class Seed:
             callbacks=callbacks,
         )
 
-    def save(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
-
 
 def tables(args, results: list[dict]) -> str:
     """Means over the seeds, with each seed's value."""
-    lines = ["| arm | teacher NLL | token accuracy | best NLL on validation, at step |", "|---|---|---|---|"]
+    rows = []
     for arm in ["undistilled", *args.arms]:
         runs = [result["arms"][arm] for result in results]
-        best = [min(run["curve"], key=lambda point: point["nll"]) for run in runs if run["curve"]]
-        cells = [shared.mean_and_seeds([run[name] for run in runs]) for name in ("nll", "top1_agreement")]
-        cells.append(", ".join(f"{point['nll']:.3f} at {point['step']}" for point in best) or "–")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+        rows.append([arm, *means(runs, "nll", "top1_agreement"), best_on_validation(runs)])
+    parts = [markdown(["arm", "teacher NLL", "token accuracy", "best NLL on validation, at step"], rows)]
 
-    lines += ["", "| proxy | top-1 agreement | teacher NLL |", "|---|---|---|"]
-    for entries in zip(*(result["proxy"].get("metrics", []) for result in results), strict=True):
-        cells = [shared.mean_and_seeds([entry[name] for entry in entries]) for name in ("top1_agreement", "nll")]
-        lines.append(f"| {entries[0]['at']} warm-up | {' | '.join(cells)} |")
+    proxies = [result["proxies"]["warmed"]["metrics"] for result in results if "warmed" in result["proxies"]]
+    rows = [
+        [f"{entries[0]['at']} warm-up", *means(entries, "top1_agreement", "nll")]
+        for entries in zip(*proxies, strict=True)
+    ]
+    parts.append(markdown(["proxy", "top-1 agreement", "teacher NLL"], rows))
 
     names = [name for name in CALIBRATED if all(name in result["estimates"] for result in results)]
-    lines += [
-        "",
-        "Held-out NLL of the estimates, with γ=1; contexts: share of answer tokens whose context is there once",
-        "",
+    calibrations = {name: [result["estimates"][name]["calibration"] for result in results] for name in names}
+    rows = [
+        [name, *means(found, *NLLS), f"{results[0]['estimates'][name]['contexts_seen_once']:.3f}"]
+        for name, found in calibrations.items()
     ]
-    lines += ["| estimate | prior | proxy | posterior | posterior, drawn | contexts |", "|---|---|---|---|---|---|"]
-    for name in names:
-        found = [result["estimates"][name] for result in results]
-        cells = [shared.mean_and_seeds([entry["calibration"][key] for entry in found]) for key in NLLS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {found[0]['contexts_seen_once']:.3f} |")
-    for name in names:
-        grids = [result["estimates"][name]["calibration"]["table"] for result in results]
-        cells = {
-            (entries[0]["draws"], entries[0]["concentration"]): [
-                statistics.mean(entry[key] for entry in entries) for key in ("drawn", "expected")
-            ]
-            for entries in zip(*grids, strict=True)
-        }
-        kappas, counts = (list(dict.fromkeys(key[i] for key in cells)) for i in (1, 0))
-        lines += ["", f"Held-out NLL of the posterior, {name}: drawn (expected)", ""]
-        lines += [f"| K | {' | '.join(f'κ={kappa:g}' for kappa in kappas)} |", "|---|" + "---|" * len(kappas)]
-        for count in counts:
-            row = [cells[count, kappa] for kappa in kappas]
-            lines.append(f"| {count} | {' | '.join(f'{drawn:.3f} ({expected:.3f})' for drawn, expected in row)} |")
-    return "\n".join(lines) + "\n"
+    parts.append(
+        "Held-out NLL of the estimates, with γ=1; contexts: share of answer tokens whose context is there once"
+    )
+    parts.append(markdown(["estimate", "prior", "proxy", "posterior", "posterior, drawn", "contexts"], rows))
+    for name, found in calibrations.items():
+        parts += [
+            f"Held-out NLL of the posterior, {name}: drawn (expected)",
+            grid([entry["table"] for entry in found]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(tables: list[list[dict]]) -> str:
+    """Means over the seeds by K and κ."""
+    cells = {
+        (entries[0]["draws"], entries[0]["concentration"]): [
+            statistics.mean(entry[key] for entry in entries) for key in ("drawn", "expected")
+        ]
+        for entries in zip(*tables, strict=True)
+    }
+    counts, kappas = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    rows = [[count, *("{:.3f} ({:.3f})".format(*cells[count, kappa]) for kappa in kappas)] for count in counts]
+    return markdown(["K", *(f"κ={kappa:g}" for kappa in kappas)], rows)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING)
-    tokenizer = AutoTokenizer.from_pretrained(args.proxy, padding_side="left")
-    data = shared.Data(args, tokenizer)
-    sizes = {"train": len(data.train), "pretraining": len(data.pretraining)}
-    print(sizes | {name: len(rows) for name, rows in data.held_out.items()}, flush=True)
-    results = []
-    for seed in args.seeds:
-        results.append(Seed(args, seed, data, tokenizer).run())
-        text = tables(args, results)
-        print(text, flush=True)
-        (Path(args.output_dir) / "tables.md").write_text(text)
-        (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1))
+    data, tokenizer = load(args)
+    run_seeds(
+        args,
+        lambda seed: Runs(args, seed, data, tokenizer, "proxies", "estimates", "arms").run(),
+        lambda results: tables(args, results),
+    )
 
 
 if __name__ == "__main__":

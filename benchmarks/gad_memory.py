@@ -13,11 +13,11 @@ that of the whole run: resident memory of the process on a CPU, allocated memory
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common.processes import peak_bytes, printed_json, run_again
 
 
 TOKENIZER = Path(__file__).parents[1] / "recipes" / "tinyworld" / "student"
@@ -25,7 +25,7 @@ VARIANTS = {"separate": "a LoRA discriminator with its own backbone", "shared": 
 MB = 2**20
 
 
-def parse_arguments():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -38,37 +38,22 @@ def parse_arguments():
     parser.add_argument("--four_bit", action="store_true", help="base models in NF4")
     parser.add_argument("--variant", choices=["build", *VARIANTS], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def build_model(arguments):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from common.models import llama_config
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.hidden_size // 64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+    sizes = {"num_attention_heads": arguments.hidden_size // 64, "max_position_embeddings": 512}
+    config = llama_config(
+        tokenizer, arguments.hidden_size, arguments.num_layers, width=4, tie_word_embeddings=True, **sizes
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(arguments.model)
     tokenizer.save_pretrained(arguments.model)
     return {"parameters": model.num_parameters()}
-
-
-def peak_bytes(device):
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tensors_of(trainer):
@@ -88,6 +73,7 @@ def tensors_of(trainer):
 
 def measure(arguments):
     import torch
+    from common.arguments import QUIET
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
@@ -110,9 +96,7 @@ def measure(arguments):
                 use_cpu=arguments.device == "cpu",
                 bf16=arguments.dtype == "bfloat16",
                 model_init_kwargs={"dtype": arguments.dtype},
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
+                **QUIET,
                 per_device_train_batch_size=4,
                 num_generations=4,
                 max_completion_length=8,
@@ -142,13 +126,11 @@ def measure(arguments):
 
 def run(variant, model):
     # This process stays small: a child inherits its parent's peak
-    command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant, "--model", model]
-    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(process.stdout.splitlines()[-1])
+    return printed_json(run_again(*sys.argv[1:], "--variant", variant, "--model", model))
 
 
-def main():
-    arguments = parse_arguments()
+def main(argv=None):
+    arguments = parse_args(argv)
     if arguments.variant:
         print(json.dumps(build_model(arguments) if arguments.variant == "build" else measure(arguments)))
         return

@@ -21,17 +21,16 @@ Finished arms are kept in `output_dir` and not run again. Hardware: one CPU core
 everything for 3 seeds 34 minutes (11 of them for the starts), 49 minutes of wall time on a busy machine.
 """
 
-import argparse
 import functools
-import json
-import os
 import statistics
 import time
 from pathlib import Path
 
-import tinyworld_ablations as ablations  # first: it sets the environment
+import tinyworld_ablations as ablations
 import torch
-import world
+from common.arguments import evidence_parser
+from common.tables import each_of, markdown, mean_of
+from common.tinyworld import world
 
 from trl_bbkd import GADTrainer
 from trl_bbkd.gad.discriminator import collate_responses
@@ -53,15 +52,15 @@ ARMS = {
     "weighted disagreement": ("weighted disagreement", POOLED),
     "agreement": ("agreement", POOLED),
 }
-COLUMNS = {
-    "valid@t1.0": "valid, T=1.0",
-    "valid@greedy": "greedy",
-    "distinct_valid@t1.0": "distinct valid",
-    "teacher_nll": "teacher NLL",
-    "length_ratio@t1.0": "length ratio",
-    "accuracy": "D accuracy, last",
-    "seconds": "CPU seconds",
-}
+COLUMNS = {name: ablations.COLUMNS[name] for name in ablations.COLUMNS if name != "T=0.7"}
+COLUMNS |= {"CPU seconds": ("seconds", "{:,.0f}")}
+
+
+def parse_args(argv=None):
+    parser = evidence_parser(__doc__, "output/ablations2", ARMS)
+    parser.add_argument("--max_steps", type=int, help="for a quick try: steps of every arm")
+    parser.add_argument("--table", action="store_true", help="print the tables of what has been run")
+    return parser.parse_args(argv)
 
 
 def correlation(scores: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -171,71 +170,56 @@ class SelectionExperiment(ablations.Experiment):
             self.result(f"selection, {name}", functools.partial(self.arm, name, max_steps))
 
 
-def read(output_dir: Path, name: str, seeds: list[int]) -> list[dict]:
-    paths = [output_dir / f"seed{seed}" / f"{name}.json" for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
-
-
 def difference(valid: list[float], baseline: list[float]) -> str:
     """Mean in points, and of each seed."""
     gains = [100 * (value - base) for value, base in zip(valid, baseline, strict=False)]
     return f"{statistics.mean(gains):+.1f} ({', '.join(f'{gain:+.1f}' for gain in gains)})" if gains else "–"
 
 
-def print_tables(output_dir: Path, seeds: list[int]) -> None:
-    results = {name: read(output_dir, f"selection, {name}", seeds) for name in ARMS}
+def students_table(output_dir: Path, seeds: list[int], results: dict[str, list[dict]]) -> str:
     valid = {name: [row["valid@t1.0"] for row in rows] for name, rows in results.items()}
-    print(f"| arm | {' | '.join(COLUMNS.values())} | valid of each seed | minus plain, points | minus random |")
-    print("| --- |" + " ---: |" * len(COLUMNS) + " --- |" * 3)
-    for name, rows in {ablations.SEQKD: read(output_dir, ablations.SEQKD, seeds), **results}.items():
-        if not rows:
+    shown = {ablations.SEQKD: ablations.read(output_dir, ablations.SEQKD, seeds), **results}
+    rows = []
+    for name, runs in shown.items():
+        if not runs:
             continue
-        cells = []
-        for key in COLUMNS:
-            digits = ",.0f" if key.startswith("distinct") or key == "seconds" else ".3f"
-            cells.append(f"{statistics.mean(row[key] for row in rows):{digits}}" if key in rows[0] else "–")
-        mine = [row["valid@t1.0"] for row in rows]
-        cells.append(", ".join(f"{value:.3f}" for value in mine))
-        cells += [difference(mine, valid[PLAIN]), difference(mine, valid["random"])]
-        print(f"| {name} | {' | '.join(cells)} |")
+        mine = [run["valid@t1.0"] for run in runs]
+        cells = [mean_of(runs, *column) for column in COLUMNS.values()] + [each_of(runs, "valid@t1.0")]
+        rows.append([name, *cells, *(difference(mine, valid[other]) for other in (PLAIN, "random"))])
+    return markdown(["arm", *COLUMNS, "valid of each seed", "minus plain, points", "minus random"], rows)
 
+
+def choices_table(results: dict[str, list[dict]]) -> str:
+    rows = []
+    for name, runs in results.items():
+        kept, pool = (
+            [entry for run in runs for entry in run["diagnosis"] if entry["of"] == side] for side in ("kept", "pool")
+        )
+        if not kept:
+            continue
+        means = [[statistics.mean(entry[key] for entry in side) for side in (kept, pool)] for key in "rdv"]
+        mixed = [sum(entry["mixed"] for entry in side) for side in (kept, pool)]
+        right = [sum(entry["right"] for entry in side) for side in (kept, pool)]
+        prompts = KEPT * len(kept), POOL * len(pool)
+        cells = ["{:.2f} ({:.2f})".format(*pair) for pair in means]
+        cells.append("{:.1f} ({:.1f})".format(*(m / p for m, p in zip(mixed, prompts, strict=True))))
+        cells.append("{:.3f} ({:.3f})".format(*(r / max(m, 1) for r, m in zip(right, mixed, strict=True))))
+        rows.append([name, *cells])
+    return markdown(["rule", "r", "score std", "valid samples", "mixed pairs a prompt", "AUC"], rows)
+
+
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
+    output_dir, seeds = Path(arguments.output_dir), arguments.seeds
+    if not arguments.table:
+        for seed in seeds:
+            experiment = SelectionExperiment(output_dir, seed, base_steps=1500, discriminator_steps=800)
+            experiment.run(arguments.arms, arguments.max_steps)
+    results = {name: ablations.read(output_dir, f"selection, {name}", seeds) for name in ARMS}
+    print(students_table(output_dir, seeds, results))
     print("\nMean over the run, kept (pool): what the rules choose. AUC: of the pairs of a valid and an invalid")
     print("sample of one prompt, the share that the discriminator orders rightly.\n")
-    print("| rule | r | score std | valid samples | mixed pairs a prompt | AUC |")
-    print("| --- |" + " ---: |" * 5)
-    for name, rows in results.items():
-        sides = {
-            side: [entry for row in rows for entry in row["diagnosis"] if entry["of"] == side]
-            for side in ("kept", "pool")
-        }
-        if not sides["kept"]:
-            continue
-        cells = []
-        for key in "rdv":
-            kept, pool = (statistics.mean(entry[key] for entry in entries) for entries in sides.values())
-            cells.append(f"{kept:.2f} ({pool:.2f})")
-        mixed = {side: sum(entry["mixed"] for entry in entries) for side, entries in sides.items()}
-        prompts = {"kept": KEPT * len(sides["kept"]), "pool": POOL * len(sides["pool"])}
-        cells.append("{:.1f} ({:.1f})".format(*(mixed[side] / prompts[side] for side in sides)))
-        auc = (sum(entry["right"] for entry in sides[side]) / max(mixed[side], 1) for side in sides)
-        cells.append("{:.3f} ({:.3f})".format(*auc))
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Selecting GAD's prompts by disagreement, in tinyworld.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=Path("output/ablations2"))
-    parser.add_argument("--max_steps", type=int, help="for a quick try: steps of every arm")
-    parser.add_argument("--table", action="store_true", help="print the tables of what has been run")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    if not arguments.table:
-        for seed in arguments.seeds:
-            experiment = SelectionExperiment(arguments.output_dir, seed, base_steps=1500, discriminator_steps=800)
-            experiment.run(arguments.arms, arguments.max_steps)
-    print_tables(arguments.output_dir, arguments.seeds)
+    print(choices_table(results))
 
 
 if __name__ == "__main__":

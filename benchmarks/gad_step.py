@@ -8,50 +8,38 @@ large as the discriminator (the baseline); the floor, which is that step plus on
 discriminator over the teacher's answers and the samples, plus its optimizer step; and an adversarial step of GADTrainer.
 """
 
-import argparse
-import os
 import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+import torch
+from common.arguments import parser, timing_arguments
+from common.device import DEVICE, HAS_GPU, synchronize
+from common.models import llama_config
+from common.steps import StepTimes, clock, fastest
+from common.tinyworld import build
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "tinyworld"))
-
-import build  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    TrainerCallback,
-)
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
-from trl_bbkd import GADConfig, GADTrainer  # noqa: E402
-from trl_bbkd.gad.discriminator import build_discriminator, collate_responses  # noqa: E402
+from trl_bbkd import GADConfig, GADTrainer
+from trl_bbkd.gad.discriminator import build_discriminator, collate_responses
 
 
 WARMUP_STEPS = 2
-# On a CPU, the process's own time: another program running beside does not change it
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
-class StepTimes(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = clock()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(clock() - self.started)
-
-    def median(self) -> float:
-        return statistics.median(self.seconds[WARMUP_STEPS:])
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--head", choices=["scalar", "likelihood"], default="scalar")
+    found.add_argument("--hidden_size", type=int, default=256)
+    found.add_argument("--layers", type=int, default=4)
+    found.add_argument("--prompts", type=int, default=8)
+    found.add_argument("--samples", type=int, default=8)
+    found.add_argument("--tokens", type=int, default=48)
+    found.add_argument("--steps", type=int, default=6, help="timed steps of each run")
+    found.add_argument("--rounds", type=int, default=2, help="rounds; the fastest median of each counts")
+    return found.parse_args(argv)
 
 
 def settings(arguments, folder: str) -> dict:
@@ -65,19 +53,14 @@ def settings(arguments, folder: str) -> dict:
         "generation_kwargs": {"min_new_tokens": arguments.tokens},
         "temperature": 1.0,
         "beta": 0.001,
-        "gradient_checkpointing": False,
-        "bf16": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **timing_arguments(),
         "learning_rate": 1e-6,
     }
 
 
 def grpo_step(student: str, rows: Dataset, tokenizer, arguments, folder: str) -> float:
     reward = AutoModelForSequenceClassification.from_pretrained(student, num_labels=1)
-    times = StepTimes()
+    times = StepTimes(WARMUP_STEPS, with_loading=False)
     trainer = GRPOTrainer(
         model=student,
         reward_funcs=reward,
@@ -92,7 +75,7 @@ def grpo_step(student: str, rows: Dataset, tokenizer, arguments, folder: str) ->
 
 
 def gad_step(student: str, rows: Dataset, tokenizer, arguments, folder: str) -> float:
-    times = StepTimes()
+    times = StepTimes(WARMUP_STEPS, with_loading=False)
     trainer = GADTrainer(
         model=student,
         args=GADConfig(
@@ -114,46 +97,25 @@ def discriminator_pass(student: str, rows: Dataset, tokenizer, arguments) -> flo
     sequences = arguments.prompts * (arguments.samples + 1)
     responses = [[5] * arguments.tokens] * sequences
     batch = collate_responses((prompts * (arguments.samples + 1))[:sequences], responses, tokenizer.pad_token_id)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    discriminator.to(device)
-    batch = {name: value.to(device) for name, value in batch.items()}
+    discriminator.to(DEVICE)
+    batch = {name: value.to(DEVICE) for name, value in batch.items()}
     seconds = []
     for _ in range(WARMUP_STEPS + arguments.steps):
         started = clock()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=HAS_GPU):
             discriminator(**batch).scores.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         seconds.append(clock() - started)
     return statistics.median(seconds[WARMUP_STEPS:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a step of GAD against GRPO and the floor.")
-    parser.add_argument("--head", choices=["scalar", "likelihood"], default="scalar")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds; the fastest median of each counts")
-    arguments = parser.parse_args()
-
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
     tokenizer = build.build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=arguments.hidden_size,
-        intermediate_size=2 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    config = llama_config(
+        tokenizer, arguments.hidden_size, arguments.layers, width=2, num_key_value_heads=4, max_position_embeddings=256
     )
     answer = " ".join(["now he has 3 pears ."] * arguments.tokens).split()[: arguments.tokens - 1]
     prompts = [row["prompt"] for row in build.teacher_rows()[0]]
@@ -162,14 +124,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         student = str(Path(folder) / "student")
         build.save_model(LlamaForCausalLM(config), tokenizer, Path(student))
-        best = {}
-        for _ in range(arguments.rounds):
-            measured = {
-                "grpo": grpo_step(student, rows, tokenizer, arguments, folder),
-                "pass": discriminator_pass(student, rows, tokenizer, arguments),
-                "gad": gad_step(student, rows, tokenizer, arguments, folder),
-            }
-            best = {name: min(value, best.get(name, value)) for name, value in measured.items()}
+        variants = {
+            "grpo": lambda: grpo_step(student, rows, tokenizer, arguments, folder),
+            "pass": lambda: discriminator_pass(student, rows, tokenizer, arguments),
+            "gad": lambda: gad_step(student, rows, tokenizer, arguments, folder),
+        }
+        best = fastest(arguments.rounds, variants)
     floor = best["grpo"] + best["pass"]
     print(f"GRPO with a frozen reward model: {best['grpo']:.3f} s a step (baseline)")
     print(

@@ -17,7 +17,6 @@ What a part prints as JSON lines is kept as it comes, so that a part stopped at 
 and `results.md` in `--output_dir`.
 """
 
-import argparse
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from common.arguments import parser
 
 
 HERE = Path(__file__).parent
@@ -38,14 +38,14 @@ TEN_TIMES += ["--prompts_per_step", "32", "--num_generations", "8", "--temperatu
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(SECONDS), choices=list(SECONDS))
-    parser.add_argument("--output_dir", default="output/gpu")
-    parser.add_argument("--smoke", action="store_true", help="tiny models and few steps")
-    parser.add_argument("--seconds", type=float, help="limit of each part, instead of its own")
-    parser.add_argument("--models", help="part e: folder with stories260K and stories15M-fp16")
-    parser.add_argument("--data", help="part e: the teacher's text, JSON lines")
-    return parser.parse_args(argv)
+    found = parser(__doc__)
+    found.add_argument("--parts", nargs="+", default=list(SECONDS), choices=list(SECONDS))
+    found.add_argument("--output_dir", default="output/gpu")
+    found.add_argument("--smoke", action="store_true", help="tiny models and few steps")
+    found.add_argument("--seconds", type=float, help="limit of each part, instead of its own")
+    found.add_argument("--models", help="part e: folder with stories260K and stories15M-fp16")
+    found.add_argument("--data", help="part e: the teacher's text, JSON lines")
+    return found.parse_args(argv)
 
 
 def device_facts() -> dict:

@@ -1,6 +1,5 @@
 """Part a of `gpu.py`: is it right on this device? The loss on soft targets, and a run and resume of every method."""
 
-import argparse
 import concurrent.futures
 import itertools
 import json
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 
 import torch
+from common.arguments import parser
+from common.device import DEVICE, emit
 from safetensors.torch import load_file
 
 from trl_bbkd.soft_targets.kernel import soft_target_loss
@@ -21,7 +22,6 @@ from trl_bbkd.soft_targets.loss import DenseTarget, LMHead, sparse_target
 
 
 ROOT = Path(__file__).parents[1]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["--max_steps", "20", "--save_strategy", "steps", "--save_steps", "10", "--logging_steps", "5"]
 RECIPES = {
     "gad": [*FAST, "--seqkd_baseline", "false", "--per_device_train_batch_size", "64"],
@@ -29,10 +29,6 @@ RECIPES = {
     "bayeskd": [*FAST, "--seqkd_baseline", "false", "--proxy_warmup_epochs", "1"],
     "llkd": [*FAST, "--baselines", "false"],
 }
-
-
-def emit(table: str, **row) -> None:
-    print(json.dumps({"table": table, **row}), flush=True)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -146,11 +142,15 @@ def _last_line(output: str) -> str:
     return " ".join(lines[-2:])[:400]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
-    args = parser.parse_args()
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--smoke", action="store_true")
+    found.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    return found.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     sizes = {"tokens": 33, "vocab": 512, "size": 32} if args.smoke else {"tokens": 1500, "vocab": 32000, "size": 512}
     kernel_against_float64(**sizes)
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(len(RECIPES)) as pool:

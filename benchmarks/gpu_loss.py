@@ -1,14 +1,14 @@
 """Part b of `gpu.py`: time and memory of the loss on soft targets, forward and backward, beside what else computes it."""
 
-import argparse
 import functools
 import gc
-import json
 import statistics
 import time
 from types import SimpleNamespace
 
 import torch
+from common.arguments import parser
+from common.device import DEVICE, emit, synchronize
 from kd_loss import full_logits, make_inputs, trl_functions
 
 from trl_bbkd.soft_targets import kernel
@@ -16,7 +16,6 @@ from trl_bbkd.soft_targets.kernel import soft_target_loss
 from trl_bbkd.soft_targets.loss import DenseTarget, LMHead
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 5
 CHUNKS = [2**exponent for exponent in range(25, 30)]
 
@@ -70,8 +69,8 @@ def measure(function, inputs) -> dict:
     for number in range(ROUNDS + 2):
         for name in ("hidden", "weight"):
             inputs[name].grad = None
+        synchronize()
         if DEVICE == "cuda":
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         started = time.perf_counter()
@@ -89,10 +88,6 @@ def measure(function, inputs) -> dict:
     return row | {f"|grad {name}|": inputs[name].grad.float().norm().item() for name in ("hidden", "weight")}
 
 
-def emit(table: str, **row) -> None:
-    print(json.dumps({"table": table, **row}), flush=True)
-
-
 def try_measure(function, inputs) -> dict:
     try:
         return measure(function, inputs)
@@ -103,10 +98,14 @@ def try_measure(function, inputs) -> dict:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    args = parser.parse_args()
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--smoke", action="store_true")
+    return found.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     vocabularies, token_counts = ((512,), (64,)) if args.smoke else ((151936, 32000), (8192, 2048, 16384))
     chunks = [2**12, 2**14] if args.smoke else CHUNKS
     sizes = {"hidden": 32, "proxy_hidden": 48} if args.smoke else {"hidden": 896, "proxy_hidden": 3584}

@@ -1,9 +1,7 @@
 """Part c of `gpu.py`: steps of SFT, GRPO and GAD on Qwen-shaped models with random weights: where time and memory go."""
 
-import argparse
 import contextlib
 import gc
-import json
 import os
 import tempfile
 import time
@@ -11,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from common.arguments import QUIET, parser
+from common.device import DEVICE, emit, synchronize
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TrainerCallback
@@ -20,7 +20,6 @@ from trl_bbkd import GADConfig, GADTrainer
 
 
 TOKENIZER = Path(__file__).parents[1] / "recipes" / "tinyworld" / "student"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
     "0.5B": dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
@@ -72,11 +71,6 @@ class Clock(TrainerCallback):
         return {"step s": sum(self.steps[WARMUP:]) / len(self.steps[WARMUP:]), **found}
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(method, clock: Clock, name: str):
     def call(*args, **kwargs):
         with clock.phase(name):
@@ -117,9 +111,7 @@ def measure(method: str, shape: str, args) -> dict:
             "gradient_accumulation_steps": args.sequences // args.batch_size,
             "bf16": DEVICE == "cuda",
             "use_cpu": DEVICE == "cpu",
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
+            **QUIET,
             "logging_steps": 1,
         }
         common = dict(
@@ -174,17 +166,21 @@ def measure(method: str, shape: str, args) -> dict:
     return row | {"parameters": parameters}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--shapes", nargs="*", help="of: " + ", ".join(SHAPES))
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--sequences", type=int, default=32, help="of an optimizer step")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--prompt_tokens", type=int, default=256)
-    parser.add_argument("--answer_tokens", type=int, default=256)
-    parser.add_argument("--peak", type=float, default=0.0, help="measured TFLOP/s of a large product")
-    args = parser.parse_args()
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--smoke", action="store_true")
+    found.add_argument("--shapes", nargs="*", help="of: " + ", ".join(SHAPES))
+    found.add_argument("--vocab", type=int, default=151936)
+    found.add_argument("--sequences", type=int, default=32, help="of an optimizer step")
+    found.add_argument("--batch_size", type=int, default=16)
+    found.add_argument("--prompt_tokens", type=int, default=256)
+    found.add_argument("--answer_tokens", type=int, default=256)
+    found.add_argument("--peak", type=float, default=0.0, help="measured TFLOP/s of a large product")
+    return found.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if args.smoke:
         args.vocab, args.sequences, args.batch_size, args.prompt_tokens, args.answer_tokens = 512, 16, 8, 8, 8
@@ -195,7 +191,7 @@ def main() -> None:
             except Exception as error:  # one that fails is a row, and the others are still worth their time
                 row = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             table = f"steps of {args.sequences} sequences, {args.prompt_tokens} + {args.answer_tokens} tokens"
-            print(json.dumps({"table": table, "model": shape, "method": method, **row}), flush=True)
+            emit(table, model=shape, method=method, **row)
             gc.collect()
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()

@@ -26,6 +26,11 @@ def seconds(command):
     return time.perf_counter() - start
 
 
-medians = {name: statistics.median(seconds(command) for _ in range(RUNS)) for name, command in COMMANDS.items()}
-for name, median in medians.items():
-    print(f"{name:28} {median:.3f} s, {median / medians['trl --help']:.2f} of trl")
+def main() -> None:
+    medians = {name: statistics.median(seconds(command) for _ in range(RUNS)) for name, command in COMMANDS.items()}
+    for name, median in medians.items():
+        print(f"{name:28} {median:.3f} s, {median / medians['trl --help']:.2f} of trl")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,11 +23,12 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
+from common.arguments import parser
+from common.device import DEVICE
+from common.processes import peak_bytes, printed_json, run_again
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -117,12 +118,6 @@ def check_baseline(device: str) -> None:
             )
 
 
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def one_pass(arguments, inputs) -> tuple[float, float, float]:
     started, started_cpu = time.perf_counter(), time.process_time()
     loss = FUNCTIONS[arguments.variant](inputs, arguments.kind)
@@ -151,11 +146,11 @@ def measure(arguments) -> dict:
 
 
 def in_own_process(arguments, kind: str, variant: str) -> dict:
-    command = [sys.executable, __file__, "--kind", kind, "--variant", variant]
-    for name in ("hidden", "proxy_hidden", "vocab", "tokens", "k", "dtype", "device"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    sizes = [
+        f"--{name}={getattr(arguments, name)}"
+        for name in ("hidden", "proxy_hidden", "vocab", "tokens", "k", "dtype", "device")
+    ]
+    return printed_json(run_again("--kind", kind, "--variant", variant, *sizes))
 
 
 def report(kind: str, rounds: list[dict]) -> None:
@@ -177,20 +172,23 @@ def report(kind: str, rounds: list[dict]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of the loss on soft targets.")
-    parser.add_argument("--hidden", type=int, default=896, help="the student's hidden size")
-    parser.add_argument("--proxy_hidden", type=int, default=1024, help="the proxy's")
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=10, help="tokens of a sparse target")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kind", choices=["dense", "sparse"], help="measure only this group")
-    parser.add_argument("--variant", choices=list(FUNCTIONS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--hidden", type=int, default=896, help="the student's hidden size")
+    found.add_argument("--proxy_hidden", type=int, default=1024, help="the proxy's")
+    found.add_argument("--vocab", type=int, default=151936)
+    found.add_argument("--tokens", type=int, default=1024)
+    found.add_argument("--k", type=int, default=10, help="tokens of a sparse target")
+    found.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    found.add_argument("--device", default=DEVICE)
+    found.add_argument("--rounds", type=int, default=3)
+    found.add_argument("--kind", choices=["dense", "sparse"], help="measure only this group")
+    found.add_argument("--variant", choices=list(FUNCTIONS), help=argparse.SUPPRESS)
+    return found.parse_args(argv)
 
+
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
     if arguments.variant is not None:
         print(json.dumps(measure(arguments)))
         return

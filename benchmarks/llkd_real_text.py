@@ -16,21 +16,17 @@ A finished run is a line of `--output` and is not run again; `--table` prints wh
 core.
 """
 
-import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-import torch  # noqa: E402
-from datasets import ClassLabel, Dataset, disable_progress_bars  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from common.arguments import QUIET, parser
+from datasets import ClassLabel, Dataset, disable_progress_bars
+from transformers import (
     AutoModel,
     AutoTokenizer,
     EvalPrediction,
@@ -39,9 +35,9 @@ from transformers import (  # noqa: E402
     PrinterCallback,
 )
 
-from trl_bbkd.llkd.config import LLKDConfig  # noqa: E402
-from trl_bbkd.llkd.label_calibration import apply_temperature, calibration_report, fit_temperature  # noqa: E402
-from trl_bbkd.llkd.trainer import LLKDTrainer, classification_metrics  # noqa: E402
+from trl_bbkd.llkd.config import LLKDConfig
+from trl_bbkd.llkd.label_calibration import apply_temperature, calibration_report, fit_temperature
+from trl_bbkd.llkd.trainer import LLKDTrainer, classification_metrics
 
 
 # The teacher's rows, and the most rows of a pool
@@ -279,10 +275,8 @@ class Seed:
                 per_device_eval_batch_size=64,
                 seed=self.seed,
                 use_cpu=True,
-                report_to="none",
-                save_strategy="no",
                 logging_steps=1,
-                disable_tqdm=True,
+                **QUIET,
                 **settings,
             )
             model = args.encoder
@@ -442,25 +436,25 @@ def summary(cells: dict) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder of csabstruct_*.jsonl and trec_*.jsonl")
-    parser.add_argument("--encoder", help="folder of the teacher's encoder")
-    parser.add_argument("--cache", default="output/llkd_real_text", help="folder of its embeddings")
-    parser.add_argument("--output", default="output/llkd_real_text/runs.jsonl", help="one line a run")
-    parser.add_argument("--table", action="store_true", help="print the tables of `--output`, and run nothing")
-    parser.add_argument("--datasets", nargs="*", choices=list(DATASETS), default=list(DATASETS))
-    parser.add_argument("--teachers", nargs="*", choices=TEACHERS, default=TEACHERS)
-    parser.add_argument("--arms", nargs="*", choices=[GOLD, *ARMS], default=[GOLD, *ARMS])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--student", choices=("small", "encoder"), default="small")
-    parser.add_argument("--report_on", choices=("validation", "test"), default="test")
-    parser.add_argument("--pool", type=int, default=64, help="rows that a step draws")
-    parser.add_argument("--pool_factor", type=int, default=1, help="a pool is learned from in this many pieces")
-    parser.add_argument("--passes", type=int, default=6, help="over the pool's rows")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--max_length", type=int, default=40)
-    parser.add_argument("--hidden_size", type=int, default=64, help="of the small student")
-    return parser.parse_args(argv)
+    found = parser(__doc__)
+    found.add_argument("--data", default="../shared/data", help="folder of csabstruct_*.jsonl and trec_*.jsonl")
+    found.add_argument("--encoder", help="folder of the teacher's encoder")
+    found.add_argument("--cache", default="output/llkd_real_text", help="folder of its embeddings")
+    found.add_argument("--output", default="output/llkd_real_text/runs.jsonl", help="one line a run")
+    found.add_argument("--table", action="store_true", help="print the tables of `--output`, and run nothing")
+    found.add_argument("--datasets", nargs="*", choices=list(DATASETS), default=list(DATASETS))
+    found.add_argument("--teachers", nargs="*", choices=TEACHERS, default=TEACHERS)
+    found.add_argument("--arms", nargs="*", choices=[GOLD, *ARMS], default=[GOLD, *ARMS])
+    found.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    found.add_argument("--student", choices=("small", "encoder"), default="small")
+    found.add_argument("--report_on", choices=("validation", "test"), default="test")
+    found.add_argument("--pool", type=int, default=64, help="rows that a step draws")
+    found.add_argument("--pool_factor", type=int, default=1, help="a pool is learned from in this many pieces")
+    found.add_argument("--passes", type=int, default=6, help="over the pool's rows")
+    found.add_argument("--learning_rate", type=float, default=2e-3)
+    found.add_argument("--max_length", type=int, default=40)
+    found.add_argument("--hidden_size", type=int, default=64, help="of the small student")
+    return found.parse_args(argv)
 
 
 def main(argv=None):

@@ -10,55 +10,51 @@ step cannot cost less than (1 + 3k)/3 of the baseline; 1.15 times that is the bo
 data are part of a step. Runs take turns, and the fastest median of each counts.
 """
 
-import argparse
-import os
-import statistics
+import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset, disable_progress_bars  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import (  # noqa: E402
+import numpy as np
+import torch
+from common.arguments import QUIET, parser
+from common.device import HAS_GPU
+from common.steps import StepTimes, fastest
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models
+from transformers import (
     BertConfig,
     BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
-from trl_bbkd.llkd.config import LLKDConfig  # noqa: E402
-from trl_bbkd.llkd.trainer import LLKDTrainer  # noqa: E402
+from trl_bbkd.llkd.config import LLKDConfig
+from trl_bbkd.llkd.trainer import LLKDTrainer
 
 
 WARMUP_STEPS = 2
 CLASSES = 5
 SHARES = (0.05, 0.25, 0.5)
-# On a CPU, the process's own time: another program running beside does not change it
-clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
-class StepTimes(TrainerCallback):
-    """Times from one step's end to the next's, so that loading and choosing its batch counts."""
-
-    def __init__(self):
-        self.ends = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(clock())
-
-    def median(self) -> float:
-        return statistics.median(np.diff(self.ends)[WARMUP_STEPS - 1 :])
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--hidden_size", type=int, default=256)
+    found.add_argument("--layers", type=int, default=4)
+    found.add_argument("--vocab_size", type=int, default=8000)
+    found.add_argument("--pool", type=int, default=100, help="rows of a pool, a multiple of 20")
+    found.add_argument("--tokens", type=int, default=128, help="tokens of a row")
+    found.add_argument("--ragged", action="store_true", help="rows of an eighth of the tokens to all of them")
+    found.add_argument("--dropout", type=float, default=0.1, help="of the student; scoring has none")
+    found.add_argument("--steps", type=int, default=5, help="timed steps of each run")
+    found.add_argument("--rounds", type=int, default=3, help="rounds; the fastest median of each counts")
+    arguments = found.parse_args(argv)
+    if arguments.pool % 20:
+        sys.exit("pool must be a multiple of 20, so that all shares are whole rows.")
+    return arguments
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,17 +106,15 @@ def build_model(arguments) -> BertForSequenceClassification:
 
 def step(arguments, folder: str, share: float | None) -> float:
     """Median seconds of a step: of the baseline, or of LLKD at a kept share."""
-    times = StepTimes()
+    times = StepTimes(WARMUP_STEPS)
     tokenizer = build_tokenizer()
     common = {
         "output_dir": folder,
         "max_steps": WARMUP_STEPS + arguments.steps,
         "train_sampling_strategy": "sequential",
-        "bf16": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        "bf16": HAS_GPU,
+        "use_cpu": not HAS_GPU,
+        **QUIET,
         "logging_steps": 1000,
         "learning_rate": 2e-5,
     }
@@ -155,28 +149,17 @@ def step(arguments, folder: str, share: float | None) -> float:
     return times.median()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a step of LLKD against one that learns from the whole pool.")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=8000)
-    parser.add_argument("--pool", type=int, default=100, help="rows of a pool, a multiple of 20")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--ragged", action="store_true", help="rows of an eighth of the tokens to all of them")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of the student; scoring has none")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds; the fastest median of each counts")
-    arguments = parser.parse_args()
-    if arguments.pool % 20:
-        sys.exit("pool must be a multiple of 20, so that all shares are whole rows.")
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
     disable_progress_bars()
-
-    best = {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.rounds):
-            for share in (None, *SHARES):
-                measured = step(arguments, str(Path(folder) / str(share)), share)
-                best[share] = min(measured, best.get(share, measured))
+        best = fastest(
+            arguments.rounds,
+            {
+                share: functools.partial(step, arguments, str(Path(folder) / str(share)), share)
+                for share in (None, *SHARES)
+            },
+        )
     lengths = f"{arguments.tokens // 8} to {arguments.tokens}" if arguments.ragged else arguments.tokens
     print(
         f"A pool of {arguments.pool} rows of {lengths} tokens; {arguments.layers} layers, width {arguments.hidden_size}:"

@@ -20,14 +20,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from common.processes import peak_bytes, printed_json, run_again
 
 from trl_bbkd.bayeskd.ngram import answer_contexts, build_ngram_table
 
@@ -60,10 +59,6 @@ def chunks_of(text: np.ndarray, lengths: np.ndarray, answers: int = 5000):
         yield text[ends[first] : ends[last]], lengths[first:last]
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def limit_addresses() -> None:
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (addresses + LIMIT, addresses + LIMIT))
@@ -76,13 +71,13 @@ def count_ours(arguments, tokens: int) -> dict:
         # Threads, and what numpy does the first time
         few = {**settings, "num_tokens": 200}
         build_ngram_table(Path(folder) / "few", [(text[:200], [200])], **few)
-        before = peak()
+        before = peak_bytes()
         limit_addresses()
         started = time.perf_counter()
         memory = {"memory_limit": arguments.memory_limit} if arguments.memory_limit else {}
         table = build_ngram_table(Path(folder) / "table", chunks_of(text, lengths), **settings, **memory)
         seconds = time.perf_counter() - started
-        result = {"tokens": tokens, "seconds": seconds, "memory": peak() - before}
+        result = {"tokens": tokens, "seconds": seconds, "memory": peak_bytes() - before}
         result["disk"] = sum(path.stat().st_size for path in (Path(folder) / "table").iterdir())
         result["singleton_share"] = table.singleton_share
         if arguments.queries:
@@ -121,7 +116,7 @@ def query_rates(table, text, lengths, arguments) -> dict:
 def count_baseline(arguments, tokens: int) -> dict:
     text, _ = make_text(tokens, arguments.vocab_size)
     t = text[: arguments.first or tokens].tolist()
-    before = peak()
+    before = peak_bytes()
     limit_addresses()
     try:
         started = time.perf_counter()
@@ -130,20 +125,15 @@ def count_baseline(arguments, tokens: int) -> dict:
     except MemoryError:
         # Nothing is left to print with
         os._exit(3)
-    return {"tokens": len(t), "seconds": seconds, "memory": peak() - before, "pairs": len(counts)}
+    return {"tokens": len(t), "seconds": seconds, "memory": peak_bytes() - before, "pairs": len(counts)}
 
 
 def in_a_process(arguments, what: str, tokens: int, **options) -> dict | None:
-    command = [sys.executable, __file__, "--what", what, "--tokens", str(tokens)]
-    command += ["--vocab_size", str(arguments.vocab_size), "--batches", *map(str, arguments.batches)]
+    command = ["--what", what, "--tokens", str(tokens), "--vocab_size", str(arguments.vocab_size)]
+    command += ["--batches", *map(str, arguments.batches)]
     command += ["--folder", arguments.folder] if arguments.folder else []
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode == 3:
-        return None
-    done.check_returncode()
-    return json.loads(done.stdout)
+    done = run_again(*command, *(f"--{name}={value}" for name, value in options.items()))
+    return None if done.returncode == 3 else printed_json(done)
 
 
 def baseline(arguments, tokens: int, known: dict | None) -> dict:
@@ -156,7 +146,7 @@ def baseline(arguments, tokens: int, known: dict | None) -> dict:
     return result
 
 
-def main() -> None:
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -171,7 +161,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--queries", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--memory_limit", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
     if arguments.what:
         measure = {"ours": count_ours, "baseline": count_baseline}[arguments.what]
         print(json.dumps(measure(arguments, arguments.tokens)))

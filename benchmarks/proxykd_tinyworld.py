@@ -17,27 +17,23 @@ and Proxy-KD with another `kl_weight`, with equation 9 from whole answers, with 
 proxy, and with all rows.
 """
 
-import argparse
 import json
 import shutil
-import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from common.arguments import evidence_parser
+from common.seeds import run_seeds
+from common.tables import each_of, markdown, mean_of
+from common.tinyworld import RECIPES, STUDENT_COLUMNS, WORLD, measured, teacher_rows, tokenized
+from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_bbkd.data.teacher_data import tokenize_teacher_data
-from trl_bbkd.evaluation.student import evaluate_student
 from trl_bbkd.proxykd.trainer import ProxyKDTrainer
 from trl_bbkd.runs.recipe import load_recipe
 
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "proxykd.yaml"
-WORLD = RECIPE.parent / "tinyworld"
-SAMPLES = 8
 # Whose proxy an arm takes over (`None`: its own, or none at all), and what it changes
 ARMS = {
     "SeqKD": (None, {"kl_weight": 0.0, "distil_on_all_rows": True}),
@@ -53,13 +49,12 @@ ARMS = {
     "live proxy": ("Proxy-KD", {"target_source": "live"}),
     "all rows": ("Proxy-KD", {"distil_on_all_rows": True}),
 }
-COLUMNS = {
-    "valid, T=1.0": ("valid@t1.0", "{:.3f}"),
-    "T=0.7": ("valid@t0.7", "{:.3f}"),
-    "greedy": ("valid@greedy", "{:.3f}"),
-    "distinct valid": ("distinct_valid@t1.0", "{:,.0f}"),
-    "teacher NLL": ("teacher_nll", "{:.4f}"),
-}
+
+
+def parse_args(argv=None):
+    parser = evidence_parser(__doc__, "output/proxykd_tinyworld", ARMS)
+    parser.add_argument("--recipe", default=str(RECIPES / "proxykd.yaml"))
+    return parser.parse_args(argv)
 
 
 def train(recipe, folder: Path, seed: int, changes: dict, data: dict, tokenizer) -> ProxyKDTrainer:
@@ -78,14 +73,9 @@ def train(recipe, folder: Path, seed: int, changes: dict, data: dict, tokenizer)
     return trainer
 
 
-def run_seed(arguments, seed: int, data: dict, tokenizer, judge) -> dict:
-    def measured(model, **settings) -> dict[str, float]:
-        rows = data["test"].to_list()
-        defaults = {"max_new_tokens": 32, "num_samples": SAMPLES, "batch_size": 512}
-        return evaluate_student(model, tokenizer, rows, judge, **defaults, **settings)
-
-    root = Path(arguments.output_dir) / f"seed{seed}"
-    results = {"undistilled": measured(AutoModelForCausalLM.from_pretrained(WORLD / "student"))}
+def run_seed(arguments, seed: int, data: dict, tokenizer) -> dict:
+    root, test = Path(arguments.output_dir) / f"seed{seed}", data["test"].to_list()
+    results = {"undistilled": measured(AutoModelForCausalLM.from_pretrained(WORLD / "student"), tokenizer, test)}
     proxies = {}
     for arm in arguments.arms:
         source, changes = ARMS[arm]
@@ -97,70 +87,50 @@ def run_seed(arguments, seed: int, data: dict, tokenizer, judge) -> dict:
         started = time.perf_counter()
         trainer = train(arguments.recipe, folder, seed, changes, data, tokenizer)
         seconds = time.perf_counter() - started
-        results[arm] = measured(trainer.model) | {"seconds": seconds}
+        results[arm] = measured(trainer.model, tokenizer, test) | {"seconds": seconds}
         if source is None and trainer.args.needs_proxy:
-            proxy = measured(trainer.proxy_stages.loaded_proxy(), temperatures=(1.0,))
+            proxy = measured(trainer.proxy_stages.loaded_proxy(), tokenizer, test, temperatures=(1.0,))
             proxies[arm] = {"stages": trainer.stage_reports, **proxy}
         print(f"seed {seed}, {arm}:", json.dumps(results[arm]), flush=True)
     return {"students": results, "proxies": proxies}
 
 
 def students_table(results: list[dict]) -> str:
-    lines = [
-        f"| arm | {' | '.join(COLUMNS)} | valid, T=1.0, of each seed |",
-        "| --- |" + " ---: |" * len(COLUMNS) + " --- |",
-    ]
+    rows = []
     for arm in results[0]["students"]:
         runs = [result["students"][arm] for result in results]
-        cells = [form.format(statistics.mean(run[name] for run in runs)) for name, form in COLUMNS.values()]
-        seeds = ", ".join(f"{run['valid@t1.0']:.3f}" for run in runs)
-        lines.append(f"| {arm} | {' | '.join(cells)} | {seeds} |")
-    return "\n".join(lines)
+        rows.append([arm, *(mean_of(runs, *column) for column in STUDENT_COLUMNS.values()), each_of(runs, "valid@t1.0")])
+    return markdown(["arm", *STUDENT_COLUMNS, "valid, T=1.0, of each seed"], rows)
 
 
 def proxies_table(results: list[dict]) -> str:
     """Means over the seeds of what was measured of the proxies."""
-    lines = ["| proxy of | at | top-1 agreement | NLL | valid, T=1.0 |", "| --- | --- | ---: | ---: | ---: |"]
+    rows = []
     for arm in results[0]["proxies"]:
-        reports = [result["proxies"][arm]["stages"] for result in results]
-        for stages in zip(*reports, strict=True):
+        found = [result["proxies"][arm] for result in results]
+        for stages in zip(*(proxy["stages"] for proxy in found), strict=True):
             for entries in zip(*(stage["metrics"] for stage in stages), strict=True):
                 if "nll" in entries[0]:
-                    means = [statistics.mean(entry[name] for entry in entries) for name in ("top1_agreement", "nll")]
-                    lines.append(
-                        f"| {arm} | {stages[0]['stage']}, {entries[0]['at']} | {means[0]:.3f} | {means[1]:.4f} | |"
+                    about = f"{stages[0]['stage']}, {entries[0]['at']}"
+                    rows.append(
+                        [arm, about, mean_of(entries, "top1_agreement"), mean_of(entries, "nll", "{:.4f}"), ""]
                     )
-        valid = statistics.mean(result["proxies"][arm]["valid@t1.0"] for result in results)
-        nll = statistics.mean(result["proxies"][arm]["teacher_nll"] for result in results)
-        lines.append(f"| {arm} | as the student saw it | | {nll:.4f} | {valid:.3f} |")
-    return "\n".join(lines)
+        last = mean_of(found, "teacher_nll", "{:.4f}"), mean_of(found, "valid@t1.0")
+        rows.append([arm, "as the student saw it", "", *last])
+    return markdown(["proxy of", "at", "top-1 agreement", "NLL", "valid, T=1.0"], rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--recipe", default=str(RECIPE))
-    parser.add_argument("--output_dir", default="output/proxykd_tinyworld")
-    arguments = parser.parse_args()
+def main(argv=None):
+    arguments = parse_args(argv)
     disable_progress_bars()
     torch.set_num_threads(1)
-    sys.path.insert(0, str(WORLD))
-    import world
-
     tokenizer = AutoTokenizer.from_pretrained(WORLD / "student", padding_side="left")
-    files = {split: str(WORLD / f"teacher_{split}.jsonl") for split in ("train", "test")}
-    data = {
-        split: tokenize_teacher_data(Dataset.from_json(file), tokenizer, max_completion_length=32)[0]
-        for split, file in files.items()
-    }
-    results = []
-    for seed in arguments.seeds:
-        results.append(run_seed(arguments, seed, data, tokenizer, world.judge))
-        tables = students_table(results) + "\n\n" + proxies_table(results) + "\n"
-        (Path(arguments.output_dir) / "tables.md").write_text(tables)
-        (Path(arguments.output_dir) / "results.json").write_text(json.dumps(results, indent=1))
-    print(tables)
+    data = {split: tokenized(teacher_rows(split), tokenizer) for split in ("train", "test")}
+    run_seeds(
+        arguments,
+        lambda seed: run_seed(arguments, seed, data, tokenizer),
+        lambda results: students_table(results) + "\n\n" + proxies_table(results) + "\n",
+    )
 
 
 if __name__ == "__main__":

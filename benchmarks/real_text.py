@@ -9,7 +9,6 @@ and their diversity.
     python benchmarks/real_text.py --student stories260K --teacher stories15M --data stories15M_generations.jsonl
 """
 
-import argparse
 import json
 import logging
 import math
@@ -20,6 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common.arguments import evidence_arguments, evidence_parser
+from common.seeds import KeptRuns, run_seeds
+from common.tables import markdown, mean_and_each
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,18 +32,15 @@ from trl_bbkd.seqkd.trainer import CurveCallback, curve, train_seqkd
 
 
 NGRAM = 4
+ARMS = ("gad", "seqkd", "seqkd_x2")  # the last one: twice the steps
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evidence_parser(__doc__, "output/real_text", ARMS)
+    parser.set_defaults(arms=["gad", "seqkd"])
     parser.add_argument("--student", required=True, help="checkpoint of the student")
     parser.add_argument("--teacher", required=True, help="checkpoint of the teacher, used as judge only")
     parser.add_argument("--data", required=True, help="JSON lines with `prompt` and `completion`, the teacher's text")
-    parser.add_argument("--output_dir", default="output/real_text")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--arms", nargs="*", default=["gad", "seqkd"], help="`gad`, `seqkd`, `seqkd_x2` (twice the steps)"
-    )
     parser.add_argument("--report_on", choices=["test", "validation"], default="test")
     parser.add_argument("--test_prompts", type=int, default=160)
     parser.add_argument("--validation_prompts", type=int, default=96)
@@ -206,21 +205,14 @@ def gad_config(args, seed: int, output_dir: Path) -> GADConfig:
         discriminator_learning_rate=args.discriminator_learning_rate,
         discriminator_max_grad_norm=1.0,
         discriminator_batch_size=(args.prompts_per_step + 1) * args.num_generations,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
+        **evidence_arguments(seed),
     )
 
 
 def train_sft(student: str, args, seed, dataset, tokenizer, output_dir, steps, learning_rate, measure=None):
     """SFT, annealed to 0. With `measure`, the checkpoint that the judge likes best is kept, otherwise the last one."""
     config = gad_config(args, seed, output_dir)
-    config.per_device_train_batch_size = args.sft_batch_size * args.num_generations
+    config.per_device_train_batch_size = args.sft_batch_size
     return train_seqkd(
         student,
         config,
@@ -252,67 +244,55 @@ def train_gad(student: Path, args, seed, rows, tokenizer, measure, output_dir) -
     return curve(trainer.state.log_history)
 
 
+def train_arm(args, arm: str, runs: KeptRuns, train_rows, dataset, tokenizer, validation: Measure) -> list[dict]:
+    """The arm's student, in a folder of its name; measurements on the way."""
+    warmed, output_dir, seed = runs.root / "warmed", runs.root / arm, runs.seed
+    steps = args.discriminator_warmup_steps + args.adversarial_steps
+    if arm == "warmed":
+        rows = dataset.select(range(args.sft_rows or len(dataset)))
+        train_sft(args.student, args, seed, rows, tokenizer, warmed, args.sft_steps, args.sft_learning_rate)
+        return []
+    if arm == "gad":
+        return train_gad(warmed, args, seed, train_rows[args.sft_rows or 0 :], tokenizer, validation, output_dir)
+    # Its own seed, or SeqKD would meet the rows in the order of the shared start
+    steps, rate = 2 * steps if arm == "seqkd_x2" else steps, args.seqkd_learning_rate
+    sft = train_sft(str(warmed), args, 1000 + seed, dataset, tokenizer, output_dir, steps, rate, validation)
+    return [{"best_step": sft.best_step}, *sft.curve]
+
+
 def run_seed(args, seed: int, train_rows, dataset, tokenizer, validation: Measure, report: Measure) -> dict:
     """Train the arms, and measure the temperatures, that the seed's `results.json` does not have yet."""
-    root = Path(args.output_dir) / f"seed_{seed}"
-    path = root / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    warmed = root / "warmed"
-    steps = args.discriminator_warmup_steps + args.adversarial_steps
-
-    def train_arm(arm: str) -> list[dict]:
-        if arm == "warmed":
-            rows = dataset.select(range(args.sft_rows or len(dataset)))
-            train_sft(args.student, args, seed, rows, tokenizer, warmed, args.sft_steps, args.sft_learning_rate)
-            return []
-        if arm == "gad":
-            rows = train_rows[args.sft_rows or 0 :]
-            return train_gad(warmed, args, seed, rows, tokenizer, validation, root / arm)
-        # Its own seed, or SeqKD would meet the rows in the order of the shared start
-        sft_steps = 2 * steps if arm == "seqkd_x2" else steps
-        rate = args.seqkd_learning_rate
-        output_dir = root / arm
-        sft = train_sft(str(warmed), args, 1000 + seed, dataset, tokenizer, output_dir, sft_steps, rate, validation)
-        return [{"best_step": sft.best_step}, *sft.curve]
-
+    runs = KeptRuns(args.output_dir, seed)
     for arm in ["warmed", *args.arms]:
-        if arm not in results:
+        if arm not in runs.results:
             start = time.perf_counter()
-            points = train_arm(arm)
-            results[arm] = {"metrics": {}, "seconds": time.perf_counter() - start, "curve": points}
-        student = AutoModelForCausalLM.from_pretrained(root / arm)
-        result = results[arm]
+            points = train_arm(args, arm, runs, train_rows, dataset, tokenizer, validation)
+            runs.results[arm] = {"metrics": {}, "seconds": time.perf_counter() - start, "curve": points}
+        student = AutoModelForCausalLM.from_pretrained(runs.root / arm)
+        result = runs.results[arm]
         result["metrics"] = report.all(student, args.samples, 1000 + seed, result["metrics"])
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        runs.save()
         print(f"seed {seed}, {arm}, {result['seconds']:.0f} s:", json.dumps(result["metrics"]), flush=True)
-    return results
+    return runs.results
 
 
-def table(args, reference: dict, results: list[dict]) -> str:
+def tables(args, reference: dict, results: list[dict]) -> str:
     """Mean over seeds, with each seed's value; for the judge's NLL also the mean standard error of one seed."""
 
     def cell(name: str, arm: str) -> str:
-        values = [result[arm]["metrics"][name] for result in results]
-        text = f"{statistics.mean(values):.3f}"
-        if len(values) > 1:
-            text += f" ({' '.join(f'{value:.3f}' for value in values)})"
+        text = mean_and_each([result[arm]["metrics"][name] for result in results])
         if name.startswith("judge_nll"):
             errors = [result[arm]["metrics"][name.replace("judge_nll", "judge_nll_se")] for result in results]
             text += f" ± {statistics.mean(errors):.3f}"
         return text
 
-    lines = []
+    names, found = ["judge_nll", "length_ratio", "distinct_samples", "distinct_4grams"], []
     for temperature in args.temperatures:
-        at = f"@t{temperature}"
-        names = ["judge_nll", "length_ratio", "distinct_samples", "distinct_4grams"]
-        lines += [f"| T={temperature} | student NLL | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-        teacher = [f"{reference[name]:.3f}" for name in names]
-        lines.append(f"| teacher's text | | {' | '.join(teacher)} |")
+        rows = [["teacher's text", "", *(f"{reference[name]:.3f}" for name in names)]]
         for arm in ["warmed", *args.arms]:
-            cells = [cell("student_nll", arm)] + [cell(name + at, arm) for name in names]
-            lines.append(f"| {arm} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+            rows.append([arm, cell("student_nll", arm), *(cell(f"{name}@t{temperature}", arm) for name in names)])
+        found.append(markdown([f"T={temperature}", "student NLL", *names], rows))
+    return "\n\n".join(found) + "\n"
 
 
 def main(argv=None):
@@ -334,12 +314,11 @@ def main(argv=None):
 
     reference = report.teacher()
     print("teacher's text", json.dumps(reference), flush=True)
-    results = []
-    for seed in args.seeds:
-        results.append(run_seed(args, seed, train_rows, dataset, tokenizer, validation, report))
-        text = table(args, reference, results)
-        print(text, flush=True)
-        (Path(args.output_dir) / "table.md").write_text(text)
+    run_seeds(
+        args,
+        lambda seed: run_seed(args, seed, train_rows, dataset, tokenizer, validation, report),
+        lambda results: tables(args, reference, results),
+    )
 
 
 if __name__ == "__main__":

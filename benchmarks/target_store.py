@@ -13,7 +13,6 @@ Random targets (k=10) of some thousand rows of about 200 tokens. Two baselines, 
 Files lie in a temporary folder. "Not cached" reads after the operating system has been asked to forget them.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common.arguments import parser
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,16 +111,19 @@ def models() -> dict[str, LlamaConfig]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Size and speed of the store of soft targets.")
-    parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--tokens", type=int, default=200, help="mean tokens of a row")
-    parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
-    parser.add_argument("--steps", type=int, default=5, help="timed training steps")
-    parser.add_argument("--folder", help="where the temporary folder is made")
-    arguments = parser.parse_args()
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("--rows", type=int, default=4000)
+    found.add_argument("--tokens", type=int, default=200, help="mean tokens of a row")
+    found.add_argument("--k", type=int, default=10)
+    found.add_argument("--repeats", type=int, default=3, help="the median counts")
+    found.add_argument("--steps", type=int, default=5, help="timed training steps")
+    found.add_argument("--folder", help="where the temporary folder is made")
+    return found.parse_args(argv)
 
+
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
     rows, targets = make_rows(arguments)
     tokens = sum(len(target.ids) for target in targets)
     print(f"{len(rows):,} rows, {tokens:,} tokens, k={arguments.k}, {torch.get_num_threads()} threads\n")

@@ -10,36 +10,24 @@ adversarial stage only. Finished parts are kept in `output_dir` and not run agai
 prints what is there.
 """
 
-import argparse
 import functools
 import json
-import os
 import random
-import statistics
-import sys
 from pathlib import Path
 
+import torch
+from common.arguments import evidence_arguments, evidence_parser
+from common.tables import each_of, markdown, mean_of
+from common.tinyworld import ANSWER_TOKENS, STUDENT_COLUMNS, build, measured, tokenized, world
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-TINYWORLD = Path(__file__).parents[1] / "recipes" / "tinyworld"
-sys.path.insert(0, str(TINYWORLD))
-
-import build  # noqa: E402
-import torch  # noqa: E402
-import world  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from trl_bbkd import GADConfig, GADTrainer  # noqa: E402
-from trl_bbkd.data.teacher_data import tokenize_teacher_data  # noqa: E402
-from trl_bbkd.evaluation.student import evaluate_student  # noqa: E402
+from trl_bbkd import GADConfig, GADTrainer
 
 
-world.MAX_COUNT, world.MAX_AMOUNT = 49, 9
 STUDENT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 STUDENT_BASE_STEPS = 1000
 BASES = {"student": (STUDENT, 8e-3), "discriminator": (build.DISCRIMINATOR, 3e-3)}  # sizes, learning rate
-ANSWER_TOKENS = 32
 SEQKD_STEPS, SEQKD_LEARNING_RATE = 8000, 1.2e-2
 CURVE_POINTS = 8
 DISCRIMINATOR_LEARNING_RATE = 3e-3
@@ -86,60 +74,39 @@ ARMS = {
     "group std, floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "length control": {"length_control": True},
 }
-COLUMNS = {
-    "valid@t1.0": "valid, T=1.0",
-    "valid@t0.7": "T=0.7",
-    "valid@greedy": "greedy",
-    "distinct_valid@t1.0": "distinct valid",
-    "teacher_nll": "teacher NLL",
-    "length_ratio@t1.0": "length ratio",
-    "accuracy": "D accuracy, last",
-    "warnings": "warnings",
+COLUMNS = STUDENT_COLUMNS | {
+    "teacher NLL": ("teacher_nll", "{:.3f}"),
+    "length ratio": ("length_ratio@t1.0", "{:.3f}"),
+    "D accuracy, last": ("accuracy", "{:.3f}"),
 }
 
 
+def parse_args(argv=None):
+    parser = evidence_parser(__doc__, "output/ablations", ARMS)
+    parser.add_argument("--discriminator_base_steps", type=int, default=600, help="on text of the world, before SFT")
+    parser.add_argument("--discriminator_steps", type=int, default=3000, help="of SFT on the teacher's text")
+    parser.add_argument("--table", action="store_true", help="print the table of what has been run")
+    return parser.parse_args(argv)
+
+
 def config(output_dir: Path, seed: int, **settings) -> GADConfig:
-    return GADConfig(
-        str(output_dir),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=10,
-        seed=seed,
-        **settings,
-    )
+    return GADConfig(str(output_dir), **evidence_arguments(seed) | {"use_cpu": True} | settings)
 
 
 class Experiment:
     def __init__(self, output_dir: Path, seed: int, base_steps: int, discriminator_steps: int):
+        world.MAX_COUNT, world.MAX_AMOUNT = 49, 9
         self.folder, self.seed = output_dir / f"seed{seed}", seed
         self.base_steps = {"student": STUDENT_BASE_STEPS, "discriminator": base_steps}
         self.discriminator_steps = discriminator_steps
         self.bases = {name: output_dir / name for name in BASES}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build.build_tokenizer()
-        from datasets import Dataset
-
         train, test = map(Dataset.from_list, build.teacher_rows())
-        tokenize = functools.partial(
-            tokenize_teacher_data, tokenizer=self.tokenizer, max_completion_length=ANSWER_TOKENS
-        )
-        self.train, self.test = tokenize(train)[0], list(tokenize(test)[0])
+        self.train, self.test = tokenized(train, self.tokenizer), tokenized(test, self.tokenizer).to_list()
 
-    def measure(self, model, temperatures=(1.0, 0.7, 0.0), num_samples=8) -> dict[str, float]:
-        return evaluate_student(
-            model,
-            self.tokenizer,
-            self.test,
-            world.judge,
-            max_new_tokens=ANSWER_TOKENS,
-            temperatures=temperatures,
-            num_samples=num_samples,
-            batch_size=512,
-        )
+    def measure(self, model, **settings) -> dict[str, float]:
+        return measured(model, self.tokenizer, self.test, **settings)
 
     def result(self, name: str, run) -> dict:
         path = self.folder / f"{name}.json"
@@ -246,42 +213,34 @@ class Experiment:
             self.result(name, functools.partial(self.arm, name))
 
 
-def cell(key: str, results: list[dict]) -> str:
-    values = [result[key] for result in results if key in result]
-    if not values:
-        return "–"
-    if key == "warnings":
-        kinds = {warning["kind"] for warnings in values for warning in warnings}
-        return ", ".join(sorted(kinds)) or "none"
-    mean = statistics.mean(values)
-    return f"{mean:,.0f}" if key.startswith("distinct") else f"{mean:.3f}"
+def read(output_dir: Path, name: str, seeds: list[int]) -> list[dict]:
+    paths = [output_dir / f"seed{seed}" / f"{name}.json" for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
-def print_table(output_dir: Path, seeds: list[int]) -> None:
-    print("| arm | " + " | ".join(COLUMNS.values()) + " | valid, T=1.0, of each seed |")
-    print("| --- |" + " ---: |" * len(COLUMNS) + " --- |")
+def warned(results: list[dict]) -> str:
+    told = [result["warnings"] for result in results if "warnings" in result]
+    kinds = {warning["kind"] for warnings in told for warning in warnings}
+    return (", ".join(sorted(kinds)) or "none") if told else "–"
+
+
+def table(output_dir: Path, seeds: list[int]) -> str:
+    rows = []
     for name in [UNDISTILLED, SEQKD, *ARMS, "discriminator"]:
-        paths = [output_dir / f"seed{seed}" / f"{name}.json" for seed in seeds]
-        results = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        each = ", ".join(f"{result['valid@t1.0']:.3f}" for result in results)
-        print(f"| {name} | " + " | ".join(cell(key, results) for key in COLUMNS) + f" | {each} |")
+        results = read(output_dir, name, seeds)
+        cells = [mean_of(results, *column) for column in COLUMNS.values()]
+        rows.append([name, *cells, warned(results), each_of(results, "valid@t1.0")])
+    return markdown(["arm", *COLUMNS, "warnings", "valid, T=1.0, of each seed"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ablations of GAD in tinyworld.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=Path("output/ablations"))
-    parser.add_argument("--discriminator_base_steps", type=int, default=600, help="on text of the world, before SFT")
-    parser.add_argument("--discriminator_steps", type=int, default=3000, help="of SFT on the teacher's text")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been run")
-    arguments = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+def main(argv=None) -> None:
+    arguments = parse_args(argv)
+    output_dir = Path(arguments.output_dir)
     if not arguments.table:
         for seed in arguments.seeds:
             steps = arguments.discriminator_base_steps, arguments.discriminator_steps
-            Experiment(arguments.output_dir, seed, *steps).run(arguments.arms)
-    print_table(arguments.output_dir, arguments.seeds)
+            Experiment(output_dir, seed, *steps).run(arguments.arms)
+    print(table(output_dir, arguments.seeds))
 
 
 if __name__ == "__main__":

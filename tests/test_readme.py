@@ -81,7 +81,13 @@ def test_first_command_as_it_stands(tmp_path):
     run(f"{launch} --output_dir {shlex.quote(str(tmp_path / 'gad'))}", ROOT)
     check_run(tmp_path / "gad")
     results = json.loads((tmp_path / "gad/metrics.json").read_text())["results"]
-    assert results["GAD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+    check_a_tie(results, "GAD")
+
+
+def check_a_tie(results, method):
+    """As its page says; CPU and thread count change the figures of a run by a few hundredths."""
+    valid = {name: results[name]["valid@t1.0"] for name in ("undistilled", "SeqKD", method)}
+    assert abs(valid[method] - valid["SeqKD"]) < 0.05 and valid["undistilled"] + 0.6 < valid[method]
 
 
 def check_run(folder):
@@ -181,7 +187,7 @@ def test_bayeskd_command_in_small(tmp_path):
 def test_bayeskd_command_as_it_stands(tmp_path):
     run(f"{RUNS[2].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
     results = json.loads((tmp_path / "bayeskd/metrics.json").read_text())["results"]
-    assert results["Bayes-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
+    check_a_tie(results, "Bayes-KD")
 
 
 def test_llkd_command_in_small(tmp_path):
