@@ -1,10 +1,10 @@
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import DPOConfig
 
 from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
 from ..host.refused_fields import refuse_fields
+from ..host.typed import KeywordArguments
 
 
 @dataclass
@@ -90,7 +90,7 @@ class ProxyAlignmentConfig(DPOConfig):
     max_completion_length: int = field(
         default=512, metadata={"help": "Longest answer in tokens, the teacher's and the proxy's."}
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    chat_template_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
     )
     reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
@@ -115,9 +115,7 @@ class ProxyAlignmentConfig(DPOConfig):
     sample_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling of the proxy's samples."})
     sample_batch_size: int = field(default=32, metadata={"help": "Samples generated at once."})
     use_vllm: bool = field(default=False, metadata={"help": "Whether to sample with vLLM, in this process."})
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."}
-    )
+    vllm_kwargs: KeywordArguments | None = field(default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."})
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to print some of a round's pairs of teacher's answer and sample."}
     )

@@ -4,11 +4,19 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+)
 from trl import DPOTrainer
 
 from ..data.teacher_data import is_tokenized, tokenize_teacher_data
@@ -94,6 +102,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
     _name = "Proxy alignment"
 
     args: ProxyAlignmentConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -105,7 +114,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-    ):
+    ) -> None:
         self._proxy_path = model if isinstance(model, str) else model.config._name_or_path
         if args is None:
             args = ProxyAlignmentConfig(f"{self._proxy_path.split('/')[-1]}-aligned")
@@ -204,7 +213,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
 
     # Rounds
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> None:
         """
         Train all rounds that are not finished yet.
 
@@ -285,6 +294,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             "temperature": self.args.sample_temperature,
             "top_p": self.args.sample_top_p,
         }
+        sampler: VLLMSampler | ModelSampler
         if self.args.use_vllm:
             sampler = self._vllm_sampler(folder / SAMPLER_FOLDER, settings)
         else:
@@ -350,7 +360,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> NoReturn:
         raise ValueError(
             "predict is not possible here: teacher text has no rejected answers to score. `evaluate` measures the proxy's "
             "agreement with the teacher."
@@ -390,7 +400,7 @@ class ProxyAlignmentTrainer(DPOTrainer):
             self.log({f"alignment/{name}": value for name, value in metrics.items()} | {"alignment/round": number})
 
     def _finished_rounds(self) -> list[dict]:
-        rounds = []
+        rounds: list[dict] = []
         while (path := self._round_folder(len(rounds)) / ROUND_FILE).is_file():
             entry = json.loads(path.read_text(encoding="utf-8"))
             del entry["log_history"]

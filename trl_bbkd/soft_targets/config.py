@@ -2,12 +2,13 @@ import math
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from trl import SFTConfig
 
 from ..data.messages import REASONING_HELP, ReasoningPolicy
 from ..host.refused_fields import refuse_fields
+from ..host.typed import KeywordArguments
 from ..selection.config import SelectionConfig
 
 
@@ -65,7 +66,7 @@ class SoftTargetConfig(SelectionConfig, SFTConfig):
     max_completion_length: int = field(
         default=512, metadata={"help": "Longest answer in tokens. Longer ones are cut and counted."}
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    chat_template_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
     )
     reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
