@@ -150,7 +150,10 @@ def test_the_notebook_runs(monkeypatch, tmp_path, tiny_model_dir):
     for name in ("install", "login"):
         by_id[name]["source"] = ""
     with HubServer() as hub:
-        own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        own = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        }
         for name, value in {**hub.environment(), **own, "IPYTHONDIR": str(tmp_path / "ipython")}.items():
             monkeypatch.setenv(name, value)
         NotebookClient(

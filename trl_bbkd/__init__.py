@@ -66,12 +66,15 @@ _LAZY_NAMES = {
 }
 
 
-def __getattr__(name: str):
-    if name not in _LAZY_NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY_NAMES[name], __name__), name)
-    globals()[name] = value
-    return value
+# Type checkers read the imports above: to them, a module with `__getattr__` has every name
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        if name not in _LAZY_NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_LAZY_NAMES[name], __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     init.add_argument("--labels", metavar="NAME", nargs="+", help=f"names of the classes, for {labels}")
     init.add_argument("--teacher", metavar="NAME", help="name of the teacher, for the report and the card")
     init.add_argument("--output", metavar="FILE", help="the file to write, METHOD.yaml by default")
-    init.error = exit_with_error  # one line, without the usage
+    init.error = exit_with_error  # type: ignore[method-assign,assignment]  # one line, without the usage
     push = commands.add_parser(
         "push",
         help="send a finished student to the Hub",

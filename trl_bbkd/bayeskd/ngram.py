@@ -18,6 +18,7 @@ is 56 and n up to 3 fits; for 100 million different contexts of 4 tokens the pro
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -244,7 +245,8 @@ def build_ngram_model(
     """
     if context_length < 1:
         raise NGramError(f"A context_length of {context_length} leaves no context: it has to be at least 1.")
-    path, shared = Path(folder) / MODEL_FILE, {"num_tokens": num_tokens, "vocab_size": vocab_size}
+    path = Path(folder) / MODEL_FILE
+    shared: dict[str, Any] = {"num_tokens": num_tokens, "vocab_size": vocab_size}
     made_from = shared | {"context_length": context_length}
     if not is_finished(path, made_from, fingerprint):
         path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def write_counts(folder: Path, chunks: Chunks, coding: ContextCoding, num_tokens
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             pieces = _pieces(chunks, num_tokens, coding.context_length)
-            for keys, bounds in _in_order(pool, lambda piece: _bucket_order(*piece, coding, bits), pieces):
+            for keys, bounds in _in_order(pool, lambda piece: _bucket_order(piece[0], piece[1], coding, bits), pieces):
                 runs.append(keys, bounds)
             counted = _in_order(pool, lambda i: _count(runs.parts(i, most), coding), range(2**bits))
             return _write(folder, counted, 2 ** (bits - coding.bucket_bits))
@@ -50,7 +50,9 @@ class _Runs:
 
     def __init__(self, path: Path, buckets: int, limit: int):
         self.path, self.buckets, self.limit = path, buckets, limit
-        self.held, self.held_bytes, self.written = [], 0, []
+        self.held: list[tuple[np.ndarray, np.ndarray]] = []
+        self.held_bytes = 0
+        self.written: list[np.ndarray] = []
 
     def append(self, keys: np.ndarray, bounds: np.ndarray) -> None:
         """Take a run; `keys[bounds[i] : bounds[i + 1]]` are those of bucket i."""
@@ -84,7 +86,8 @@ class _Runs:
 
 def _pieces(chunks: Chunks, num_tokens: int, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The corpus in pieces of whole answers: tokens in uint64, after n zeros, and lengths."""
-    waiting, waiting_tokens, seen = [], 0, 0
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    waiting_tokens, seen = 0, 0
 
     def cut() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         tokens, lengths = waiting[0] if len(waiting) == 1 else map(np.concatenate, zip(*waiting, strict=True))
@@ -183,7 +186,7 @@ def _write(folder: Path, counted: Iterable, together: int) -> dict:
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:
     """Results in the order of the items, of which few are taken ahead."""
-    futures = deque()
+    futures: deque[Future] = deque()
     for item in items:
         futures.append(pool.submit(function, item))
         if len(futures) > 2 * THREADS:

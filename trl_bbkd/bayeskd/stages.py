@@ -177,12 +177,11 @@ class BayesKDStages(ProxyStages):
             times_drawn = hits(torch.cat(draws).numpy(), tokens, counts)
             ngram = torch.from_numpy(ngrams.probability(contexts, tokens, args.ngram_min_count))
             found.append((ngram, torch.cat(probs), times_drawn))
-        found = gather_object(found)
-        ngram, probs, times_drawn = zip(*found, strict=True)
+        ngrams_of, probs_of, times_drawn_of = zip(*gather_object(found), strict=True)
         held_out = HeldOutTokens(
-            torch.cat(ngram),
-            torch.cat(probs),
-            {count: torch.cat([drawn[count] for drawn in times_drawn]) for count in counts},
+            torch.cat(ngrams_of),
+            torch.cat(probs_of),
+            {count: torch.cat([drawn[count] for drawn in times_drawn_of]) for count in counts},
         )
         return calibration(held_out, args.posterior_draws, args.posterior_concentration, self.vocab_size)
 
@@ -201,11 +200,11 @@ class BayesKDStages(ProxyStages):
         """The rows with what an API showed of them. Of rows of the same tokens the last one counts: one that has it."""
         shown = self.rows.estimate.select_columns(TOP_LOGPROBS)
         rows = concatenate_datasets([rows, shown], axis=1)
-        is_null = [
+        parts = [
             batch[TOP_LOGPROBS].is_null().to_numpy()
             for batch in shown.with_format("arrow").iter(batch_size=ANSWERS_PER_CHUNK)
         ]
-        is_null = np.concatenate(is_null)
+        is_null = np.concatenate(parts)
         return rows.select(np.argsort(~is_null, kind="stable")) if is_null.any() else rows
 
     def _fingerprint(self, name: str, rows: Dataset, corpus: str) -> dict[str, str]:

@@ -59,8 +59,8 @@ def check_top_logprobs(
     Raises:
         [`~errors.TeacherDataError`]: at the first problem, naming row, position and value.
     """
-    names = range(len(values)) if names is None else names
-    for row, value, answer in zip(names, values, answers, strict=True):
+    rows = range(len(values)) if names is None else names
+    for row, value, answer in zip(rows, values, answers, strict=True):
         if value is None:
             continue
         place = f"Row {row}: `{TOP_LOGPROBS}`"

@@ -37,12 +37,12 @@ def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple
     groups = list(rows_of.values())
     if len(groups) == 1:
         groups = [[number] for number in groups[0]]
-    held_out = []
+    picked: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):
-        if len(held_out) + len(groups[group]) <= most:
-            held_out += groups[group]
-        if len(held_out) == most:
+        if len(picked) + len(groups[group]) <= most:
+            picked += groups[group]
+        if len(picked) == most:
             break
-    held_out = set(held_out or min(groups, key=len))
+    held_out = set(picked or min(groups, key=lambda group: len(group)))
     train = [number for number in range(len(dataset)) if number not in held_out]
     return dataset.select(train), dataset.select(sorted(held_out))

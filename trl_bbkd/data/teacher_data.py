@@ -138,7 +138,8 @@ def check_teacher_data(dataset) -> TeacherDataCounts:
         used = [name for name in ("prompt", "completion", ROW_COLUMN, *RENDERED_COLUMNS) if name in columns]
         batches = dataset.select_columns(used).iter(batch_size=1000)
 
-    rows, distinct_prompts, conversational = 0, set(), None
+    rows, conversational = 0, None
+    distinct_prompts: set[int] = set()
     for batch in batches:
         count = len(batch["prompt"])
         conversational = _check_rows(batch, places_of(batch, range(rows, rows + count)), conversational)

@@ -7,6 +7,7 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -15,6 +16,10 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 
 from ..errors import TeacherDataError
 from .splitting import split_by_input
+
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ScriptArguments
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -45,7 +50,9 @@ def named(columns) -> str:
     return ", ".join(column for column in columns if column != ROW_COLUMN)
 
 
-def load_teacher_data(script_args, dataset_args, input_column: str = "prompt"):
+def load_teacher_data(
+    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", input_column: str = "prompt"
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Load the teacher's text.
 

@@ -83,7 +83,8 @@ def prompt_and_answer_ids(
         end_ids = [row.end.token_id for row in rendered]
         ends |= set(end_ids)
         notes = [
-            Note.REASONING * row.has_reasoning | Note.LEFT_OUT_REASONING * row.left_out_reasoning for row in rendered
+            Note(Note.REASONING * row.has_reasoning | Note.LEFT_OUT_REASONING * row.left_out_reasoning)
+            for row in rendered
         ]
     cut = [_cut_at_end(answer, [tokenizer.decode([end]) for end in ends]) for answer in answers]
     answers = [answer for answer, _ in cut]

@@ -141,7 +141,7 @@ def generate_completion_ids(
     # Neighbours of like length need little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))
     queue = [index for index in order for _ in range(num_samples)]
-    completions = [[] for _ in prompts]
+    completions: list[list[list[int]]] = [[] for _ in prompts]
 
     was_training = model.training
     model.eval()
@@ -290,7 +290,7 @@ def evaluate_student(
     Raises:
         `ValueError`: the judge returned nothing, or not one number a completion.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     prompts = [row["prompt"] for row in rows]
     teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
     end_ids = end_token_ids(model, tokenizer, prompts[0])

@@ -1,9 +1,10 @@
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from trl import GRPOConfig
 
 from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
+from ..host.typed import KeywordArguments
 from .config_checks import check_choices, refuse_without_effect
 
 
@@ -197,7 +198,7 @@ class GADConfig(GRPOConfig):
     discriminator_loss: Literal["bradley_terry", "cross_entropy"] = field(
         default="bradley_terry", metadata={"help": "Loss of the discriminator: Eq. 3 or, per sample, Eq. 4."}
     )
-    discriminator_lora_kwargs: dict[str, Any] | str | None = field(
+    discriminator_lora_kwargs: KeywordArguments | None = field(
         default=None,
         metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the discriminator as a LoRA adapter."},
     )
@@ -262,7 +263,7 @@ class GADConfig(GRPOConfig):
         },
     )
     critic_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the critic, constant."})
-    critic_lora_kwargs: dict[str, Any] | str | None = field(
+    critic_lora_kwargs: KeywordArguments | None = field(
         default=None,
         metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the `copy` as a LoRA adapter."},
     )

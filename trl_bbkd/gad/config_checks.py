@@ -1,7 +1,7 @@
 """Settings that GAD takes from no one: inherited ones that would not act, idle ones, and values that are none."""
 
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 
 SHARDING = "the discriminator, a second trained model, would not be synchronised; launch with plain data parallelism"
@@ -10,7 +10,7 @@ NO_LABELS = "its evaluation has no labels or predictions, only means (see sample
 REFERENCE = "the KL reference is the warmed-up student, which is not mixed with later ones"
 
 # A field's default, the only value that is taken, and why
-NO_EFFECT = {
+NO_EFFECT: dict[str, tuple[Any, str]] = {
     "deepspeed": (None, SHARDING),
     "fsdp": (None, SHARDING),
     "fsdp_config": (None, SHARDING),

@@ -67,7 +67,7 @@ class Discriminator(nn.Module):
         head: str,
         likelihood_reduction: str = "sum",
         seed: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

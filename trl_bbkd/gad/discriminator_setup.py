@@ -140,7 +140,7 @@ def _check_adapter(discriminator: str | PreTrainedModel | Discriminator | None, 
             "hand in the model without it."
         )
     is_saved = isinstance(discriminator, str) and (Path(discriminator) / CONFIG_NAME).is_file()
-    is_adapter = is_saved and find_backbone(discriminator)[1]
+    is_adapter = is_saved and find_backbone(str(discriminator))[1]
     if isinstance(discriminator, Discriminator) or (is_saved and not is_adapter):
         raise ValueError(
             "A discriminator that was trained before is trained further as it is, so that discriminator_peft_config "

@@ -167,7 +167,8 @@ class DiscriminatorTrainer:
                 if row >= num_teacher:
                     start, length = len(prompts[row]), len(responses[row])
                     tokens[row - num_teacher, :length] = token_scores[start : start + length]
-        return PairScores(*scores.split([num_teacher, len(pairs.student_ids)]), tokens)
+        teacher, student = scores.split([num_teacher, len(pairs.student_ids)])
+        return PairScores(teacher, student, tokens)
 
     def measure(self, pairs: PairBatch, scores: PairScores) -> dict[str, float]:
         """Metrics of already scored pairs, averaged over processes."""

@@ -32,7 +32,7 @@ def load_generation_batch(path: Path, device: torch.device) -> tuple[int, list[d
     """Read what [`save_generation_batch`] wrote."""
     # Not to `device` at once: of several processes on a CPU each has a number, which safetensors does not know
     tensors = load_file(path)
-    step = tensors.pop(STEP_KEY).item()
+    step = int(tensors.pop(STEP_KEY))
     batches: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         number, key = name.split(".", 1)

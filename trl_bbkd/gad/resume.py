@@ -105,7 +105,7 @@ class ResumableGAD(ResumableRun):
             reference.load_state_dict(warmed_up.state_dict())
         self._reference_is_set = True
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
         if not _internal_call and self.args.should_save:
             self.discriminator.save_pretrained(Path(output_dir) / DISCRIMINATOR_FOLDER)

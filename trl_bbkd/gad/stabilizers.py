@@ -78,7 +78,7 @@ class ReplayBuffer:
         return len(self.pairs)
 
     def _randint(self, high: int) -> int:
-        return torch.randint(high, (), generator=self.generator).item()
+        return int(torch.randint(high, (), generator=self.generator))
 
     def add(self, pairs: list[tuple[list[int], list[int], list[int]]]) -> None:
         """Keep `(prompt_ids, teacher_ids, student_ids)` triples."""

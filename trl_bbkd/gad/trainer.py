@@ -3,10 +3,12 @@ import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PeftConfig, PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
@@ -105,6 +108,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
     """
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
+    args: GADConfig
+    eos_token_ids: list[int]
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Any
+
     _name = "GAD"
     _card_settings = (
         "num_generations",
@@ -151,7 +159,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         discriminator: str | PreTrainedModel | Discriminator | None = None,
         discriminator_peft_config: PeftConfig | None = None,
         sample_metrics: SampleMetrics | None = None,
-    ):
+    ) -> None:
         check_arguments(model, discriminator, reward_funcs, args, optimizers, tools, environment_factory)
         refuse_adapter_path(model, "student")
         refuse_broken_weights(model, "student")
@@ -278,7 +286,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     # Rows, whichever door they come through
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
         Run both stages. A second call begins again at the warm-up, with the weights of the first.
 
@@ -289,14 +297,14 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         self._begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         if eval_dataset is None or isinstance(eval_dataset, str):
             self.eval_dataset = self._teacher_rows.prepare_evaluation(self.eval_dataset)
         else:
             eval_dataset = self._teacher_rows.prepare(eval_dataset, "evaluation")
         return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Dataset):
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         return super().get_test_dataloader(self._teacher_rows.prepare(test_dataset, "evaluation"))
 
     # Generation and rewards
@@ -371,7 +379,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             prompt_index=[number - numbers[0] for number in numbers],
         )
 
-    def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
+    def discriminator_score(
+        self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs
+    ) -> list[float]:
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
         log_extra(TEACHER_COMPLETION, teacher_completion)
         return self._scores.student.tolist()
@@ -442,7 +452,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
         self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         rows = dataloader.dataset
         self._held_out.begin(len(rows) * self.num_generations_eval if isinstance(rows, Dataset) else None)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

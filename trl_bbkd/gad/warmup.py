@@ -4,16 +4,17 @@ import contextlib
 import logging
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..host._compat import pad
+from ..host.typed import MixinBase
 from .monitor import TrainingMonitor
 
 
 logger = logging.getLogger(__name__)
 
 
-class TwoStageGAD:
+class TwoStageGAD(MixinBase):
     """
     The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
     (section 2.2 of arXiv 2511.10643).
@@ -21,7 +22,7 @@ class TwoStageGAD:
 
     def _begin(self) -> None:
         """Begin at the warm-up, whatever a run of the same trainer has left; weights and optimizers stay."""
-        self._warmup_steps = None
+        self._warmup_steps: int | None = None
         self._in_warmup = False
         self._policy_is_held = False
         self._reference_is_set = False
@@ -37,7 +38,7 @@ class TwoStageGAD:
         # Round away what floating point adds, then up to a step at which a generation batch starts
         return int(-(-round(max_steps * share, 6) // steps_per_batch)) * steps_per_batch
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.warmup_learning_rate is None:
             return scheduler

@@ -110,7 +110,7 @@ def keep_4bit_weights_differentiable(*models: nn.Module) -> None:
     for model in models:
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def be_wrapped_again(trainer: Trainer) -> None:

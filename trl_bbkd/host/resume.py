@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ._compat import be_wrapped_again, keep_precision
 from .preflight import refuse_broken_weights, refuse_no_steps
+from .typed import MixinBase
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def differences(found: dict, wanted: dict) -> str:
     )
 
 
-class ResumableRun:
+class ResumableRun(MixinBase):
     """
     Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their
     end.
@@ -56,6 +57,7 @@ class ResumableRun:
     It stands before a TRL trainer among the bases of a class that names `_state_name` and `_same_when_resumed`.
     """
 
+    _student_path: str
     _state_name: str  # file of a checkpoint that says, among other things, whose it is
     _same_when_resumed: tuple[str, ...]  # settings that decide which samples a step sees and what is trained
     _training_name = "training"  # what a run calls its training
@@ -123,7 +125,7 @@ class ResumableRun:
             )
         return None
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
         As in [`~transformers.Trainer`], but a run that has taken all its steps is loaded, and takes none more.
 

@@ -186,7 +186,7 @@ def _renamed(card: str, repo_id: str) -> str:
     old, new = Path(json.loads(found.group(1))).name, Path(repo_id).name
     for key, before, after in (("model_name: ", old, new), ("# ", escape(old), escape(new))):
         line = re.compile(f"^{key}{re.escape(before)}$", re.MULTILINE)
-        card = line.sub(lambda _, line=key + after: line, card, count=1)
+        card = line.sub((key + after).replace("\\", r"\\"), card, count=1)
     return CARD_STUDENT.sub(lambda _: f'student = "{repo_id}"', card)
 
 

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import HubError
 from ..host._compat import get_config_model_id, uploads_through
+from ..host.typed import MixinBase
 from ..reports.redaction import without_tokens
 from .example import example_input
 from .model_card import RECIPE_NAME, StudentCard, student_name, write_card
@@ -21,7 +23,7 @@ logger = logging.getLogger(__name__)
 TRAINING_ARGUMENTS = "training_args.bin"
 
 
-class StudentHubMixin:
+class StudentHubMixin(MixinBase):
     """
     Makes `push_to_hub`, and the pushes of `hub_strategy`, send the student and a card of our own.
 
@@ -29,6 +31,9 @@ class StudentHubMixin:
     [`~hub.push.stage_student`] for what is sent.
     """
 
+    _name: str
+    _paper: dict[str, str]
+    _tag_names: list[str]
     _card_note: str | None = None  # what a reader has to know of this method's students
     _card_settings: tuple[str, ...] = ()  # fields of the configuration that a card tells first
 
@@ -120,7 +125,7 @@ class StudentHubMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs,
-    ):
+    ) -> Any:
         """
         Send the student to the Hub, as [`~transformers.Trainer.push_to_hub`] does. `kwargs` are those of
         [`~StudentHubMixin.create_model_card`].
@@ -186,5 +191,5 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 def _is_conversational(dataset) -> bool:
-    row = next(iter(dataset), {}) if dataset is not None else {}
+    row: dict = next(iter(dataset), {}) if dataset is not None else {}
     return isinstance(row.get("prompt"), list)

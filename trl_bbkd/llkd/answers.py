@@ -25,7 +25,8 @@ def read_answers(dataset, labels, answer_column, confidence_column, label_probs_
     columns = [source] if confidence_column is None else [source, confidence_column]
     for column in columns:
         check_column(column, dataset.column_names, hint)
-    match, read, unmatched = _matcher(labels), [], []
+    match, unmatched = _matcher(labels), []
+    read: list[tuple[int | None, list[float]] | None] = []
     for row, values in enumerate(dataset.select_columns(columns)):
         value = values[source]
         if label_probs_column is not None:

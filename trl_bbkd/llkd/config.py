@@ -1,9 +1,10 @@
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import TrainingArguments
 
 from ..host.refused_fields import refuse_fields
+from ..host.typed import KeywordArguments
 from ..selection.config import SelectionConfig
 
 
@@ -87,7 +88,7 @@ class LLKDConfig(SelectionConfig, TrainingArguments):
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Of which a batch's width is a multiple."})
 
     # Model
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` where the student is a path."}
     )
 

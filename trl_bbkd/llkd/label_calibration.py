@@ -38,7 +38,7 @@ class Reliability(NamedTuple):
 
     lower: torch.Tensor
     upper: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]
     confidence: torch.Tensor
     accuracy: torch.Tensor
 

@@ -9,7 +9,7 @@ labels, or from what an API's answers say of it: probabilities, a stated confide
 """
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def pseudo_label(
             )
     _check_choice("unmatched", unmatched, ("error", "drop"))
     check_temperature(temperature)
-    rows = range(len(dataset))
+    rows: Sequence[int] = range(len(dataset))
     predicted = None
     if teacher is None:
         if prompt is not None or tokenizer is not None:
@@ -196,9 +196,9 @@ def label_scores(
     Raises:
         [`PseudoLabelError`]: a score that is not finite.
     """
-    stems = {tuple(ids[:-1]) for ids in label_ids}
-    stems = sorted(stem for stem in stems if not any(other[: len(stem)] == stem for other in stems - {stem}))
-    readers = [[] for _ in stems]
+    beginnings = {tuple(ids[:-1]) for ids in label_ids}
+    stems = sorted(stem for stem in beginnings if not any(other[: len(stem)] == stem for other in beginnings - {stem}))
+    readers: list[list[int]] = [[] for _ in stems]
     for label, ids in enumerate(label_ids):
         stem = next(i for i, stem in enumerate(stems) if stem[: len(ids) - 1] == tuple(ids[:-1]))
         readers[stem].append(label)
@@ -250,7 +250,7 @@ def _check_labels(labels: list[str]) -> None:
         raise PseudoLabelError(f"`labels` is {labels!r}; it must be a list of names, none of them empty.")
     if len(labels) < 2:
         raise PseudoLabelError(f"`labels` holds {len(labels)} names; there must be at least two classes.")
-    seen = {}
+    seen: dict[str, str] = {}
     for label in labels:
         if seen.setdefault(plain(label), label) != label or labels.count(label) > 1:
             raise PseudoLabelError(f"The labels {seen[plain(label)]!r} and {label!r} are the same; keep one.")

@@ -6,6 +6,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import TrainOutput
 
 from ..data.teacher_data import places_of
 from ..data.teacher_files import ROW_COLUMN, named
@@ -147,7 +149,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         peft_config: PeftConfig | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
-    ):
+    ) -> None:
         require_model(model, type(self).__name__)
         self._student_path = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
@@ -294,7 +296,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         rows = self._tokenized(rows, tokenizer, args, "training")
         return without(rows, (*CARRIED_COLUMNS, "gold")) if args.selection == "none" else rows
 
-    def train(self, *args, **kwargs):
+    def train(self, *args, **kwargs) -> TrainOutput:
         """As in [`~transformers.Trainer`]; `train_dataset` may have been replaced by other rows."""
         if "input_ids" not in self.train_dataset.column_names:
             self._check_training_rows(self.train_dataset, self.args)
@@ -314,10 +316,10 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
             dataset = without(dataset, (ROW_COLUMN,))
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         return super().get_eval_dataloader(self._to_evaluate(eval_dataset))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         return super().get_test_dataloader(self._to_evaluate(test_dataset))
 
     def _to_evaluate(self, rows):

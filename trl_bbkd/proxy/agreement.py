@@ -52,9 +52,9 @@ def teacher_agreement(
             found = soft_target_loss(
                 hidden, lm_head(model), labels[:, 1:][scored], [], one, one.new_zeros(0, len(one))
             )
-        rows = scored.nonzero()[:, 0]
+        row = scored.nonzero()[:, 0]
         correct, tokens = (
-            torch.zeros(len(batch), dtype=torch.float64, device=model.device).index_add_(0, rows, values.double())
+            torch.zeros(len(batch), dtype=torch.float64, device=model.device).index_add_(0, row, values.double())
             for values in (found.is_top1, one)
         )
         products = torch.stack([correct * correct, correct * tokens, tokens * tokens]).sum(dim=1)

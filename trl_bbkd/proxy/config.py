@@ -1,8 +1,9 @@
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from transformers import SchedulerType
 
+from ..host.typed import KeywordArguments
 from ..soft_targets.config import SoftTargetConfig
 
 
@@ -50,7 +51,7 @@ class ProxyConfig(SoftTargetConfig):
     """
 
     _VALID_DICT_FIELDS = SoftTargetConfig._VALID_DICT_FIELDS + ["proxy_model_init_kwargs", "proxy_lora_kwargs"]
-    _stage_names = ("warmup", "distil")
+    _stage_names: ClassVar[tuple[str, ...]] = ("warmup", "distil")
 
     # Stages
     stages: list[str] = field(
@@ -64,10 +65,10 @@ class ProxyConfig(SoftTargetConfig):
             "help": "The proxy, with the student's tokenizer: a model's path or Hub id, or a LoRA adapter's path."
         },
     )
-    proxy_model_init_kwargs: dict[str, Any] | str | None = field(
+    proxy_model_init_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of the proxy's `from_pretrained`."}
     )
-    proxy_lora_kwargs: dict[str, Any] | str | None = field(
+    proxy_lora_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the proxy as a LoRA adapter."}
     )
     proxy_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the proxy."})

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -91,7 +91,7 @@ class ProxyStages:
         self,
         proxy: str | PreTrainedModel | PeftModel,
         args: ProxyConfig,
-        rows: NamedTuple,
+        rows: Any,
         held_out: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,

@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import row_names, tokenize_as_configured
@@ -109,7 +110,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict] | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ):
+    ) -> None:
         require_model(model, type(self).__name__)
         student_path = model if isinstance(model, str) else model.config._name_or_path
         if isinstance(proxy_model, TrainingArguments):
@@ -291,7 +292,10 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             found["proxy"] = model_fingerprint(self.live_proxy)
         return found
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    # Where `stages` leaves distillation out there is nothing to return
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
+    ) -> TrainOutput | None:
         """
         Go through the stages that are not finished, and distil.
 

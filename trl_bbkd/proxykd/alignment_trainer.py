@@ -51,6 +51,7 @@ class ProxyAlignmentTrainer(PreferenceRoundsTrainer):
     _best_by = "top1_agreement"
 
     args: ProxyAlignmentConfig
+    control: TrainerControl
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from ..host.typed import KeywordArguments
 from ..proxy.config import ProxyConfig
 from .alignment_config import check_rounds
 
@@ -121,9 +122,7 @@ class ProxyKDConfig(ProxyConfig):
     sample_temperature: float = field(default=1.0, metadata={"help": "Temperature of the proxy's samples."})
     sample_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling of the proxy's samples."})
     use_vllm: bool = field(default=False, metadata={"help": "Whether the proxy samples with vLLM."})
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."}
-    )
+    vllm_kwargs: KeywordArguments | None = field(default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."})
     log_completions: bool = field(default=False, metadata={"help": "Whether to print some of a round's pairs."})
 
     # Soft targets

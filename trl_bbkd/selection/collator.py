@@ -5,7 +5,7 @@ A collator cannot select: it may run in another process, and never sees the stud
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +131,7 @@ def take_rows(batch: Mapping, keep: torch.Tensor, pad_to_multiple_of: int | None
         if found != copies * size:
             raise ValueError(f"`keep` is for {size} rows, but the batch has {found}.")
     indices = {times * size: keep.repeat(times).nonzero().flatten() for times in range(1, copies + 1)}
-    taken = {}
+    taken: dict = {}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.dim():
             index = _token_index(batch, keep, name) if name.startswith(PER_TOKEN) else indices.get(len(value))
@@ -181,7 +181,7 @@ def _length(batch: Mapping) -> int:
     return next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 0)
 
 
-def integers(name: str, values: list, names: list) -> torch.Tensor:
+def integers(name: str, values: Iterable, names: Iterable) -> torch.Tensor:
     integers = []
     for value, row in zip(values, names, strict=True):
         try:

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from ..data.teacher_data import row_names
 from ..errors import LLKDDataError
 from ..host.resume import differences
+from ..host.typed import MixinBase
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
 from .config import SELECTION_ARGUMENTS, SelectionConfig, check_batches
 from .signals import check_confidence
@@ -21,7 +23,7 @@ SELECTION_WEIGHT = "selection_weight"
 PIECES = "selection_pieces"  # in which a batch is learned from
 
 
-class LLKDMixin:
+class LLKDMixin(MixinBase):
     """
     Lets a trainer learn, at every step, from the rows of a pool of which the teacher is sure and the student is not
     ([arXiv 2411.08028](https://huggingface.co/papers/2411.08028), our reading).
@@ -45,8 +47,9 @@ class LLKDMixin:
     _group_column = "group"
 
     args: SelectionConfig
+    train_dataset: Any
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.selector: Selector | None = None
         if self.args.selection == "llkd":
@@ -164,8 +167,8 @@ class LLKDMixin:
 
     def _signals(self, number: int, pool: dict, uncertainty: torch.Tensor) -> torch.Tensor:
         process = torch.full_like(uncertainty, self.accelerator.process_index, dtype=torch.float64)
-        number = torch.full_like(process, number)
-        columns = (pool["teacher_confidence"], uncertainty, pool["group"], pool["row_id"], process, number)
+        index = torch.full_like(process, number)
+        columns = (pool["teacher_confidence"], uncertainty, pool["group"], pool["row_id"], process, index)
         return torch.stack([column.double().to(process.device) for column in columns], dim=1)
 
     def _taken(self, pool: dict, keep: torch.Tensor, weight: torch.Tensor) -> dict:

@@ -8,7 +8,7 @@ report of the paper. Everything for text is our extension of it.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,11 @@ def sequence_confidence(
     Raises:
         [`LLKDDataError`]: a row without answer tokens, or with a missing log-probability or one above 0.
     """
-    reductions = {"mean": torch.mean, "min": torch.min, "quantile": lambda values: torch.quantile(values, 0.1)}
+    reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "mean": torch.mean,
+        "min": torch.min,
+        "quantile": lambda values: torch.quantile(values, 0.1),
+    }
     if reduction not in reductions:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(reductions)}.")
     confidences = []

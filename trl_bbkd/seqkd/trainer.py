@@ -204,7 +204,7 @@ def train_seqkd(
         args.per_device_train_batch_size,
     )
     result = SeqKD(max_steps, batch * accumulation * args.world_size, shared["learning_rate"])
-    best = {}
+    best: dict[str, float] = {}
 
     def keep_the_best(student, step, metrics):
         if not best or is_better(metrics, best):

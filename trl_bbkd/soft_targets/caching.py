@@ -121,7 +121,8 @@ def row_lengths(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         scored = np.append(column.flatten().to_numpy() != -100, False)
         starts, before = np.cumsum(lengths) - lengths, np.append(0, np.cumsum(scored))
         found.append((lengths, before[starts + lengths] - before[starts] - (scored[starts] & (lengths > 0))))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    lengths, answers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return lengths, answers
 
 
 def answer_length(labels: list[int]) -> int:

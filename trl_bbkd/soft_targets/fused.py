@@ -150,7 +150,7 @@ def fused_chunk_losses_(
     spread = torch.zeros_like(hard)
     corrections = [(labels[:, None], -hard[:, None])]
     for index, each in enumerate(targets):
-        if index == number:
+        if not isinstance(each, SparseTarget):
             # Σ t (log t - log s)
             kl[index] = (target_dot - cross) / target_mass - target_mass.log() + tempered_log_mass
             spread += soft[index]

@@ -221,4 +221,5 @@ def chunked_top_log_probs(
         top_log_probs(project(part.to(dtype), head), part_labels, k)
         for part, part_labels in zip(hidden.split(rows), labels.split(rows), strict=True)
     ]
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+    ids, log_probs, label_log_probs = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return ids, log_probs, label_log_probs

@@ -8,7 +8,7 @@ factor τ² by which some implementations make up for the smaller gradient. Prox
 loss with one target; Bayes-KD's has two.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class SparseTarget:
     tail: torch.Tensor | None = None
 
     def chunk(self, rows: slice) -> "SparseTarget":
-        return SparseTarget(*(_rows(getattr(self, field.name), rows) for field in fields(self)))
+        return SparseTarget(self.ids[rows], self.probs[rows], _rows(self.tail, rows))
 
 
 @dataclass

@@ -191,13 +191,13 @@ class TargetStore:
         description = read_description(self.folder)
         self.k: int = description["k"]
         self.fingerprint: dict[str, str] = description["fingerprint"]
-        records, parts = [], []
+        found_records, found_parts = [], []
         for number, path in enumerate(_index_files(self.folder)):
             found = _read_index(path)
-            records.append(found)
-            parts.append(np.full(len(found), number))
-        records = np.concatenate(records) if records else np.zeros(0, dtype=INDEX_DTYPE)
-        parts = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+            found_records.append(found)
+            found_parts.append(np.full(len(found), number))
+        records = np.concatenate(found_records) if found_records else np.zeros(0, dtype=INDEX_DTYPE)
+        parts = np.concatenate(found_parts) if found_parts else np.zeros(0, dtype=np.int64)
         # A row may be in two parts: of a killed process's last batch, and of the process that made up for it
         _, order = np.unique(records["key"], return_index=True)
         self._records, self._parts = records[order], parts[order]

@@ -49,7 +49,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
 
     args: SoftTargetConfig
 
-    def __init__(self, model: str | PreTrainedModel, args: SoftTargetConfig, train_dataset, **kwargs):
+    def __init__(self, model: str | PreTrainedModel, args: SoftTargetConfig, train_dataset, **kwargs) -> None:
         self._student_path = model if isinstance(model, str) else model.config._name_or_path
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.aux_loss_enabled:
@@ -134,7 +134,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
 
     def _log_token_metrics(self, outputs, attention_mask: torch.Tensor, sample_weight: torch.Tensor) -> None:
         """Token means over all processes, in one exchange."""
-        sums = [
+        local = [
             attention_mask.sum(),
             sample_weight.sum(),
             torch.tensor(len(sample_weight), device=attention_mask.device),
@@ -144,7 +144,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
             outputs.is_top1.sum(),
             *outputs.kl.sum(dim=1),
         ]
-        sums = self.accelerator.reduce(torch.stack([value.double() for value in sums])).tolist()
+        sums = self.accelerator.reduce(torch.stack([value.double() for value in local])).tolist()
         all_tokens, weight, rows, tokens, nll, entropy, correct, *kl = sums
         tokens = max(tokens, 1.0)
         metrics = {
