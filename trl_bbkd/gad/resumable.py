@@ -42,6 +42,13 @@ class ResumableGAD(ResumableRun):
     _state_name = "gad_state.json"
     _same_when_resumed = SAME_WHEN_RESUMED
 
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        # It draws an order an epoch from one generator, which no checkpoint keeps
+        for _ in range(self._epochs_before):
+            next(iter(sampler))
+        return sampler
+
     def _own_file(self, checkpoint: str | Path, name: str) -> Path:
         """The file that this process alone writes to a checkpoint."""
         return Path(checkpoint) / f"{name}-{self.accelerator.process_index}.safetensors"
