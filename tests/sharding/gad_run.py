@@ -19,6 +19,11 @@ config = json.loads(config)
 lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if config.pop("lora", False) else None
 resume = config.pop("resume", None)
 samples = config.pop("samples", "fixed")
+if config.get("deepspeed"):
+    import deepspeed
+
+    # Before any model: what ZeRO-3 makes of one depends on the number of processes
+    deepspeed.init_distributed(dist_backend="gloo")
 world = int(os.environ.get("WORLD_SIZE", 1))
 rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 if samples == "fixed":

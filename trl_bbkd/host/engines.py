@@ -277,9 +277,8 @@ def copy_into(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor])
         target = targets.get(name)
         if target is None:
             continue
-        value = part_of(value.reshape(target.shape), target)
         with gathered([target]):
-            target.copy_(value)
+            target.copy_(part_of(value.reshape(target.shape), target))
 
 
 def copy_model(source: nn.Module, target: nn.Module) -> None:
