@@ -128,7 +128,7 @@ EVERYTHING_ON = {
 def everything(trainer):
     """Weights and optimizer states of student, discriminator and critic, and the replayed pairs."""
     critic, replay = trainer.critic_trainer, trainer.discriminator_trainer.replay
-    optimizers = [trainer.optimizer, trainer.discriminator_trainer.engine.optimizer, critic.optimizer]
+    optimizers = [trainer.optimizer, trainer.discriminator_trainer.engine.optimizer, critic.engine.optimizer]
     states = [
         torch.as_tensor(value).clone()
         for optimizer in optimizers

@@ -377,9 +377,9 @@ def test_the_discriminators_gradient_is_that_of_fresh_and_past_pairs(tiny_model_
         ).discriminator_trainer
         if size > 0:
             trainer.replay.add(past.triples())
-        trainer.optimizer.zero_grad = lambda: None
+        trainer.engine.optimizer.zero_grad = lambda: None
         trainer.update(pairs, trainer.score(pairs))
-        gradients.append([parameter.grad for parameter in trainer.parameters])
+        gradients.append([parameter.grad for parameter in trainer.engine.parameters])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
     assert not all(torch.allclose(*pair, atol=1e-6) for pair in zip(gradients[0], gradients[2], strict=True))
 

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
-from trl_bbkd.host.engines import whole_state
 
 
 model, output, config = sys.argv[1:]

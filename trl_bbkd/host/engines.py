@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+
 OPTIMIZER_NAME = "optimizer.safetensors"
 ZERO_FOLDER = "zero"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
