@@ -1,34 +1,138 @@
-"""Scripts on one process, or with torchrun on several."""
+"""
+Functions in processes of their own: alone, killed at a moment, or together as one distributed run.
 
+They are forked from a server that has imported what each would take ten seconds to import. Every one is a process like any other:
+it can be killed, and its `torch.distributed` is the real one. Tests of a way in (`torchrun`, `accelerate launch`, `trl-bbkd`) start
+that command instead.
+"""
+
+import functools
+import itertools
+import multiprocessing
 import os
+import pkgutil
+import signal
 import socket
-import subprocess
-import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
 
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = [
+    "matplotlib.figure",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer",
+    "trl_bbkd.runs.classifier_job",
+    "trl_bbkd.runs.run",
+    "trl_bbkd.runs.text_job",
+]
 
 
-def free_port():
+class Moment(NamedTuple):
+    """Before (or after) the given call of the function at a path, of those calls that count."""
+
+    path: str
+    call: int = 1
+    counts: Callable[..., bool] | None = None
+    after: bool = False
+
+    def kill_then(self) -> None:
+        function, numbers = pkgutil.resolve_name(self.path), itertools.count(1)
+
+        @functools.wraps(function)
+        def killing(*args, **kwargs):
+            is_then = (self.counts is None or self.counts(*args, **kwargs)) and next(numbers) == self.call
+            if is_then:
+                if self.after:
+                    function(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        pytest.MonkeyPatch().setattr(self.path, killing)
+
+
+def killed_at(moment: Moment | str, function: Callable, *arguments, **keywords) -> None:
+    """Call a function in a process that kills itself with SIGKILL at the moment."""
+    moment = moment if isinstance(moment, Moment) else Moment(moment)
+    ((code, printed, _),) = _run([{}], moment, functools.partial(function, *arguments, **keywords))
+    assert code == -signal.SIGKILL, f"exit status {code}\n{printed}"
+
+
+def on_processes(count: int, function: Callable, *arguments, **keywords) -> list[Any]:
+    """What a function returns on each process of a distributed run, or on one alone."""
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
+    ended = _run(ranks, None, functools.partial(function, *arguments, **keywords))
+    for rank, (code, printed, _) in enumerate(ended):
+        assert code == 0, f"process {rank}: exit status {code}\n{printed}"
+    return [result for _, _, result in ended]
+
+
+def train(make_trainer: Callable, *arguments, **keywords) -> None:
+    make_trainer(*arguments, **keywords).train()
+
+
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def run_processes(num_processes, script, *arguments, check=True, timeout=600):
-    """Run a script, given by its path in the repository."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-        launcher += ["--master_port", str(free_port())]
-    process = subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert not check or process.returncode == 0, process.stderr[-3000:]
-    return process
+def _run(environments: list[dict], moment: Moment | None, function: Callable) -> list[tuple[int, str, Any]]:
+    """Of each process: its exit status, the end of what it printed, and what the function returned."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        FORKS.set_forkserver_preload(IMPORTED)
+        files = [Path(folder, str(rank)) for rank in range(len(environments))]
+        processes = []
+        for file, environment in zip(files, environments, strict=True):
+            environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+            processes.append(FORKS.Process(target=_call, args=(file, environment, moment, function)))
+            processes[-1].start()
+        _wait_for(processes)
+        return [
+            (
+                process.exitcode,
+                file.with_suffix(".log").read_text()[-3000:],
+                torch.load(file) if file.exists() else None,
+            )
+            for process, file in zip(processes, files, strict=True)
+        ]
+
+
+def _wait_for(processes: list, timeout: float = 300) -> None:
+    """One that fails ends the others, which would wait for it."""
+    end = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        wait([process.sentinel for process in processes if process.is_alive()], end - time.monotonic())
+        if any(process.exitcode for process in processes):
+            break
+    for process in processes:
+        process.terminate()
+        process.join()
+
+
+def _call(file: Path, environment: dict[str, str], moment: Moment | None, function: Callable) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(file.with_suffix(".log"), "wb") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    if moment is not None:
+        moment.kill_then()
+    torch.save(function(), file)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -175,6 +175,8 @@ def references_sharded_like_students() -> Iterator[None]:
     def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         if accelerator.is_fsdp2:
             fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+            # No backward pass follows, for which accelerate keeps the embeddings whole
+            model.set_reshard_after_forward(True)
         return original(model, accelerator)
 
     grpo_trainer.prepare_fsdp = shard
