@@ -66,7 +66,7 @@ def tensors_of(trainer):
             if quant_state is not None:
                 yield from (value for value in quant_state.as_dict().values() if hasattr(value, "untyped_storage"))
         yield from module.buffers()
-    for optimizer in (trainer.optimizer, trainer.discriminator_trainer.optimizer):
+    for optimizer in (trainer.optimizer, trainer.discriminator_trainer.engine.optimizer):
         for state in optimizer.state.values():
             yield from (value for value in state.values() if hasattr(value, "untyped_storage"))
 

@@ -69,7 +69,7 @@ def fill_adapters(trainer, seed=0):
 
 
 def discriminator_steps(trainer):
-    optimizer = trainer.discriminator_trainer.optimizer
+    optimizer = trainer.discriminator_trainer.engine.optimizer
     steps = {int(state["step"]) for state in optimizer.state.values()}
     assert len(steps) <= 1
     return steps.pop() if steps else 0

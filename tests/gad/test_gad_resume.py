@@ -53,7 +53,10 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_model_dir, tmp_path, 
     assert_same_weights(weights(straight.discriminator), weights(resumed.discriminator))
     assert resumed.state.log_history[5]["kl"] == final["kl"] > 0
     states = [
-        [t.discriminator_trainer.optimizer.state[p]["exp_avg"] for p in t.discriminator_trainer.parameters]
+        [
+            t.discriminator_trainer.engine.optimizer.state[p]["exp_avg"]
+            for p in t.discriminator_trainer.engine.parameters
+        ]
         for t in (straight, resumed)
     ]
     assert all((first == second).all() for first, second in zip(*states, strict=True))
@@ -123,7 +126,7 @@ EVERYTHING_ON = {
 def everything(trainer):
     """Weights and optimizer states of student, discriminator and critic, and the replayed pairs."""
     critic, replay = trainer.critic_trainer, trainer.discriminator_trainer.replay
-    optimizers = [trainer.optimizer, trainer.discriminator_trainer.optimizer, critic.optimizer]
+    optimizers = [trainer.optimizer, trainer.discriminator_trainer.engine.optimizer, critic.engine.optimizer]
     states = [
         torch.as_tensor(value).clone()
         for optimizer in optimizers

@@ -51,7 +51,7 @@ def keep_critic_gradients(trainer):
     gradients, original = [], trainer.critic_trainer.step
 
     def step():
-        gradients.append([parameter.grad.clone() for parameter in trainer.critic_trainer.parameters])
+        gradients.append([parameter.grad.clone() for parameter in trainer.critic_trainer.engine.parameters])
         return original()
 
     trainer.critic_trainer.step = step
@@ -178,7 +178,7 @@ def test_several_iterations_on_one_batch(tiny_model_dir, tmp_path, standard_rows
     seen = keep_inputs_of_the_loss(trainer)
     trainer.train()
     assert discriminator_steps(trainer) == 2
-    critic_optimizer = trainer.critic_trainer.optimizer
+    critic_optimizer = trainer.critic_trainer.engine.optimizer
     assert {int(state["step"]) for state in critic_optimizer.state.values()} == {4}
     for name in ("advantages", "old_values", "returns", "old_per_token_logps"):
         assert torch.equal(seen[0][name], seen[1][name]) and not torch.equal(seen[1][name], seen[2][name])
@@ -377,9 +377,9 @@ def test_the_discriminators_gradient_is_that_of_fresh_and_past_pairs(tiny_model_
         ).discriminator_trainer
         if size > 0:
             trainer.replay.add(past.triples())
-        trainer.optimizer.zero_grad = lambda: None
+        trainer.engine.optimizer.zero_grad = lambda: None
         trainer.update(pairs, trainer.score(pairs))
-        gradients.append([parameter.grad for parameter in trainer.parameters])
+        gradients.append([parameter.grad for parameter in trainer.engine.parameters])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
     assert not all(torch.allclose(*pair, atol=1e-6) for pair in zip(gradients[0], gradients[2], strict=True))
 

@@ -96,7 +96,7 @@ def test_each_optimizer_holds_its_own_adapter_and_the_base_is_in_memory_once(tin
         name for name in student.values() if ".default." in name
     }
     assert optimized <= student.keys()
-    names = {discriminator[p.data_ptr()] for p in trainer.discriminator_trainer.parameters}
+    names = {discriminator[p.data_ptr()] for p in trainer.discriminator_trainer.engine.parameters}
     assert names == {name for name in discriminator.values() if "lora_" in name or "backbone." not in name}
 
 

@@ -1,6 +1,7 @@
 """What a student says to held-out prompts: sampling it, judging the samples, and its likelihood of the teacher's text."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -10,9 +11,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 from ..errors import JudgeError, kind_of
+from .processes import place, shared
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
+SEED_OF_A_PROCESS = 1_000_003  # apart, so that no process draws another's random numbers in a later measurement
 
 # (prompts, completions) -> {"valid": [1.0, 0.0, ...], ...}, one number a completion
 SampleMetrics = Callable[[list, list[str]], dict[str, list[float]]]
@@ -116,10 +119,12 @@ def generate_completion_ids(
     chat_template_kwargs=None,
     prompt_ids=None,
     progress_bar: str | None = None,
+    is_shared: bool = False,
 ) -> list[list[list[int]]]:
     """
     [`generate_completions`], as token ids up to and including the token that ends an answer. `progress_bar` is the text
-    before a bar of the completions made; `None` shows none.
+    before a bar of the completions made; `None` shows none. With `is_shared` the processes of a run, all of which call it
+    with the same prompts, share the work.
     """
     num_samples = num_samples if temperature > 0 else 1
     end_ids = end_token_ids(model, tokenizer, prompts[0])
@@ -147,19 +152,24 @@ def generate_completion_ids(
     model.eval()
     devices = [model.device] if model.device.type != "cpu" else []
     bar = tqdm(total=len(queue), desc=progress_bar, disable=progress_bar is None, unit="completion", leave=False)
+
+    def generate(indices: list[int]) -> list[list[int]]:
+        input_ids, attention_mask = pad_rows(
+            [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
+        )
+        with without_router_logits(model):
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        rows = output[:, input_ids.shape[1] :].tolist()
+        bar.update(len(indices))
+        lengths = [next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row)) for row in rows]
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    batches = [queue[start : start + batch_size] for start in range(0, len(queue), batch_size)]
     with bar, torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        torch.manual_seed(seed)
-        for start in range(0, len(queue), batch_size):
-            indices = queue[start : start + batch_size]
-            input_ids, attention_mask = pad_rows(
-                [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
-            )
-            with without_router_logits(model):
-                output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
-            for index, row in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                length = next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row))
-                completions[index].append(row[:length])
-            bar.update(len(indices))
+        torch.manual_seed(seed + SEED_OF_A_PROCESS * place()[0] * is_shared)
+        results = shared(batches, generate) if is_shared else list(map(generate, batches))
+    for index, ids in zip(queue, itertools.chain.from_iterable(results), strict=True):
+        completions[index].append(ids)
     model.train(was_training)
     return completions
 
@@ -223,8 +233,13 @@ def teacher_nll(
 
 
 @torch.no_grad()
-def teacher_nll_by_row(model, tokenizer, rows, *, batch_size=32, chat_template_kwargs=None) -> list[float]:
-    """[`teacher_nll`] before its mean: the sum over the tokens of each row's answer."""
+def teacher_nll_by_row(
+    model, tokenizer, rows, *, batch_size=32, chat_template_kwargs=None, is_shared=False
+) -> list[float]:
+    """
+    [`teacher_nll`] before its mean: the sum over the tokens of each row's answer. With `is_shared` the processes of a run
+    share the work.
+    """
     prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
     pairs = [(prompt, list(row["teacher_ids"])) for prompt, row in zip(prompt_ids, rows, strict=True)]
     order = sorted(range(len(pairs)), key=lambda row: len(pairs[row][0]) + len(pairs[row][1]))
@@ -232,18 +247,20 @@ def teacher_nll_by_row(model, tokenizer, rows, *, batch_size=32, chat_template_k
 
     was_training = model.training
     model.eval()
-    totals = [0.0] * len(pairs)
-    for start in range(0, len(pairs), batch_size):
-        numbers = order[start : start + batch_size]
+
+    def nll(numbers: list[int]) -> list[float]:
         batch = [pairs[row] for row in numbers]
         input_ids, attention_mask = pad_rows([p + a for p, a in batch], pad_id, model.device, side="right")
         labels, _ = pad_rows([[-100] * len(p) + a for p, a in batch], -100, model.device, side="right")
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2).float(), labels[:, 1:], reduction="none")
-        for row, loss in zip(numbers, losses.sum(dim=1).tolist(), strict=True):
-            totals[row] = loss
+        return losses.sum(dim=1).tolist()
+
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    results = shared(batches, nll) if is_shared else list(map(nll, batches))
+    found = dict(zip(order, itertools.chain.from_iterable(results), strict=True))
     model.train(was_training)
-    return totals
+    return [found[row] for row in range(len(pairs))]
 
 
 def evaluate_student(
@@ -262,7 +279,8 @@ def evaluate_student(
     progress_bar: str | None = None,
 ) -> dict[str, float]:
     """
-    Measure a student on held-out teacher rows.
+    Measure a student on held-out teacher rows. The processes of a run share the work, so that all of them must call this; the
+    judge is asked on the main process.
 
     Args:
         model, tokenizer, max_new_tokens, num_samples, batch_size, seed, chat_template_kwargs:
@@ -285,12 +303,13 @@ def evaluate_student(
         `length@t1.0` (tokens, end-of-sequence token included), `length_ratio@t1.0` (to the teacher's answers),
         `truncated@t1.0` (share of answers cut at `max_new_tokens`); at temperature 1 `distinct_valid@t1.0`, the number
         of different valid pairs of prompt and answer, or without a judge `distinct_share@t1.0`, different pairs out of
-        all; and `teacher_nll`.
+        all; and `teacher_nll`. Empty on processes other than the main one.
 
     Raises:
         `ValueError`: the judge returned nothing, or not one number a completion.
     """
     metrics: dict[str, float] = {}
+    is_main_process = place()[0] == 0
     prompts = [row["prompt"] for row in rows]
     teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
     end_ids = end_token_ids(model, tokenizer, prompts[0])
@@ -308,7 +327,10 @@ def evaluate_student(
             seed=seed,
             prompt_ids=prompt_ids,
             progress_bar=None if progress_bar is None else f"{progress_bar}, {at}",
+            is_shared=True,
         )
+        if not is_main_process:
+            continue
         samples = [ids for group in grouped for ids in group]
         sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
         texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
@@ -329,8 +351,10 @@ def evaluate_student(
         metrics[f"length_ratio@{at}"] = length / teacher_length
         metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
     totals = teacher_nll_by_row(
-        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs, is_shared=True
     )
+    if not is_main_process:
+        return {}
     lengths = [len(row["teacher_ids"]) for row in rows]
     metrics["teacher_nll"] = sum(totals) / sum(lengths)
     if by_row is not None:

@@ -4,18 +4,14 @@ import typing
 from typing import Any, Literal
 
 
-SHARDING = "the discriminator, a second trained model, would not be synchronised; launch with plain data parallelism"
+SHARDING = "the discriminator is sharded by FSDP2 or ZeRO alone, not by tensor or context parallelism"
 GROUPS = "prompts are drawn in groups of num_generations; shuffle_dataset=False takes them in the order of the file"
 NO_LABELS = "its evaluation has no labels or predictions, only means (see sample_metrics)"
 REFERENCE = "the KL reference is the warmed-up student, which is not mixed with later ones"
 
 # A field's default, the only value that is taken, and why
 NO_EFFECT: dict[str, tuple[Any, str]] = {
-    "deepspeed": (None, SHARDING),
-    "fsdp": (None, SHARDING),
-    "fsdp_config": (None, SHARDING),
     "parallelism_config": (None, SHARDING),
-    "ds3_gather_for_generation": (True, "it is for DeepSpeed, which is not supported either"),
     "label_smoothing_factor": (0.0, "neither the cross-entropy of the warm-up nor GRPO's loss smooths labels"),
     "average_tokens_across_devices": (True, "its losses are means over the tokens of all processes"),
     "train_sampling_strategy": ("random", GROUPS),

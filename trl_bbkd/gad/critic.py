@@ -9,14 +9,13 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..host._compat import disable_dropout
+from ..host.engines import copy_into, make_engine
 from .advantages import clipped_value_loss
 from .config import GADConfig
 from .embeddings import match_embeddings
-from .optimizer_state import optimizer_tensors, restore_optimizer
 
 
 CRITIC_NAME = "critic.safetensors"
-OPTIMIZER_NAME = "optimizer.safetensors"
 
 
 class Critic(nn.Module):
@@ -101,7 +100,7 @@ def build_critic(
 
 class CriticTrainer:
     """
-    Owns the critic's optimizer. Gradients add up over the micro-batches of the student's accumulation window.
+    Trains the critic. Gradients add up over the micro-batches of the student's accumulation window.
 
     Args:
         critic ([`Critic`]):
@@ -117,10 +116,14 @@ class CriticTrainer:
             critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.args = args
         self.accelerator = accelerator
-        self.model = accelerator.prepare_model(critic)
-        self.critic = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.parameters = [p for p in self.critic.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.critic_learning_rate, weight_decay=0.0)
+        self.engine = make_engine(
+            critic,
+            accelerator,
+            learning_rate=args.critic_learning_rate,
+            weight_decay=0.0,
+            max_grad_norm=args.critic_max_grad_norm,
+        )
+        self.critic = self.engine.module
 
     @staticmethod
     def _inputs(batch: dict[str, torch.Tensor], rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -159,28 +162,27 @@ class CriticTrainer:
         Returns:
             `torch.Tensor`: Sum of the loss over the micro-batch's tokens, detached.
         """
-        values = self.model(*self._inputs(batch))
-        loss = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.cliprange_value)
-        loss = (loss * batch["completion_mask"]).sum()
-        (loss / tokens_per_window).backward()
+        with self.engine.chunk(is_last=self.accelerator.sync_gradients):
+            values = self.engine.model(*self._inputs(batch))
+            loss = clipped_value_loss(values, batch["old_values"], batch["returns"], self.args.cliprange_value)
+            loss = (loss * batch["completion_mask"]).sum()
+            self.engine.backward(loss / tokens_per_window)
         return loss.detach()
 
     def step(self) -> float:
         """Take an optimizer step at the end of an accumulation window. Returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.critic_max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm.item()
+        return self.engine.step()
 
     def save(self, directory: Path) -> None:
-        """Write the trained weights and the optimizer's state to `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().contiguous() for name, p in self.critic.named_parameters() if p.requires_grad}
-        save_file(weights, directory / CRITIC_NAME)
-        save_file(optimizer_tensors(self.optimizer), directory / OPTIMIZER_NAME)
+        """Write the trained weights and the optimizer's state to `directory`. Every process takes part."""
+        weights = self.engine.state_dict()
+        if self.accelerator.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            trained = {name for name, parameter in self.critic.named_parameters() if parameter.requires_grad}
+            save_file({name: value for name, value in weights.items() if name in trained}, directory / CRITIC_NAME)
+        self.engine.save_optimizer(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what [`~CriticTrainer.save`] wrote."""
-        for name, value in load_file(directory / CRITIC_NAME).items():
-            self.critic.get_parameter(name).data.copy_(value)
-        restore_optimizer(self.optimizer, load_file(directory / OPTIMIZER_NAME))
+        weights = directory / CRITIC_NAME
+        self.engine.load(directory, load_weights=lambda: copy_into(self.critic.state_dict(), load_file(weights)))

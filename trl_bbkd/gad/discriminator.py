@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ..host._compat import add_fused_lm_head, disable_dropout
+from ..host.engines import copy_into
 from ..host.preflight import refuse_adapted_head
 from .embeddings import match_embeddings
 
@@ -79,7 +80,7 @@ class Discriminator(nn.Module):
             self.score_head.bias.zero_()
             if head == "likelihood":
                 self.score_head.weight.zero_()
-                self.likelihood_scale = nn.Parameter(torch.ones((), dtype=torch.float32, device=backbone.device))
+                self.likelihood_scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=backbone.device))
                 causal_lm = self._transformer()
                 refuse_adapted_head(causal_lm, "discriminator")
                 add_fused_lm_head(causal_lm)
@@ -135,12 +136,23 @@ class Discriminator(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `discriminator_config.json`, the heads and the backbone (safetensors) to `directory`."""
+    def save_pretrained(self, directory: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """
+        Write `discriminator_config.json`, the heads and the backbone (safetensors) to `directory`.
+
+        Args:
+            directory (`str` or `Path`):
+                A folder, made if it is not there.
+            weights (`dict[str, torch.Tensor]`, *optional*):
+                The module's state, where its own tensors are parts of it. By default, its own.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(directory / BACKBONE_NAME)
-        heads = {name: value.contiguous() for name, value in self.state_dict().items() if "backbone." not in name}
+        weights = self.state_dict() if weights is None else weights
+        prefix = f"{BACKBONE_NAME}."
+        backbone = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        self.backbone.save_pretrained(directory / BACKBONE_NAME, state_dict=backbone)
+        heads = {name: value.contiguous() for name, value in weights.items() if not name.startswith(prefix)}
         save_file(heads, directory / HEADS_NAME)
         config = {
             "head": self.head,
@@ -193,13 +205,11 @@ class Discriminator(nn.Module):
             set_peft_model_state_dict(self.backbone, load_file(backbone_path / SAFETENSORS_WEIGHTS_NAME))
         else:
             saved = type(self.backbone).from_pretrained(backbone_path, dtype=self.backbone.dtype)
-            self.backbone.load_state_dict(saved.state_dict())
+            copy_into(self.backbone.state_dict(), saved.state_dict())
         self._load_heads(directory)
 
-    @torch.no_grad()
     def _load_heads(self, directory: str | Path) -> None:
-        for name, value in load_file(Path(directory) / HEADS_NAME).items():
-            self.get_parameter(name).copy_(value)
+        copy_into(self.state_dict(), load_file(Path(directory) / HEADS_NAME))
 
 
 def find_backbone(path: str | Path) -> tuple[str, bool]:

@@ -1,4 +1,3 @@
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,16 +5,14 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 
+from ..host.engines import make_engine
 from .config import GADConfig
 from .discriminator import Discriminator, collate_responses
 from .objectives import bradley_terry_loss, cross_entropy_loss, group_std, loss_and_score_gradients, pair_accuracy
-from .optimizer_state import optimizer_tensors, restore_optimizer
 from .stabilizers import ReplayBuffer
 
 
-OPTIMIZER_NAME = "optimizer.safetensors"
 LOSSES = {"bradley_terry": bradley_terry_loss, "cross_entropy": cross_entropy_loss}
 
 
@@ -99,10 +96,7 @@ class PairScores(NamedTuple):
 
 class DiscriminatorTrainer:
     """
-    Owns the discriminator's optimizer and takes its steps.
-
-    The optimizer is deliberately not prepared by accelerate: a prepared one does nothing whenever the student's
-    gradients are not being synchronised, which is when rewards are computed under gradient accumulation.
+    Scores pairs with the discriminator and takes its optimizer's steps.
 
     Args:
         discriminator ([`Discriminator`]):
@@ -123,12 +117,14 @@ class DiscriminatorTrainer:
         self.pad_token_id = pad_token_id
         self.loss_fn = LOSSES[args.discriminator_loss]
         self.batch_size = args.discriminator_batch_size or args.per_device_train_batch_size
-        self.model = accelerator.prepare_model(discriminator)
-        self.discriminator = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self.parameters = [p for p in self.discriminator.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=args.discriminator_learning_rate, weight_decay=args.discriminator_weight_decay
+        self.engine = make_engine(
+            discriminator,
+            accelerator,
+            learning_rate=args.discriminator_learning_rate,
+            weight_decay=args.discriminator_weight_decay,
+            max_grad_norm=args.discriminator_max_grad_norm,
         )
+        self.discriminator = self.engine.module
         # Each process replays pairs of its own
         self.replay = (
             ReplayBuffer(args.discriminator_replay_size, args.seed + accelerator.process_index)
@@ -137,18 +133,22 @@ class DiscriminatorTrainer:
         )
 
     def _chunks(self, pairs: PairBatch) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Yield row numbers of `pairs.responses` with their batch, longest first so that chunks pad little."""
+        """
+        Yield row numbers of `pairs.responses` with their batch, longest first so that chunks pad little; then, where
+        another process has more chunks, the shortest row alone, without its number.
+        """
         prompts, responses = pairs.prompts, pairs.responses
         order = sorted(range(len(responses)), key=lambda row: -len(prompts[row]) - len(responses[row]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        fillers = self.engine.count_chunks(len(chunks)) - len(chunks)
+        for number, rows in enumerate([*chunks, *[order[-1:]] * fillers]):
             batch = collate_responses(
                 [prompts[row] for row in rows],
                 [responses[row] for row in rows],
                 self.pad_token_id,
                 self.accelerator.device,
             )
-            yield rows, batch
+            yield rows if number < len(chunks) else [], batch
 
     @torch.no_grad()
     def score(self, pairs: PairBatch) -> PairScores:
@@ -162,7 +162,8 @@ class DiscriminatorTrainer:
         prompts, responses = pairs.prompts, pairs.responses
         for rows, batch in self._chunks(pairs):
             output = self.discriminator(**batch)
-            scores[rows] = output.scores
+            if rows:
+                scores[rows] = output.scores
             for row, token_scores in zip(rows, output.token_scores if tokens is not None else (), strict=False):
                 if row >= num_teacher:
                     start, length = len(prompts[row]), len(responses[row])
@@ -206,8 +207,7 @@ class DiscriminatorTrainer:
             sft_weight = self.args.discriminator_sft_weight
             if self.args.discriminator_warmup_learning_rate is not None:
                 learning_rate = self.args.discriminator_warmup_learning_rate
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.engine.set_learning_rate(learning_rate)
         num_fresh_teacher, device = len(pairs.teacher_ids), scores.student.device
         # The mean over processes, by which DDP's averaged gradient is that of the token mean over all of them
         teacher_tokens = torch.tensor(float(sum(map(len, pairs.teacher_ids))), device=device)
@@ -228,19 +228,19 @@ class DiscriminatorTrainer:
             self.discriminator.train()
             chunks = list(self._chunks(pairs))
             for number, (rows, batch) in enumerate(chunks):
-                is_last = number == len(chunks) - 1
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                    output = self.model(**batch)
+                with self.engine.chunk(is_last=number == len(chunks) - 1):
+                    output = self.engine.model(**batch)
+                    if not rows:
+                        # Another process has a chunk more, for which it needs this one
+                        self.engine.backward(0.0 * output.scores.sum())
+                        continue
                     objective = (output.scores * score_gradient[rows]).sum()
                     if sft_weight > 0:
                         objective = objective + (output.log_likelihoods * likelihood_gradient[rows]).sum()
                         is_fresh_teacher = torch.tensor(rows, device=device) < num_fresh_teacher
                         teacher_log_likelihood += output.log_likelihoods.detach()[is_fresh_teacher].sum().item()
-                    objective.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.discriminator_max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            metrics = {"discriminator/grad_norm": norm.item()}
+                    self.engine.backward(objective)
+            metrics = {"discriminator/grad_norm": self.engine.step()}
             if sft_weight > 0:
                 metrics["discriminator/teacher_nll"] = -teacher_log_likelihood / teacher_tokens
         return metrics
@@ -258,11 +258,16 @@ class DiscriminatorTrainer:
         return pairs.joined(past), PairScores(teacher, torch.cat([scores.student, past_scores.student]))
 
     def save(self, directory: Path) -> None:
-        """Write the discriminator and its optimizer's state to `directory`."""
-        self.discriminator.save_pretrained(directory)
-        save_file(optimizer_tensors(self.optimizer), directory / OPTIMIZER_NAME)
+        """Write the discriminator and its optimizer's state to `directory`. Every process takes part."""
+        self.save_discriminator(directory)
+        self.engine.save_optimizer(directory)
+
+    def save_discriminator(self, directory: Path) -> None:
+        """Write the discriminator alone. Every process takes part."""
+        weights = self.engine.state_dict()
+        if self.accelerator.is_main_process:
+            self.discriminator.save_pretrained(directory, weights)
 
     def load(self, directory: Path) -> None:
         """Restore what [`~DiscriminatorTrainer.save`] wrote."""
-        self.discriminator.load_weights(directory)
-        restore_optimizer(self.optimizer, load_file(directory / OPTIMIZER_NAME))
+        self.engine.load(directory, load_weights=lambda: self.discriminator.load_weights(directory))

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from ..host._compat import whole_models
+from ..host.engines import copy_model
 from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference
 from ..host.resume import ResumableRun
 from .generation_batch import load_generation_batch, save_generation_batch
@@ -40,6 +42,13 @@ class ResumableGAD(ResumableRun):
     _state_name = "gad_state.json"
     _same_when_resumed = SAME_WHEN_RESUMED
 
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        # It draws an order an epoch from one generator, which no checkpoint keeps
+        for _ in range(self._epochs_before):
+            next(iter(sampler))
+        return sampler
+
     def _own_file(self, checkpoint: str | Path, name: str) -> Path:
         """The file that this process alone writes to a checkpoint."""
         return Path(checkpoint) / f"{name}-{self.accelerator.process_index}.safetensors"
@@ -50,17 +59,16 @@ class ResumableGAD(ResumableRun):
         save_generation_batch(self._own_file(output_dir, "generation_batch"), self._step, self._buffered_inputs)
         if self.discriminator_trainer.replay is not None:
             self.discriminator_trainer.replay.save(self._own_file(output_dir, "replay"))
-        if not self.args.should_save:
-            return
         self.discriminator_trainer.save(Path(output_dir) / DISCRIMINATOR_FOLDER)
         if self.critic_trainer is not None:
             self.critic_trainer.save(Path(output_dir) / CRITIC_FOLDER)
-        self._write_state(
-            output_dir,
-            phase="warmup" if self._in_warmup else "adversarial",
-            warmup_steps=self._warmup_steps,
-            monitor=self.monitor.state(),
-        )
+        if self.args.should_save:
+            self._write_state(
+                output_dir,
+                phase="warmup" if self._in_warmup else "adversarial",
+                warmup_steps=self._warmup_steps,
+                monitor=self.monitor.state(),
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -85,10 +93,12 @@ class ResumableGAD(ResumableRun):
     def _set_reference(self) -> None:
         """Make the student, as it is now, the KL reference, and keep it on disk for a resumed run."""
         if self._warmup_steps > 0:
-            self._save(os.path.join(self.args.output_dir, WARMED_UP_STUDENT_FOLDER))
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                self._save(os.path.join(self.args.output_dir, WARMED_UP_STUDENT_FOLDER), state_dict=weights)
         model = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
-            self._unwrapped_reference().load_state_dict(model.state_dict())
+            copy_model(model, self._unwrapped_reference())
         elif self.args.beta != 0 and REFERENCE_ADAPTER in model.peft_config:
             copy_adapter_to_reference(model)
         self._reference_is_set = True
@@ -101,12 +111,13 @@ class ResumableGAD(ResumableRun):
                     "or start again from a checkpoint of the warm-up."
                 )
             reference = self._unwrapped_reference()
-            warmed_up = type(self._unwrapped_policy()).from_pretrained(folder, dtype=reference.dtype)
-            reference.load_state_dict(warmed_up.state_dict())
+            with whole_models():
+                warmed_up = type(self._unwrapped_policy()).from_pretrained(folder, dtype=reference.dtype)
+            copy_model(warmed_up, reference)
         self._reference_is_set = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         output_dir = output_dir or self.args.output_dir
-        if not _internal_call and self.args.should_save:
-            self.discriminator.save_pretrained(Path(output_dir) / DISCRIMINATOR_FOLDER)
+        if not _internal_call:
+            self.discriminator_trainer.save_discriminator(Path(output_dir) / DISCRIMINATOR_FOLDER)
         super().save_model(output_dir, _internal_call)

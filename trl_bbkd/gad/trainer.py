@@ -24,11 +24,16 @@ from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
 from ..errors import DivergedError
 from ..evaluation.means import EvaluationMeans
 from ..evaluation.student import SampleMetrics, judge, with_one_end, without_router_logits
-from ..host._compat import fused_forward, keep_4bit_weights_differentiable
+from ..host._compat import (
+    fused_forward,
+    keep_4bit_weights_differentiable,
+    references_sharded_like_students,
+    without_backward_of_leaves,
+)
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_broken_weights, refuse_frozen_adapter, require_tokenizer
 from ..host.reference import add_reference_adapter
-from ..host.sharding import refuse_sharding
+from ..host.sharding import check_sharding
 from ..hub.student import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
@@ -165,7 +170,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         refuse_broken_weights(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
-        refuse_sharding(args, "GADTrainer", "the discriminator, a second trained model, would not be synchronised")
+        check_sharding(args)
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -201,20 +206,21 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         elif reward_processing_classes is not None:
             reward_processing_classes = [None, reward_processing_classes]
 
-        super().__init__(
-            model=model,
-            reward_funcs=[self.discriminator_score, *reward_funcs],
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            rollout_func=rollout_func,
-        )
+        with references_sharded_like_students():
+            super().__init__(
+                model=model,
+                reward_funcs=[self.discriminator_score, *reward_funcs],
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                rollout_func=rollout_func,
+            )
         refuse_adapted_head(self._unwrapped_policy(), "student")
         if self.ref_model is not None:
             match_embeddings(self._unwrapped_reference(), self._unwrapped_policy())
@@ -265,7 +271,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _save_hub_folders(self):
         if self.args.push_discriminator:
-            self.discriminator.save_pretrained(Path(self.args.output_dir) / DISCRIMINATOR_FOLDER)
+            self.discriminator_trainer.save_discriminator(Path(self.args.output_dir) / DISCRIMINATOR_FOLDER)
 
     def _stop_at_the_end_of_a_turn(self) -> None:
         """Have the student stop where the teacher's answers end, now and when it is used, if its settings do not say so."""
@@ -482,6 +488,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if self.state.global_step < self._discriminator_only_steps:
             return self._no_loss()
         return self._sft_loss(model, inputs)
+
+    def training_step(self, *args, **kwargs):
+        with without_backward_of_leaves(self.accelerator):
+            return super().training_step(*args, **kwargs)
 
     def _no_loss(self) -> torch.Tensor:
         # No parameter gets a gradient, not even of 0, so that neither momentum nor weight decay moves the student

@@ -9,10 +9,17 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
+from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from trl.trainer import grpo_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -39,7 +46,11 @@ __all__ = [
     "keep_precision",
     "pad",
     "print_prompt_completions_sample",
+    "references_sharded_like_students",
+    "shard_on_cpus",
     "uploads_through",
+    "whole_models",
+    "without_backward_of_leaves",
 ]
 
 
@@ -139,3 +150,83 @@ def keep_precision(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtypes[name]:
             parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """Within the block a model is loaded whole on every process, although ZeRO-3 partitions what is loaded."""
+    config = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextlib.contextmanager
+def references_sharded_like_students() -> Iterator[None]:
+    """
+    Within the block GRPO's KL reference is sharded layer by layer under FSDP2, as the student is.
+
+    TRL makes one unit of it: its forward pass gathers the whole model on every device.
+    """
+    original = grpo_trainer.prepare_fsdp
+
+    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        if accelerator.is_fsdp2:
+            fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+            # No backward pass follows, for which accelerate keeps the embeddings whole
+            model.set_reshard_after_forward(True)
+        return original(model, accelerator)
+
+    grpo_trainer.prepare_fsdp = shard
+    try:
+        yield
+    finally:
+        grpo_trainer.prepare_fsdp = original
+
+
+@contextlib.contextmanager
+def without_backward_of_leaves(accelerator: Accelerator) -> Iterator[None]:
+    """
+    Within the block a loss that nothing was computed for is passed over, where DeepSpeed would stop at it.
+
+    Its backward pass is the optimizer's step as well: there is none, and no moment moves.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        yield
+        return
+
+    def backward(loss: torch.Tensor, **kwargs) -> None:
+        if not loss.is_leaf:
+            type(accelerator).backward(accelerator, loss, **kwargs)
+
+    accelerator.backward = backward
+    try:
+        yield
+    finally:
+        del accelerator.backward
+
+
+def shard_on_cpus() -> None:
+    """
+    Have accelerate shard with FSDP2 on CPU processes too.
+
+    It knows FSDP for accelerators alone, and trains whole copies elsewhere, without a word.
+    """
+    original = AcceleratorState.__init__
+    if getattr(original, "shards_on_cpus", False):
+        return
+
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            # From which every later state takes its own
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    __init__.shards_on_cpus = True
+    AcceleratorState.__init__ = __init__

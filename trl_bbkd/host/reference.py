@@ -1,6 +1,9 @@
 """The reference policy of a LoRA student: a frozen adapter that TRL finds by its name."""
 
+import torch
 from peft import PeftModel
+
+from .engines import gathered
 
 
 REFERENCE_ADAPTER = "ref"
@@ -22,6 +25,10 @@ def copy_adapter_to_reference(model: PeftModel) -> None:
         if "default" in components:
             of_reference = [REFERENCE_ADAPTER if part == "default" else part for part in components]
             reference = model.get_parameter(".".join(of_reference))
-            # A copy in its precision too, which TRL lowers for the student's adapter on a quantised model
-            reference.data = parameter.data.clone()
             reference.requires_grad_(False)
+            # TRL lowers the precision of the student's adapter on a quantised model
+            if reference.dtype != parameter.dtype:
+                reference.data = reference.data.to(parameter.dtype)
+            # In place: FSDP2 reads storage of its own, whatever `data` is
+            with torch.no_grad(), gathered([reference, parameter]):
+                reference.copy_(parameter)

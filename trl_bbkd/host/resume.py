@@ -49,6 +49,10 @@ def differences(found: dict, wanted: dict) -> str:
     )
 
 
+def _state_of(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+
+
 class ResumableRun(MixinBase):
     """
     Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their
@@ -62,6 +66,7 @@ class ResumableRun(MixinBase):
     _same_when_resumed: tuple[str, ...]  # settings that decide which samples a step sees and what is trained
     _training_name = "training"  # what a run calls its training
     _has_begun = False  # whether the checkpoints in `output_dir` are this trainer's own
+    _epochs_before = 0  # that an interrupted run has been through
 
     def _describe_run(self) -> dict:
         """What decides which samples a step sees and what is trained: the same in a run and its resumption."""
@@ -136,6 +141,7 @@ class ResumableRun(MixinBase):
         if checkpoint is not None and self._has_taken_all_steps(checkpoint):
             return self._finished_before(checkpoint)
         self._has_begun = True
+        self._epochs_before = 0 if checkpoint is None else int(_state_of(checkpoint).epoch)
         be_wrapped_again(self)
         output = super().train(checkpoint, *args, **kwargs)
         refuse_no_steps(self.state.global_step, type(self).__name__)
@@ -146,11 +152,11 @@ class ResumableRun(MixinBase):
         steps = self.args.max_steps
         if steps <= 0:
             *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step >= steps
+        return _state_of(checkpoint).global_step >= steps
 
     def _finished_before(self, checkpoint: str) -> TrainOutput:
         """Bring back what `train` left."""
-        self.state = TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
+        self.state = _state_of(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # By its name, because the run may have been moved
         self._load_from_checkpoint(str(Path(checkpoint).with_name(Path(best).name)) if best else checkpoint)

@@ -51,7 +51,6 @@ class ProxyAlignmentTrainer(PreferenceRoundsTrainer):
     _best_by = "top1_agreement"
 
     args: ProxyAlignmentConfig
-    control: TrainerControl
 
     def __init__(
         self,

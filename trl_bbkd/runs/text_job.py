@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
@@ -179,7 +178,7 @@ class TextJob(Job):
             found = self.finished_training(
                 lambda: {
                     "seconds": seconds[trainer._name],
-                    "more results": self._on_main_process(lambda: self.method.more_results(self, trainer)),
+                    "more results": self.method.more_results(self, trainer),
                     "findings": self.method.findings(trainer),
                     "warnings": self.method.warnings(trainer),
                 }
@@ -285,13 +284,13 @@ class TextJob(Job):
         return undistilled
 
     def _measured(self, name: str, model: Callable) -> dict[str, float]:
-        """What the main process measures of a student, once; an empty dictionary on the others, which wait."""
+        """What all processes measure of a student, once, and the main one gets; an empty dictionary on the others."""
 
         def measure():
             by_row = {}
             return {"metrics": self.measure(model(), by_row=by_row), "by_row": by_row}
 
-        return self.progress.once(name, lambda: self._on_main_process(measure)).get("metrics", {})
+        return self.progress.once(name, measure).get("metrics", {})
 
     def _differences(self, method: str, other: str) -> dict[str, dict[str, float]]:
         """Of each metric, how far the method's student is from another, and how sure that is."""
@@ -302,12 +301,6 @@ class TextJob(Job):
             name: paired_difference(own[name], others[name], tokens if name == "teacher_nll" else None, prompts)
             for name in own
         }
-
-    def _on_main_process(self, measure: Callable[[], dict]) -> dict:
-        """What the main process measures; an empty dictionary on the others, which wait."""
-        metrics = measure() if self.is_main_process else {}
-        PartialState().wait_for_everyone()
-        return metrics
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -46,13 +47,13 @@ SHARED_ARGUMENTS = (
 
 class CurveCallback(TrainerCallback):
     """
-    Measures the student a few times during training, on the main process, into `state.log_history`.
+    Measures the student a few times during training, into `state.log_history` of the main process.
 
     Kept there, the measurements are part of every checkpoint and survive a resume.
 
     Args:
         measure (`Callable[[PreTrainedModel], dict[str, float]]`):
-            Measurement of a student.
+            Measurement of a student, which every process takes part in and the main one gets.
         on_measured (`Callable[[PreTrainedModel, int, dict[str, float]], None]`, *optional*):
             Called with the student, the step and its metrics.
         points (`int`, *optional*, defaults to `8`):
@@ -73,13 +74,13 @@ class CurveCallback(TrainerCallback):
         steps = curve_steps(state.max_steps, self.points) - (set() if self.at_end else {state.max_steps})
         if state.global_step not in steps:
             return
+        metrics = self.measure(model)
         if state.is_world_process_zero:
-            metrics = self.measure(model)
             state.log_history.append(
                 {"step": state.global_step, **{CURVE_PREFIX + name: value for name, value in metrics.items()}}
             )
-            if self.on_measured is not None:
-                self.on_measured(model, state.global_step, metrics)
+        if self.on_measured is not None:
+            self.on_measured(model, state.global_step, metrics)
         PartialState().wait_for_everyone()
 
 
@@ -207,11 +208,16 @@ def train_seqkd(
     best: dict[str, float] = {}
 
     def keep_the_best(student, step, metrics):
-        if not best or is_better(metrics, best):
-            best.clear()
-            best.update(metrics)
-            result.best_step = step
-            student.save_pretrained(output_dir)
+        # The main process has the metrics, and the weights may be in parts on all of them
+        improves = [PartialState().is_main_process and (not best or is_better(metrics, best))]
+        if not broadcast_object_list(improves)[0]:
+            return
+        best.clear()
+        best.update(metrics)
+        result.best_step = step
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if PartialState().is_main_process:
+            student.save_pretrained(output_dir, state_dict=weights)
             tokenizer.save_pretrained(output_dir)
 
     trainer = SFTTrainer(

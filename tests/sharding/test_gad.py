@@ -1,0 +1,74 @@
+"""GAD on processes that share its models ends as it does on one process."""
+
+import pytest
+import torch
+
+from tests.processes import on_processes
+from tests.sharding.runs import gad
+
+
+LOGGED = ("loss", "grad_norm", "discriminator/loss", "discriminator/grad_norm", "critic/grad_norm")
+VARIANTS = {
+    "full": {},
+    "LoRA and a critic": {"lora": True, "critic": "copy", "advantage_estimator": "gae"},
+    "likelihood": {"discriminator_head": "likelihood", "discriminator_sft_weight": 0.1},
+    "shared": {"lora": True, "discriminator": "shared"},
+}
+
+
+def assert_same_run(expected, found):
+    for name, weights in expected["weights"].items():
+        assert weights.keys() == found["weights"][name].keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(
+                found["weights"][name][key], value, atol=1e-6, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    for own, other in zip(expected["log"], found["log"], strict=True):
+        for key in set(LOGGED) & set(own):
+            assert own[key] == pytest.approx(other[key], abs=1e-5, rel=1e-4), (own["step"], key)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir, tmp_path_factory):
+    """Of each variant, what one process ends with."""
+    found = {}
+
+    def run(variant):
+        if variant not in found:
+            folder = tmp_path_factory.mktemp("alone")
+            (found[variant],) = on_processes(1, gad, "single", tiny_model_dir, folder, **VARIANTS[variant])
+        return found[variant]
+
+    return run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
+    config = VARIANTS[variant]
+    found, other = on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path, **config)
+    assert_same_run(alone(variant), found)
+    for shares in (found["shares"], other["shares"]):
+        assert all(value == pytest.approx(0.5, abs=0.02) for value in shares.values()), shares
+    assert found["units"]["discriminator"] > found["units"]["student"] - 2
+    if "reference" in found["units"]:
+        assert found["units"]["reference"] == found["units"]["student"]
+
+
+def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(alone, tiny_model_dir, tmp_path):
+    on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path)
+    found, _ = on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert_same_run(alone("full"), found)
+
+
+def test_four_processes(alone, tiny_model_dir, tmp_path):
+    found, *_ = on_processes(4, gad, "fsdp2", tiny_model_dir, tmp_path)
+    assert_same_run(alone("full"), found)
+    assert found["shares"]["discriminator"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_processes_with_more_and_fewer_chunks_wait_for_each_other(tiny_model_dir, tmp_path):
+    # 3 samples a process, 4 a prompt: 1, 2, 2 and 1 teacher's answers, hence 4, 5, 5 and 4 rows
+    uneven = {"sequences": 12, "discriminator_batch_size": 4}
+    (expected,) = on_processes(1, gad, "single", tiny_model_dir, tmp_path / "alone", **uneven)
+    found, *_ = on_processes(4, gad, "fsdp2", tiny_model_dir, tmp_path / "sharded", **uneven)
+    assert_same_run(expected, found)

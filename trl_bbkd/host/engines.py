@@ -1,0 +1,311 @@
+"""
+How a model that is trained beside the student is wrapped, stepped, saved and loaded: whole on every process, or sharded as
+the student is.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+ZERO_FOLDER = "zero"
+
+
+class Engine:
+    """
+    A model on one device, or whole on every process with averaged gradients (DDP).
+
+    The optimizer is deliberately not prepared by accelerate: a prepared one does nothing whenever the student's
+    gradients are not being synchronised.
+
+    Args:
+        module (`torch.nn.Module`):
+            The model to train. What it holds in `backbone` is a transformers model; its other parts are small heads.
+        accelerator ([`~accelerate.Accelerator`]):
+            The student trainer's accelerator.
+        learning_rate (`float`), weight_decay (`float`):
+            Of AdamW.
+        max_grad_norm (`float`):
+            Gradients are clipped at this norm.
+    """
+
+    has_equal_chunks = False  # whether every process must run the model equally often
+
+    def __init__(
+        self,
+        module: nn.Module,
+        accelerator: Accelerator,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ):
+        self.accelerator = accelerator
+        self.max_grad_norm = max_grad_norm
+        self.model = self._wrap(module)
+        self.module = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        return self.accelerator.prepare_model(module)
+
+    def count_chunks(self, own: int) -> int:
+        """How many times this process has to run the model for its `own` chunks, so that no other one waits for it."""
+        if not self.has_equal_chunks:
+            return own
+        counts = self.accelerator.gather(torch.tensor([own], device=self.accelerator.device))
+        return int(counts.max())
+
+    @contextlib.contextmanager
+    def chunk(self, is_last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one chunk of the batch that the next step is taken on."""
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Of the steps from now on; under ZeRO before the last chunk."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self) -> float:
+        """Clip and take an optimizer step. Returns the gradient norm before clipping, over all processes."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return whole(norm).item()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights of the module, whole, on the main process. Every process takes part, and the others get nothing."""
+        return whole_state(self.module.state_dict(), self.accelerator)
+
+    def load(self, folder: Path, load_weights: Callable[[], None]) -> None:
+        """
+        Restore what a run left, on whatever number of processes.
+
+        Args:
+            folder (`Path`):
+                Where [`~Engine.save_optimizer`] wrote.
+            load_weights (`Callable`):
+                Writes the weights into the module, in place, sharded as it is. Every process calls it.
+        """
+        load_weights()
+        restore_optimizer(self.optimizer, load_file(folder / OPTIMIZER_NAME))
+
+    def save_optimizer(self, folder: Path) -> None:
+        """Write the optimizer's state to `folder`. Every process takes part."""
+        state = whole_state(optimizer_tensors(self.optimizer), self.accelerator)
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / OPTIMIZER_NAME)
+
+
+class ShardedEngine(Engine):
+    """
+    A model sharded by FSDP2 with the student's plugin: the backbone by accelerate's rule, the heads as units of their own,
+    which stay in float32.
+    """
+
+    has_equal_chunks = True
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        plugin, mesh = self.accelerator.state.fsdp_plugin, getattr(self.accelerator, "torch_device_mesh", None)
+        broadcast(module)
+        fsdp2_prepare_model(self.accelerator, module.backbone)
+        settings = {
+            "offload_policy": plugin.cpu_offload,
+            "reshard_after_forward": False,
+            "mp_policy": MixedPrecisionPolicy(),
+            "mesh": None if mesh is None else mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)],
+        }
+        for name, head in module.named_children():
+            if name != "backbone":
+                fully_shard(head, **settings)
+        return fully_shard(module, **settings)
+
+    @contextlib.contextmanager
+    def chunk(self, is_last: bool) -> Iterator[None]:
+        # Every chunk's gradient is reduced and scattered: without, each process would keep the whole one
+        yield
+
+
+class ZeroEngine(Engine):
+    """
+    A model in a DeepSpeed engine of its own, with the ZeRO settings of the student's.
+
+    Its optimizer's state is what DeepSpeed writes: one file a process, which the same number of processes reads again.
+    """
+
+    has_equal_chunks = True
+
+    def __init__(self, module: nn.Module, accelerator: Accelerator, *, learning_rate, weight_decay, max_grad_norm):
+        import deepspeed
+
+        self.accelerator = accelerator
+        self.max_grad_norm = max_grad_norm
+        self.module = module.to(accelerator.device)
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
+        self.model, self.optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self._settings(accelerator.state.deepspeed_plugin)
+        )
+
+    @property
+    def is_partitioned(self) -> bool:
+        return self.model.zero_optimization_stage() == 3
+
+    def _settings(self, plugin) -> dict:
+        settings = copy.deepcopy(plugin.deepspeed_config)
+        # A block for bf16 would cast the heads as well
+        for key in ("optimizer", "scheduler", "fp16", "bf16", "train_batch_size"):
+            settings.pop(key, None)
+        return settings | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+
+    @contextlib.contextmanager
+    def chunk(self, is_last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(is_last)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        with torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+        # Counts the chunk; at the boundary it clips, steps and zeroes the gradients
+        self.model.step()
+
+    def step(self) -> float:
+        return float(self.model.get_global_grad_norm())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        if not self.is_partitioned:
+            return whole_state(self.module.state_dict(), self.accelerator)
+        state = self.model._zero3_consolidated_16bit_state_dict()
+        return {name: value.cpu() for name, value in (state or {}).items()}
+
+    def save_optimizer(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag=ZERO_FOLDER)
+
+    def load(self, folder: Path, load_weights: Callable[[], None]) -> None:
+        # The weights are in DeepSpeed's files, in full precision
+        self.model.load_checkpoint(str(folder), tag=ZERO_FOLDER)
+
+
+def make_engine(module: nn.Module, accelerator: Accelerator, **settings) -> Engine:
+    """The engine that suits how the student is trained, with the arguments of [`Engine`]."""
+    if accelerator.is_fsdp2:
+        return ShardedEngine(module, accelerator, **settings)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return ZeroEngine(module, accelerator, **settings)
+    return Engine(module, accelerator, **settings)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process may hold a part. Every process takes part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_state(state: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Named tensors, whole, on the main process; one at a time, so that no process needs room for all of them twice."""
+    found = {}
+    for name, value in state.items():
+        value = value.detach()
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            value = value.cpu() if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            found[name] = value.contiguous()
+    return found
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of each parameter, in their order: `{"0.exp_avg": ..., "0.step": ..., "1.exp_avg": ...}`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{index}.{name}": value
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an optimizer over the same parameters the state that [`optimizer_tensors`] read, whole on every process."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        if name == "step":
+            # torch keeps the count on the CPU
+            optimizer.state[parameter][name] = value.cpu()
+        else:
+            optimizer.state[parameter][name] = part_of(value, parameter)
+
+
+def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, on the device of `like` and sharded as that is. Every process takes part."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
+@torch.no_grad()
+def copy_into(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """
+    Overwrite, in place, each tensor of `targets` that `values` names. A part is filled from the whole, and a tensor of
+    DeepSpeed's from the main process's.
+    """
+    for name, value in values.items():
+        target = targets.get(name)
+        if target is None:
+            continue
+        with gathered([target]):
+            target.copy_(part_of(value.reshape(target.shape), target))
+
+
+def copy_model(source: nn.Module, target: nn.Module) -> None:
+    """Overwrite the parameters and buffers of `target`, in place, with those of a model of the same architecture."""
+    values = dict(source.named_parameters()) | dict(source.named_buffers())
+    targets = dict(target.named_parameters()) | dict(target.named_buffers())
+    for name, value in targets.items():
+        with gathered([values[name]]):
+            copy_into({name: value}, {name: values[name].detach()})
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[torch.Tensor]) -> Iterator[None]:
+    """Within the block the parameters that ZeRO-3 has partitioned are whole; what the main process writes is kept."""
+    parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+@torch.no_grad()
+def broadcast(module: nn.Module) -> None:
+    """Give every process the main one's weights: sharding takes each part from another process."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        torch.distributed.broadcast(tensor.data, src=0)
