@@ -50,8 +50,8 @@ def check_tables_of_keys(page):
     for name in {field.name for field in fields(GADConfig)} - inherited | {"seqkd_baseline"}:
         assert f">{name.replace('_', '_<wbr>')}</code>" in own, name
     assert ">learning_<wbr>rate</code>" in common and "TrainingArguments" in common and ">beta</code>" in common
-    assert ">top_<wbr>p</code>" in rest and "GRPOConfig" in rest and ">fsdp</code>" not in rest
-    assert ">fsdp</code>" in refused and "would not be synchronised" in refused
+    assert ">top_<wbr>p</code>" in rest and "GRPOConfig" in rest and ">parallelism_<wbr>config</code>" not in rest
+    assert ">parallelism_<wbr>config</code>" in refused and "sharded by FSDP2 or ZeRO alone" in refused
 
 
 def test_batches_of_several_gpus(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from accelerate import ParallelismConfig
 ACTS = "acts"
 STUDENT_ONLY = "differs: the student's; the discriminator has fields of its own"
 ADVERSARIAL = "differs: in the adversarial stage; the warm-up is cross-entropy"
-SHARDING = "refused: the discriminator, a second trained model, would not be synchronised"
+SHARDING = "differs: shards the discriminator and the critic too; FSDP2, ZeRO-2 and ZeRO-3"
 NO_LABELS = "refused: an evaluation has no labels or predictions; sample_metrics judges samples"
 GROUPS = "refused: prompts are drawn in groups of num_generations; shuffle_dataset=False keeps their order"
 REFERENCE = "refused: the KL reference is the warmed-up student"
@@ -100,7 +100,7 @@ INHERITED = {
     "data_seed": "refused: seed shuffles the rows",
     "use_cpu": ACTS,
     "accelerator_config": ACTS,
-    "parallelism_config": SHARDING,
+    "parallelism_config": "refused: the discriminator is sharded by FSDP2 or ZeRO alone",
     "dataloader_drop_last": "differs: in evaluation; whole generation batches are drawn for training, as in GRPO",
     "dataloader_num_workers": ACTS,
     "dataloader_pin_memory": ACTS,
@@ -136,7 +136,7 @@ INHERITED = {
     "num_generations": ACTS,
     "num_generations_eval": ACTS,
     "max_completion_length": "differs: a number, at which the teacher's answers are cut too; None is refused",
-    "ds3_gather_for_generation": "refused: for DeepSpeed, which is refused",
+    "ds3_gather_for_generation": ACTS,
     "shuffle_dataset": ACTS,
     "pad_to_multiple_of": ACTS,
     "generation_batch_size": ACTS,
@@ -232,10 +232,6 @@ REFUSED_VALUES = {
     "label_names": ["labels"],
     "train_sampling_strategy": "sequential",
     "length_column_name": "lengths",
-    "fsdp": "full_shard",
-    "fsdp_config": {"version": 2},
-    "deepspeed": {"zero_optimization": {"stage": 2}},
-    "ds3_gather_for_generation": False,
     "sync_ref_model": True,
     "ref_model_mixup_alpha": 0.5,
     "ref_model_sync_steps": 1,
