@@ -16,6 +16,7 @@ UNTOLD_SETTINGS = (
     "config",
     "disable_tqdm",
     "hub_",
+    "local_rank",
     "log",
     "output_dir",
     "push_",
