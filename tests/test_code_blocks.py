@@ -6,6 +6,7 @@ an error: run it, or say here how it is checked.
 """
 
 import ast
+import importlib
 import json
 import re
 import runpy
@@ -22,6 +23,7 @@ import trl_bbkd
 from tests.code_blocks import ROOT, CodeBlock, code, code_blocks, commands, readable_files
 from trl_bbkd import cli
 from trl_bbkd.data.teacher_data import check_teacher_data
+from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.recipe_keys import launcher_options
 from trl_bbkd.runs.shipped import find_recipe
@@ -30,8 +32,8 @@ from trl_bbkd.runs.shipped import find_recipe
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 # Programs whose words are not looked into: they run as they stand wherever the tests run
-WHOLE = (["pytest"], ["pytest", "-m", "slow"], ["ruff", "check", "."], ["ruff", "format", "--check", "."], [".ci/run"])
-WHOLE += (["python", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
+WHOLE = (["pytest"], ["pytest", "-m", "slow"], ["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+WHOLE += ([".ci/run"], ["python", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
 
 
 @pytest.fixture
@@ -181,6 +183,18 @@ def floors(block, folder, monkeypatch):
     assert [re.split(r"  +", line)[0] for line in block.code.splitlines()] == layers
 
 
+def door_of_a_method(block, folder, monkeypatch):
+    """Its imports are there, and it names what a method is asked; `tests/runs/test_toy_method.py` runs one like it."""
+    tree = ast.parse(block.code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            module = importlib.import_module(f"trl_bbkd.{node.module}")
+            assert all(hasattr(module, alias.name) for alias in node.names)
+    (method,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    names = {node.name if isinstance(node, ast.FunctionDef) else node.targets[0].id for node in method.body}
+    assert names <= {*dir(Method), *Method.__annotations__}
+
+
 README, EXAMPLES, SKILL, NEW_RECIPE = (
     f"tests/test_{name}.py::test_" for name in ("readme", "examples", "skill", "new_recipe")
 )
@@ -197,6 +211,7 @@ TESTED = {
         "python -m venv .venv && source .venv/bin/activate": parsed,
         "pytest                        # what has to pass before a commit; two processes, `-n 8` takes more": parsed,
         "cli                              commands: parse, hand over, print one line for what a user can mend": floors,
+        "# trl_bbkd/smoothed/method.py: imports nothing heavy, since it is read before anything is trained": door_of_a_method,
     },
     "docs/bayeskd.md": {"import numpy as np": README + "code_of_the_bayeskd_docs_runs"},
     "docs/gad.md": {
@@ -309,9 +324,9 @@ def test_every_block_is_listed():
     assert [f"{block}: {block.first_line}" for block in BLOCKS if how(block) is None] == []
 
 
-def test_every_entry_is_one_block():
-    found = [(block.file, block.first_line) for block in BLOCKS]
-    assert sorted(found) == sorted((file, line) for file, lines in TESTED.items() for line in lines)
+def test_every_entry_is_a_block():
+    found = {(block.file, block.first_line) for block in BLOCKS}
+    assert found == {(file, line) for file, lines in TESTED.items() for line in lines}
 
 
 def test_the_tests_that_run_blocks_exist():
