@@ -15,6 +15,7 @@ MADE = {
     "gad": lambda: make_report(),
     "without judge": lambda: make_report(judged=False),
     "proxykd": lambda: make_proxykd_report(),
+    "without stages": lambda: make_proxykd_report([]),
     "bayeskd": lambda: test_report.TestCalibration().make(make_calibration()),
     "llkd": make_llkd_report,
 }
@@ -24,6 +25,7 @@ def titled(figure, title):
     return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
 @pytest.mark.parametrize("name", MADE)
 def test_no_line_crosses_a_legend(tmp_path, figures, name):
     write_report(MADE[name](), tmp_path)

@@ -19,7 +19,7 @@ class ProxyKDReport(ProxyReport):
             points = [point for stage in self.stages for point in stage_points(stage, name)]
             if points and self.stages[0]["metrics"][0]["at"] == "before":
                 points.insert(0, ("raw", self.stages[0]["metrics"][0][name]))
-            axes.plot([value for _, value in points], color=SECOND, lw=1.6, marker="o", ms=4, clip_on=False)
+            axes.plot([value for _, value in points], color=SECOND, lw=1.6, marker="o", ms=4)
             axes.set_xticks(range(len(points)), [label for label, _ in points], rotation=30, ha="right")
             set_title(axes, title)
         share_axis(panels[0])
