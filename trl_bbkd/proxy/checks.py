@@ -90,14 +90,15 @@ def check_shared_vocabulary(
         [`~errors.TeacherDataError`]: one of those answers is none.
         [`~errors.ProxyModelError`]: there is no model at the proxy's path.
     """
-    in_memory = not isinstance(proxy, str)
     try:
         proxy_config = (
-            proxy.config if in_memory else AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
+            AutoConfig.from_pretrained(base_of_adapter(proxy) or proxy, **hub_kwargs)
+            if isinstance(proxy, str)
+            else proxy.config
         )
     except OSError as error:
         raise ProxyModelError(no_model("proxy_model", proxy, "a model", error)) from error
-    path = proxy.config._name_or_path if in_memory else proxy
+    path = proxy if isinstance(proxy, str) else proxy.config._name_or_path
     # A model made in memory has no tokenizer of its own
     if path:
         has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
