@@ -53,6 +53,21 @@ def test_workflows_are_pinned_and_install_what_there_is(workflow):
     assert "://" not in text.replace("git+https://github.com/huggingface/trl", "") and "secrets." not in text
 
 
+def test_a_commit_is_checked_as_a_pull_request_is():
+    """By the versions that pip installed, so that no hook is fetched from elsewhere."""
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    entries = [hook["entry"] for hook in repository["hooks"]]
+    style = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["style"]["steps"]
+    commands = [step["run"] for step in style if not step.get("run", "pip").startswith("pip")]
+    assert [" ".join(entry.split()[:2]) for entry in entries] == ["ruff check", "ruff format", "mypy"]
+    assert [command.removesuffix(" .").removesuffix(" --check") for command in commands] == [
+        "ruff check",
+        "ruff format",
+        "mypy",
+    ]
+
+
 def test_every_dependency_has_a_lower_bound():
     """`uv --resolution lowest-direct` takes version 0 of what has none."""
     extras = PROJECT["optional-dependencies"]

@@ -36,7 +36,9 @@ def trained(model, output, per_device, accumulation, warmup_epochs, **config):
     if trainer.critic_trainer is not None:
         step_critic = trainer.critic_trainer.step
         trainer.critic_trainer.step = lambda: (
-            critic_gradients.append([parameter.grad.clone() for parameter in trainer.critic_trainer.engine.parameters]),
+            critic_gradients.append(
+                [parameter.grad.clone() for parameter in trainer.critic_trainer.engine.parameters]
+            ),
             step_critic(),
         )[1]
     trainer.train()

@@ -63,7 +63,7 @@ class _Runs:
             with open(self.path, "ab" if start else "wb") as file:
                 for i in range(self.buckets):
                     file.write(np.concatenate([keys[bounds[i] : bounds[i + 1]] for keys, bounds in self.held]))
-            self.written.append(start + sum(bounds for _, bounds in self.held))
+            self.written.append(start + np.sum([bounds for _, bounds in self.held], axis=0))
             self.held, self.held_bytes = [], 0
 
     def parts(self, bucket: int, most: int) -> Iterator[np.ndarray]:

@@ -30,7 +30,7 @@ def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple
         `tuple`: training rows and held-out rows, each in the order they came. If all rows have the same input, rows are
         divided, as there is nothing else to divide.
     """
-    rows_of = defaultdict(list)
+    rows_of: dict[str, list[int]] = defaultdict(list)
     inputs = dataset[column] if column in dataset.column_names else range(len(dataset))
     for number, value in enumerate(inputs):
         rows_of[input_key(value)].append(number)

@@ -1,5 +1,7 @@
 """GAD's mathematics (arXiv 2511.10643) on plain tensors: the losses of the discriminator, what is read off its scores."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +44,10 @@ def cross_entropy_loss(
 
 
 def loss_and_score_gradients(
-    loss_fn, teacher_scores: torch.Tensor, student_scores: torch.Tensor, prompt_index: torch.Tensor
+    loss_fn: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    teacher_scores: torch.Tensor,
+    student_scores: torch.Tensor,
+    prompt_index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Loss, and its gradient with respect to every score.

@@ -30,6 +30,8 @@ from .label_calibration import apply_temperature, check_temperature, label_distr
 
 __all__ = ["PseudoLabelError", "label_scores", "pseudo_label"]
 
+Prompt = str | Callable[[dict], str | list[dict]] | None
+
 NEW_COLUMNS = ("label", "teacher_confidence", "teacher_probs")
 
 
@@ -39,7 +41,7 @@ def pseudo_label(
     teacher: PreTrainedModel | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    prompt: str | Callable[[dict], str | list[dict]] | None = None,
+    prompt: Prompt = None,
     text_column: str = "text",
     scoring: str = "single_token",
     label_tokens: str | list[str] = "letters",
@@ -256,12 +258,14 @@ def _check_labels(labels: list[str]) -> None:
             raise PseudoLabelError(f"The labels {seen[plain(label)]!r} and {label!r} are the same; keep one.")
 
 
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise PseudoLabelError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
 
 
-def _load(teacher, tokenizer) -> tuple:
+def _load(
+    teacher: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not isinstance(teacher, str | Path):
         if tokenizer is None:
             raise PseudoLabelError("`tokenizer` is missing; a teacher given as a model needs its tokenizer.")
@@ -271,7 +275,7 @@ def _load(teacher, tokenizer) -> tuple:
     return model.to(PartialState().device), tokenizer
 
 
-def _label_texts(labels: list[str], scoring: str, label_tokens: str | list[str], prompt) -> list[str]:
+def _label_texts(labels: list[str], scoring: str, label_tokens: str | list[str], prompt: Prompt) -> list[str]:
     """What the teacher says for each label."""
     if scoring == "full_label" or label_tokens == "labels":
         return labels
@@ -291,7 +295,15 @@ def _label_texts(labels: list[str], scoring: str, label_tokens: str | list[str],
     return list(label_tokens)
 
 
-def _prompts(dataset, empty, prompt, text_column, labels, texts, as_chat) -> list:
+def _prompts(
+    dataset: Dataset,
+    empty: list[str],
+    prompt: Prompt,
+    text_column: str,
+    labels: list[str],
+    texts: list[str],
+    as_chat: bool,
+) -> list:
     """Prompts of all rows, and of the first row with its text replaced by each content-free one."""
     is_template = isinstance(prompt, str)
     if not is_template and not callable(prompt):
@@ -319,7 +331,14 @@ def _prompts(dataset, empty, prompt, text_column, labels, texts, as_chat) -> lis
     return prompts
 
 
-def _label_ids(tokenizer, prompts, labels, texts, scoring, prefix) -> list[list[int]]:
+def _label_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list,
+    labels: list[str],
+    texts: list[str],
+    scoring: str,
+    prefix: str | None,
+) -> list[list[int]]:
     """Tokens of the labels, the same for all prompts."""
     if isinstance(prompts[0], list) and getattr(tokenizer, "chat_template", None) is None:
         raise PseudoLabelError("The tokenizer has no chat template; use prompts that are strings.")
@@ -349,7 +368,7 @@ def _label_ids(tokenizer, prompts, labels, texts, scoring, prefix) -> list[list[
     return label_ids
 
 
-def _check_context(model, prompt_ids: list[list[int]], label_length: int) -> None:
+def _check_context(model: PreTrainedModel, prompt_ids: list[list[int]], label_length: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for row, ids in enumerate(prompt_ids):
         if limit is not None and len(ids) + label_length > limit:

@@ -293,9 +293,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         return found
 
     # Where `stages` leaves distillation out there is nothing to return
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
-    ) -> TrainOutput | None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput | None:
         """
         Go through the stages that are not finished, and distil.
 

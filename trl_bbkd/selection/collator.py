@@ -46,7 +46,7 @@ class LLKDDataCollator:
     group_column: str = "group"
     required: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if getattr(self.collator, "padding_free", False):
             raise LLKDDataError(
                 "padding_free merges rows, so that none can be left out. Set padding_free: false for LLKD."

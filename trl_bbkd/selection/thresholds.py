@@ -91,7 +91,7 @@ class SelectionSettings:
     history_size: int = 4096
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (("rule", RULES), ("weighting", WEIGHTINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -379,7 +379,9 @@ class Selector:
                 keep = selection_mask(confidence, uncertainty, group, self.thresholds(), *used)
         return Selection(keep, sample_weights(confidence, uncertainty, keep, settings.weighting))
 
-    def _checked(self, confidence, uncertainty, group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _checked(
+        self, confidence: torch.Tensor, uncertainty: torch.Tensor, group: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         confidence, uncertainty = (signal.detach().cpu().double() for signal in (confidence, uncertainty))
         group = group.cpu()
         if not len(confidence) == len(uncertainty) == len(group):

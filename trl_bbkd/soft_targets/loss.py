@@ -92,7 +92,9 @@ class ChunkLosses(NamedTuple):
     is_top1: torch.Tensor
 
 
-def sparse_target(ids: torch.Tensor, log_probs: torch.Tensor, tail: str = "renormalize", temperature: float = 1.0):
+def sparse_target(
+    ids: torch.Tensor, log_probs: torch.Tensor, tail: str = "renormalize", temperature: float = 1.0
+) -> SparseTarget:
     """
     Make a target of the most likely tokens of a distribution.
 
