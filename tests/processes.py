@@ -7,6 +7,7 @@ that command instead.
 """
 
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -75,8 +76,10 @@ def on_processes(count: int, function: Callable, *arguments, **keywords) -> list
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
     ended = _run(ranks, None, functools.partial(function, *arguments, **keywords))
-    for rank, (code, printed, _) in enumerate(ended):
-        assert code == 0, f"process {rank}: exit status {code}\n{printed}"
+    failed = [
+        f"process {rank}: exit status {code}\n{printed}" for rank, (code, printed, _) in enumerate(ended) if code
+    ]
+    assert not failed, "\n".join(failed)
     return [result for _, _, result in ended]
 
 
@@ -126,6 +129,7 @@ def _wait_for(processes: list, timeout: float = 300) -> None:
 
 
 def _call(file: Path, environment: dict[str, str], moment: Moment | None, function: Callable) -> None:
+    gc.freeze()  # as in `conftest.py`
     os.environ.clear()
     os.environ.update(environment)
     with open(file.with_suffix(".log"), "wb") as printed:
