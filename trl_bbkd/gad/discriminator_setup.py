@@ -106,11 +106,7 @@ def start_discriminator(
     if discriminator is not None:
         init_kwargs.pop("revision", None)
     if args.discriminator_load_in_4bit:
-        init_kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        )
+        init_kwargs["quantization_config"] = four_bits(args)
     origin = None
     if discriminator is None:
         discriminator = student_path
@@ -126,6 +122,15 @@ def start_discriminator(
         args.seed,
         origin,
         **init_kwargs,
+    )
+
+
+def four_bits(args: GADConfig) -> BitsAndBytesConfig:
+    """How a discriminator is loaded that `discriminator_load_in_4bit` asks for."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
     )
 
 

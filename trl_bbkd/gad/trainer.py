@@ -33,14 +33,14 @@ from ..host._compat import (
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_broken_weights, refuse_frozen_adapter, require_tokenizer
 from ..host.reference import add_reference_adapter
-from ..host.sharding import check_sharding
+from ..host.sharding import check_sharding, is_sharded
 from ..hub.student import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .config import GADConfig
 from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator
-from .discriminator_setup import resolve_discriminator, start_discriminator
+from .discriminator_setup import four_bits, resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .embeddings import match_embeddings
 from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
@@ -108,8 +108,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         TeacherDataError: If the teacher text breaks the contract, before any model is loaded.
         ValueError: If a model that is to be trained is frozen, has no embedding for some token or no adapter that can
             learn; if there are fewer prompts than one generation batch has; with `tools` or `environment_factory`.
-        ValueError: Under DeepSpeed or FSDP, which are not supported yet; if the discriminator cannot be trained beside
-            this student (see [`~discriminator_setup.resolve_discriminator`]).
+        ValueError: If the discriminator cannot be trained beside this student (see
+            [`~discriminator_setup.resolve_discriminator`]), or not sharded in the way that is asked for (see
+            [`~host.sharding.check_sharding`]).
     """
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
@@ -170,7 +171,11 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         refuse_broken_weights(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
-        check_sharding(args)
+        check_sharding(args, quantization_config, four_bits(args) if args.discriminator_load_in_4bit else None)
+        if args.critic == "trunk" and is_sharded(args):
+            raise ValueError(
+                "critic='trunk' reads the student's layers past what gathers them, under FSDP and DeepSpeed. Take critic='copy'."
+            )
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)

@@ -1,32 +1,86 @@
-"""Which ways of sharding the trainers support: FSDP2 and DeepSpeed's ZeRO; everything else is refused before a model is loaded."""
+"""Which ways of sharding work here. The others are refused before any weights are loaded."""
 
+import copy
 import os
 
-from transformers import TrainingArguments
+import torch
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ._compat import shard_on_cpus
 
 
-def check_sharding(args: TrainingArguments) -> None:
+def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | None) -> None:
     """
-    Refuse, before any weights are loaded, a way of sharding that cannot work here, and make ready the one that is asked for.
+    Refuse a way of sharding that cannot work here, and make ready the one that is asked for: FSDP2 reduces the gradient of
+    every micro-batch, since what is kept until the last one is the whole gradient, on every device.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
-            Configuration of the run.
+            Configuration of the run, a copy that may be changed.
+        *quantization ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Of the models that are loaded.
 
     Raises:
         ValueError: Names the nearest thing that works.
     """
+    is_4bit = [config for config in quantization if config is not None and config.load_in_4bit]
     if is_asked_for("FSDP", args):
-        version = getattr(args, "fsdp_config", None) or {}
-        if str(version.get("version", os.environ.get("FSDP_VERSION", "1"))) != "2":
-            raise ValueError(
-                "FSDP's first version is not supported. Take the second: `fsdp_version: 2` in accelerate's configuration, as "
-                "in recipes/accelerate_configs/fsdp2.yaml."
-            )
+        settings = _fsdp_settings(args)
+        _refuse_fsdp(settings, args, is_4bit)
         if args.use_cpu:
             shard_on_cpus()
+        accumulation = {"sync_each_batch": True} | (args.accelerator_config.gradient_accumulation_kwargs or {})
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.gradient_accumulation_kwargs = accumulation
+    if is_4bit and is_asked_for("DeepSpeed", args) and _zero_stage(args) == 3:
+        raise ValueError(
+            "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit out."
+        )
+
+
+def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments, is_4bit: list) -> None:
+    if settings["version"] != "2":
+        raise ValueError(
+            "FSDP's first version is not supported. Take the second: `fsdp_version: 2`, as in "
+            "recipes/accelerate_configs/fsdp2.yaml."
+        )
+    if settings["state_dict_type"] != "FULL_STATE_DICT":
+        raise ValueError(
+            f"FSDP with {settings['state_dict_type']} would save no student that can be loaded. Take "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`, as in recipes/accelerate_configs/fsdp2.yaml."
+        )
+    if settings["offload"] == "true" and args.use_cpu:
+        raise ValueError(
+            "FSDP offloads to the CPU what is on a GPU, and there is none. Set `fsdp_offload_params: false`."
+        )
+    if any(config.bnb_4bit_quant_storage == torch.uint8 for config in is_4bit):
+        raise ValueError(
+            "4-bit weights that are stored as uint8 are not sharded by FSDP2: every GPU would hold all of them. Set "
+            "`bnb_4bit_quant_storage: bfloat16`, or train without FSDP (--accelerate_config ddp)."
+        )
+
+
+def _fsdp_settings(args: TrainingArguments) -> dict[str, str]:
+    """What the launcher or the configuration says; the configuration's own defaults are those of transformers."""
+    if not getattr(args, "fsdp", None):
+        return {
+            "version": os.environ.get("FSDP_VERSION", "1"),
+            "state_dict_type": os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT").upper(),
+            "offload": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower(),
+        }
+    given = args.fsdp_config or {}
+    return {
+        "version": str(given.get("version", 2)),
+        "state_dict_type": str(given.get("state_dict_type", "FULL_STATE_DICT")).upper(),
+        "offload": str(given.get("cpu_offload", False)).lower(),
+    }
+
+
+def _zero_stage(args: TrainingArguments) -> int:
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None:
+        return config.get_value("zero_optimization.stage", 0)
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
 def is_asked_for(engine: str, args: TrainingArguments) -> bool:
@@ -34,6 +88,11 @@ def is_asked_for(engine: str, args: TrainingArguments) -> bool:
     # `accelerate launch` announces its configuration through these variables
     launched = os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "").lower() == "true"
     return launched or bool(getattr(args, engine.lower(), None))
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether the run is configured or launched with DeepSpeed or FSDP."""
+    return is_asked_for("DeepSpeed", args) or is_asked_for("FSDP", args)
 
 
 def refuse_sharding(args: TrainingArguments, trainer: str, reason: str) -> None:

@@ -1,0 +1,70 @@
+"""Ways of sharding that cannot work are refused in one line, before anything is loaded."""
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig, TrainingArguments
+
+from tests.sharding.runs import FSDP2
+from trl_bbkd.host.sharding import check_sharding
+
+
+FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True)
+
+
+@pytest.fixture
+def args(tmp_path):
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """As `accelerate launch` does; accelerate itself is left as it is."""
+    monkeypatch.setattr("trl_bbkd.host.sharding.shard_on_cpus", lambda: None)
+
+    def launch(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "first version is not supported.*fsdp_version: 2"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT would save no student.*FULL_STATE_DICT"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "there is none. Set `fsdp_offload_params: false`"),
+    ],
+)
+def test_fsdp_that_cannot_work(args, launch, changed, message):
+    launch(**{**FSDP2, **changed})
+    with pytest.raises(ValueError, match=message) as error:
+        check_sharding(args)
+    assert "\n" not in str(error.value)
+
+
+def test_four_bits_that_would_not_be_sharded(args, launch):
+    launch(**FSDP2)
+    with pytest.raises(ValueError, match="uint8 are not sharded by FSDP2.*bnb_4bit_quant_storage: bfloat16"):
+        check_sharding(args, None, FOUR_BITS)
+    check_sharding(args, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16))
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_four_bits_under_zero(args, launch, stage):
+    launch(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
+    if stage == "2":
+        check_sharding(args, FOUR_BITS)
+        return
+    with pytest.raises(ValueError, match="cannot be partitioned by ZeRO-3. Take ZeRO-2"):
+        check_sharding(args, FOUR_BITS)
+
+
+def test_every_micro_batchs_gradient_is_reduced_under_fsdp2(args, launch):
+    before = args.accelerator_config
+    check_sharding(args)
+    assert args.accelerator_config is before
+    launch(**FSDP2)
+    check_sharding(args)
+    assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
+    assert before.gradient_accumulation_kwargs is None
