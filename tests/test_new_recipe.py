@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from trl_bbkd.cli import main, run_recipe
+from trl_bbkd.runs.methods import METHODS
 from trl_bbkd.runs.new_recipe import methods
 from trl_bbkd.runs.recipe import load_recipe
-from trl_bbkd.runs.recipe_file import METHODS
 
 
 NEEDED = {

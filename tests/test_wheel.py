@@ -119,7 +119,7 @@ def test_it_holds_the_package_its_recipes_and_nothing_else(wheel):
     assert {name.partition("/")[0] for name in names} == {"trl_bbkd", f"trl_bbkd-{trl_bbkd.__version__}.dist-info"}
     tracked = {file.relative_to(ROOT).as_posix() for file in (ROOT / "recipes").rglob("*") if file.is_file()}
     assert {f"trl_bbkd/{name}" for name in tracked if "__pycache__" not in name} <= {*names}
-    assert {"trl_bbkd/py.typed", "trl_bbkd/runs/templates/gad.yaml"} <= {*names}
+    assert {"trl_bbkd/py.typed", "trl_bbkd/gad/template.yaml"} <= {*names}
     assert not [name for name in names if "__pycache__" in name or "test_" in name]
 
 

@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from .errors import DistillationError
 from .host.version import __version__
+from .runs.methods import METHODS, load_method
+from .runs.new_recipe import methods_that_need
 
 
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
@@ -50,11 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
         help="write a recipe to start from",
         description="Write a commented recipe to start from, with your student and your teacher's rows.",
     )
-    init.add_argument("method", metavar="METHOD", help="gad, proxykd, bayeskd or llkd")
+    init.add_argument("method", metavar="METHOD", help=listed(METHODS, "or"))
     init.add_argument("--student", required=True, metavar="MODEL", help="folder or Hub id of the student")
     init.add_argument("--data", required=True, metavar="ROWS", help="file, folder or Hub id of the teacher's rows")
-    init.add_argument("--proxy", metavar="MODEL", help="folder or Hub id of the proxy, for proxykd and bayeskd")
-    init.add_argument("--labels", metavar="NAME", nargs="+", help="names of the classes, for llkd")
+    proxy, labels = (listed(methods_that_need(option), "and") for option in ("proxy", "labels"))
+    init.add_argument("--proxy", metavar="MODEL", help=f"folder or Hub id of the proxy, for {proxy}")
+    init.add_argument("--labels", metavar="NAME", nargs="+", help=f"names of the classes, for {labels}")
     init.add_argument("--teacher", metavar="NAME", help="name of the teacher, for the report and the card")
     init.add_argument("--output", metavar="FILE", help="the file to write, METHOD.yaml by default")
     init.error = exit_with_error  # type: ignore[method-assign,assignment]  # one line, without the usage
@@ -81,6 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
         init_recipe(options)
     else:
         train_with_accelerate(options.recipe, options.arguments)
+
+
+def listed(names: Iterable[str], word: str) -> str:
+    """`a, b and c`, with `word` for the last one."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -143,11 +153,10 @@ def _say_how_to_go_on(recipe) -> None:
         print("\nStopped before anything was trained.", file=sys.stderr)
         return
     from .runs.job import command
-    from .runs.methods import METHOD_RUNS
     from .runs.progress import can_go_on
 
     again = command(recipe.path, sys.argv).removesuffix(RESUME)
-    if recipe.method in METHOD_RUNS and METHOD_RUNS[recipe.method].goes_on_by_itself:
+    if load_method(recipe.method).goes_on_by_itself:
         print(f"\nStopped. To go on: {again}", file=sys.stderr)
     elif can_go_on(recipe.training_args.output_dir):
         print(f"\nStopped. To go on: {again}{RESUME}", file=sys.stderr)

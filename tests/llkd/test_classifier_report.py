@@ -5,8 +5,8 @@ import pytest
 
 from tests.pictures import is_drawn, lines
 from trl_bbkd.llkd.label_calibration import reliability_report
+from trl_bbkd.llkd.report import LLKDReport, decline, starved_classes
 from trl_bbkd.llkd.rows import LabelCounts
-from trl_bbkd.reports.classifier_report import ClassifierReport, decline, starved_classes
 from trl_bbkd.reports.report import metrics_dict, print_table, render_markdown, write_report
 
 
@@ -36,7 +36,7 @@ def make_report(**changes):
         "seconds": 6,
     }
     checked = reliability_report([0.9, 0.8, 0.3, 0.2], [True, True, False, True])
-    report = ClassifierReport(
+    report = LLKDReport(
         method="LLKD",
         student="tiny",
         teacher="a program",

@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
 def test_a_classifiers_run_killed_in_a_baseline(tmp_path, data, student, monkeypatch):
     whole, killed = (write_recipe(data, student, tmp_path / name, max_steps=4) for name in ("whole", "out"))
     run(load_recipe(whole))
-    kill(killed, "trl_bbkd.runs.classifier_job", "ClassifierJob._baseline")
+    kill(killed, "trl_bbkd.llkd.job", "LLKDJob._baseline")
     weights, train = (tmp_path / "out/model.safetensors").read_bytes(), LLKDTrainer.train
     monkeypatch.setattr(
         LLKDTrainer, "train", lambda trainer, **kwargs: never() if kwargs else train(trainer, **kwargs)

@@ -16,7 +16,7 @@ from trl_bbkd.llkd.label_calibration import (
     fit_temperature,
     reliability,
 )
-from trl_bbkd.reports.reliability import plot_reliability, wilson_interval
+from trl_bbkd.llkd.reliability import plot_reliability, wilson_interval
 
 
 confidences = st.lists(st.tuples(st.floats(0, 1, allow_subnormal=False), st.booleans()), min_size=1, max_size=60)

@@ -9,7 +9,10 @@ from rich.console import Console
 
 from tests.pictures import is_drawn, lines
 from trl_bbkd.bayeskd.calibration import DRAWS, HeldOutTokens, calibration
+from trl_bbkd.bayeskd.report import BayesKDReport
 from trl_bbkd.data.teacher_data import TeacherDataCounts
+from trl_bbkd.gad.report import GADReport
+from trl_bbkd.proxykd.report import ProxyKDReport
 from trl_bbkd.reports.report import (
     arguments_without_secrets,
     metrics_dict,
@@ -18,7 +21,7 @@ from trl_bbkd.reports.report import (
     without_secrets,
     write_report,
 )
-from trl_bbkd.reports.text_report import TextReport, decline, table_metrics
+from trl_bbkd.reports.text_report import decline, table_metrics
 
 
 def metrics(valid, nll):
@@ -31,7 +34,7 @@ def without_judge(values):
     return {key: value for key, value in values.items() if "valid" not in key} | {"distinct_share@t1.0": 0.91}
 
 
-def make_report(judged=True, **changes):
+def make_report(judged=True, report_type=GADReport, **changes):
     results = {
         "teacher": {"valid@t1.0": 1.0, "length@t1.0": 21.1, "length_ratio@t1.0": 1.0},
         "undistilled": metrics(0.211, 1.9),
@@ -69,7 +72,7 @@ def make_report(judged=True, **changes):
         "train": TeacherDataCounts(4000, 12, 3, 7, 3997),
         "test": TeacherDataCounts(256, 0, 0, 0, 256),
     }
-    report = TextReport(
+    report = report_type(
         method="GAD",
         student="recipes/tinyworld/student",
         teacher="the world's program",
@@ -136,7 +139,7 @@ STAGES = [
 
 
 def make_proxykd_report(stages=STAGES, judged=True):
-    report = make_report(judged, method="Proxy-KD", stages=stages)
+    report = make_report(judged, ProxyKDReport, method="Proxy-KD", stages=stages)
     for values in (report.results, report.curves):
         values["Proxy-KD"] = values.pop("GAD")
     report.log_history = [{"step": step, "nll": 1.0, "kl": 0.3, "entropy": 0.9} for step in range(10, 601, 10)]
@@ -187,7 +190,7 @@ def make_calibration():
 
 class TestCalibration:
     def make(self, found, judged=True):
-        report = make_report(judged, method="Bayes-KD", calibration=found)
+        report = make_report(judged, BayesKDReport, method="Bayes-KD", calibration=found)
         for values in (report.results, report.curves):
             values["Bayes-KD"] = values.pop("GAD")
         losses = {"nll": 1.0, "kl_prior": 0.5, "kl_posterior": 0.3, "entropy": 0.9}

@@ -6,8 +6,8 @@ import yaml
 
 from trl_bbkd import GADConfig
 from trl_bbkd.errors import RecipeError
+from trl_bbkd.runs.methods import METHODS
 from trl_bbkd.runs.recipe import check_recipe, import_callable, load_recipe
-from trl_bbkd.runs.recipe_file import METHODS
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -168,6 +168,7 @@ class TestErrors:
         [
             ("learning_rate: 1e-6", "`method` is missing. Add a line `method: gad`"),
             ("method: gda", "line 1: unknown method 'gda'; available: gad"),
+            ("method: [gad]", "line 1: unknown method .'gad'.; available: gad"),
             ("\nmethod: lkd", "line 2: unknown method 'lkd'; available: gad, proxykd, bayeskd, llkd"),
             ("", "a recipe is a YAML mapping"),
             ("- method: gad", "a recipe is a YAML mapping"),

@@ -8,9 +8,9 @@ from transformers.training_args import OptimizerNames
 from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_bbkd.errors import RecipeError
-from trl_bbkd.runs.recipe import ClassifierArguments, RecipeArguments, _config_type, load_recipe
+from trl_bbkd.runs.methods import METHODS, load_class, load_method
+from trl_bbkd.runs.recipe import ClassifierArguments, RecipeArguments, load_recipe
 from trl_bbkd.runs.recipe_checks import check_packages
-from trl_bbkd.runs.recipe_file import METHODS
 from trl_bbkd.runs.recipe_keys import launcher_options, recipe_keys, unknown_option
 
 
@@ -95,7 +95,7 @@ class TestKeys:
     def test_read_from_the_sources_they_are_those_of_the_classes(self, method):
         """When this fails, TRL or transformers has moved a class: `recipe_keys.HOMES` says where they are."""
         arguments = ClassifierArguments if method == "llkd" else RecipeArguments
-        classes = [arguments, _config_type(method), ModelConfig, DatasetMixtureConfig]
+        classes = [arguments, load_class(load_method(method).config), ModelConfig, DatasetMixtureConfig]
         assert recipe_keys(method) == {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
 
     def test_without_the_sources_the_parser_tells(self, write, monkeypatch):

@@ -1,5 +1,6 @@
-"""Where a model is said to be: an adapter's base model, and what to say when there is none."""
+"""Where a model is said to be: an adapter's base model, what to say when there is none, and what tells two apart."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
 
 
 def no_model(name: str, path: str, what: str, error: Exception) -> str:
@@ -39,6 +41,12 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def base_name(folder: Path) -> str | None:
+    """The model that an adapter in a folder says it was trained on; `None` if it does not say, or there is no adapter."""
+    config = folder / ADAPTER_CONFIG
+    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+
+
 def base_of_student(path: str) -> str | None:
     """
     The model that a LoRA adapter in a folder was trained on; `None` if `path` is no such folder.
@@ -49,7 +57,7 @@ def base_of_student(path: str) -> str | None:
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = base_name(folder)
     if base and (not base.startswith((".", "/", "~")) or Path(base).expanduser().is_dir()):
         return base
     where = f"its base model {base} is not there" if base else "it does not name its base model"
@@ -92,3 +100,23 @@ def load_adapter_student(path: str, base: str, **kwargs) -> PeftModel:
             Passed to `from_pretrained` of the base model.
     """
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), path, is_trainable=True)
+
+
+def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
+    """
+    What tells one checkpoint from another without loading it: for a folder a hash of its weight files, of which evenly
+    spaced pieces are read, and of an adapter's base model; else the name and revision.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{revision or 'main'}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = os.path.getsize(file)
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as weights:
+            for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
+                weights.seek(offset)
+                digest.update(weights.read(SAMPLE_BYTES))
+    base = base_name(folder)
+    return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")

@@ -1,18 +1,12 @@
 """The proxy on disk: a model, or an adapter on one."""
 
-import hashlib
-import json
-import os
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ProxyModelError
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-SAMPLES_PER_FILE, SAMPLE_BYTES = 64, 65536
+from ..host.model_paths import ADAPTER_CONFIG, base_name
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -22,10 +16,9 @@ def base_of_adapter(path: str) -> str | None:
     Raises:
         [`ProxyModelError`]: it does not say, or the model is not there.
     """
-    config = Path(path) / ADAPTER_CONFIG
-    if not config.is_file():
+    if not (Path(path) / ADAPTER_CONFIG).is_file():
         return None
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = base_name(Path(path))
     looks_local = bool(base) and base.startswith((".", "/", "~"))
     if not base or (looks_local and not Path(base).is_dir()):
         where = f"its base model {base} is not there" if base else "it does not name its base model"
@@ -75,23 +68,3 @@ def load_weights(proxy: PreTrainedModel | PeftModel, folder: str | Path) -> None
     else:
         saved = type(proxy).from_pretrained(folder, dtype=proxy.dtype)
         proxy.load_state_dict(saved.state_dict())
-
-
-def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
-    """
-    What tells one checkpoint from another without loading it: for a folder a hash of its weight files, of which evenly
-    spaced pieces are read, and of an adapter's base model; else the name and revision.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"{path}@{revision or 'main'}"
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = os.path.getsize(file)
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as weights:
-            for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
-                weights.seek(offset)
-                digest.update(weights.read(SAMPLE_BYTES))
-    base = base_of_adapter(path)
-    return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..errors import TargetStoreError
 from ..host._compat import keep_4bit_weights_differentiable
+from ..host.model_paths import checkpoint_fingerprint
 from ..host.preflight import refuse_no_steps
 from ..host.resume import checkpoints, last_finished_checkpoint
 from ..seqkd.trainer import SHARED_ARGUMENTS, sft_rows
@@ -25,7 +26,7 @@ from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import TargetStore, check_description, read_description
 from .agreement import teacher_agreement
 from .config import ProxyConfig
-from .model import base_of_adapter, checkpoint_fingerprint, load_proxy, save_proxy
+from .model import base_of_adapter, load_proxy, save_proxy
 from .stage import begin_stage, finish_stage, finished_stage
 
 

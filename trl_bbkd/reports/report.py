@@ -15,7 +15,6 @@ from .uncertainty import is_clear
 
 
 TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
-ALL_ROWS, RANDOM_ROWS = "all rows", "random rows"  # what LLKD is compared with
 
 
 class Section(NamedTuple):

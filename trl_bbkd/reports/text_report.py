@@ -5,19 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation.student import TEMPERATURES, temperature_name
-from .markdown import table
-from .report import SEQKD, UNDISTILLED, Report, Section, duration
+from .report import SEQKD, UNDISTILLED, Report
 from .uncertainty import is_clear
 
 
-PROXY = "proxy"
 OWN_METRICS = ("length", "length_ratio", "truncated", "distinct_valid", "distinct_share")
 
 
 @dataclass(kw_only=True)
 class TextReport(Report):
     """
-    A run whose student writes text.
+    A run whose student writes text. A method's own report is a subclass: it adds sections, and fills the small panels.
 
     Args:
         evaluation (`dict`):
@@ -28,7 +26,7 @@ class TextReport(Report):
             What the stages before and with the student's training did: `stage`, `rows`, `seconds` and `metrics`, a
             list of what was measured `at` which moment.
         calibration (`dict`):
-            How well Bayes-KD's estimate predicts held-out teacher text, as of [`~bayeskd.calibration.calibration`].
+            How well what the student learned from predicts held-out teacher text, where a method measures that.
         results, curves, kwargs:
             As in [`~reports.report.Report`]; metrics are those of [`~evaluation.student.evaluate_student`], of `"teacher"`,
             `"undistilled"`, `"SeqKD"` and the method.
@@ -52,13 +50,8 @@ class TextReport(Report):
 
     @property
     def warmup_steps(self) -> float:
-        """Optimizer steps of warm-up, from the phase in the log."""
-        steps, previous = 0.0, 0
-        for entry in self.log_history:
-            if "adversarial_phase" in entry:
-                steps += (1 - entry["adversarial_phase"]) * (entry["step"] - previous)
-                previous = entry["step"]
-        return steps
+        """Optimizer steps before the method proper."""
+        return 0.0
 
     @property
     def summary(self) -> str:
@@ -123,11 +116,7 @@ class TextReport(Report):
             "Length is in the student's tokens; truncated is the share of answers cut at the limit; teacher NLL is in nats "
             "per token of the teacher's held-out answers (coverage: lower is better)."
         )
-        if PROXY in self.results:
-            text.append(
-                f"The proxy is the open model that {self.method} learned from beside the teacher's text, as it was then; it was "
-                "sampled at temperature 1.0 only."
-            )
+        text += self.column_explanations()
         if seqkd:
             text.append(
                 f"SeqKD is supervised fine-tuning of the same student on the same text for the same {seqkd['steps']} "
@@ -137,18 +126,29 @@ class TextReport(Report):
             )
         return " ".join(text)
 
+    def column_explanations(self) -> list[str]:
+        """Sentences on the method's own columns of the table."""
+        return []
+
     @property
     def derived(self) -> dict:
         return super().derived | {"warmup_steps": self.warmup_steps}
 
-    def sections(self) -> list[Section]:
-        found = []
-        if self.stages:
-            found.append(Section("Stages", [*stages_table(self.stages), "", stages_explanation(self.stages)]))
-        if self.calibration:
-            lines = [*calibration_table(self.calibration), "", calibration_explanation(self.calibration)]
-            found.append(Section("Calibration of the estimate", lines))
-        return found
+    def draw_panels(self, panels: list) -> list:
+        """
+        Fill the four small panels of the picture.
+
+        Args:
+            panels (`list[matplotlib.axes.Axes]`):
+                Their axes, row by row; [`~reports.axes`] and [`~reports.curves`] draw on them.
+
+        Returns:
+            `list`: those whose horizontal axis is the optimizer step.
+        """
+        from .curves import draw_training
+
+        draw_training(panels, self)
+        return panels
 
     def draw(self, folder: Path) -> None:
         from .curves import plot_curves
@@ -196,63 +196,3 @@ def format_value(metric: str, value: float | None) -> str:
     if metric.startswith("distinct_valid"):
         return f"{value:,.0f}"
     return f"{value:.1f}" if metric.startswith("length@") else f"{value:.3f}"
-
-
-STAGES_EXPLANATION = (
-    "Top-1 agreement is the share of held-out answer tokens that are the proxy's likeliest ones, and NLL its negative "
-    "log-likelihood of them, in nats per token: before the stage, after each round, after the stage."
-)
-
-
-def stages_explanation(stages: list[dict]) -> str:
-    """What the table of stages says, and what of a stage it has no room for."""
-    seen_once = [
-        entry["contexts_seen_once"] for stage in stages for entry in stage["metrics"] if "contexts_seen_once" in entry
-    ]
-    text = [STAGES_EXPLANATION]
-    text += [
-        f"{share:.1%} of the answer tokens have an n-gram context that was seen once: there, without back-off, the "
-        "prior is the token itself."
-        for share in seen_once
-    ]
-    return " ".join(text)
-
-
-def stages_table(stages: list[dict]) -> list[str]:
-    """Lines of a Markdown table of the stages, one line a stage."""
-
-    def course(stage: dict, name: str, digits: int) -> str:
-        return " → ".join(f"{entry[name]:.{digits}f}" for entry in stage["metrics"] if name in entry) or "–"
-
-    rows = [
-        [
-            stage["stage"],
-            f"{stage['rows']:,}",
-            duration(stage["seconds"]),
-            course(stage, "top1_agreement", 3),
-            course(stage, "nll", 3),
-        ]
-        for stage in stages
-    ]
-    return table(["stage", "rows", "time", "proxy's top-1 agreement", "proxy's NLL"], rows)
-
-
-def calibration_table(calibration: dict) -> list[str]:
-    """Lines of a Markdown table: NLL of held-out teacher text by concentration κ (lines) and draws K (columns)."""
-    draws = sorted({entry["draws"] for entry in calibration["table"]})
-    values = {(entry["concentration"], entry["draws"]): entry["expected"] for entry in calibration["table"]}
-    rows = [
-        [f"κ = {kappa:g}", *(f"{values[kappa, count]:.3f}" for count in draws)]
-        for kappa in sorted({k for k, _ in values})
-    ]
-    return table(["posterior", *(f"K = {count}" for count in draws)], rows)
-
-
-def calibration_explanation(calibration: dict) -> str:
-    """What the calibration's numbers are, and those of prior and proxy."""
-    return (
-        f"NLL of {calibration['tokens']:,} held-out teacher tokens, in nats per token, that the estimate was not made from. "
-        f"The n-gram prior (γ = 1: an estimate must not know the token it is judged on) has {calibration['prior']:.3f}, the proxy "
-        f"{calibration['proxy']:.3f}, the posterior with K = {calibration['draws']} and κ = {calibration['concentration']:g} "
-        f"{calibration['posterior']:.3f} in expectation, as in the table, and {calibration['posterior_drawn']:.3f} as drawn."
-    )

@@ -23,12 +23,13 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..data.splitting import input_key, split_by_input
 from ..errors import NoStepsError, RecipeError, TeacherDataError
+from ..host.model_paths import checkpoint_fingerprint
 from ..host.resume import TRAINER_STATE_NAME
 from ..hub.model_card import write_card
 from ..hub.push import push_student
-from ..proxy.model import checkpoint_fingerprint
 from ..reports.report import UNDISTILLED, Report, arguments_without_secrets, without_secrets, write_report
 from .console import PrinterCallback, ProgressCallback, ShortPrinter, ShortProgress
+from .methods import load_method
 from .progress import TRAINED, Progress, can_go_on
 from .recipe import Recipe
 from .recipe_checks import check_packages
@@ -64,11 +65,11 @@ class Job:
         `output_dir` holds a run of another recipe.
     """
 
-    console_keys: tuple[str, ...]  # what a line of the log shows on the terminal
     held_out_rows: list  # what results are measured on
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.method = load_method(recipe.method)
         self.args = copy.copy(recipe.training_args)
         self.script_args = recipe.script_args
         self.model = recipe.model_args.model_name_or_path
@@ -80,7 +81,7 @@ class Job:
         check_loggers(self.args.report_to)
         self.resume = checkpoint_to_resume(self.args.resume_from_checkpoint)
         self.args.resume_from_checkpoint = None
-        check_resumption(self.resume, self.args.output_dir, self.goes_on_by_itself)
+        check_resumption(self.resume, self.args.output_dir, self.method.goes_on_by_itself)
         if self.pushes:
             check_repo_id(self.args.hub_model_id or Path(self.args.output_dir).absolute().name)
         if self.script_args.teacher_name is None and self.is_main_process:
@@ -97,11 +98,7 @@ class Job:
             "dtype": recipe.model_args.dtype,
             **(self.args.model_init_kwargs or {}),
         }
-
-    @property
-    def goes_on_by_itself(self) -> bool:
-        """Whether the method goes on with a stopped run without being asked."""
-        return False
+        self.method.check(recipe)
 
     def describe(self) -> dict:
         """What decides the run's results."""
@@ -131,7 +128,7 @@ class Job:
         output_dir, settings = self.args.output_dir, self.describe()
         self.progress = Progress(output_dir, settings)
         # What goes on by itself looks at its stages as well, and takes no step again either
-        asked = self.resume is True and not self.goes_on_by_itself
+        asked = self.resume is True and not self.method.goes_on_by_itself
         self.is_trained = asked and self._has_trained(self._student_fingerprint())
         if self.is_trained:
             if self.is_main_process:
@@ -183,7 +180,7 @@ class Job:
         """Show on the terminal what matters; trackers and `log_history` keep all of it."""
         for callback, short in ((ProgressCallback, ShortProgress), (PrinterCallback, ShortPrinter)):
             if trainer.pop_callback(callback) is not None:
-                trainer.add_callback(short(self.console_keys))
+                trainer.add_callback(short(self.method.console_keys))
 
     def distil(self) -> Report | None:
         """Train the student, save it, measure it. `None` where the recipe leaves the student's training out."""

@@ -8,18 +8,27 @@ from string import Template
 import yaml
 
 from ..errors import RecipeError
+from .methods import METHODS, load_method
 from .recipe_file import nearest
 
 
-TEMPLATES = Path(__file__).parent / "templates"
-PROXY_METHODS = ("bayeskd", "proxykd")
+# What some methods need, and what it is
+OPTIONS = {
+    "proxy": "a larger model with the student's tokenizer",
+    "labels": "the names of the classes, two at least",
+}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_FILE = re.compile(r"\.(jsonl?|csv)(\.gz)?$|\.parquet$")
 
 
 def methods() -> list[str]:
     """Methods that there is a recipe to start from for."""
-    return sorted(file.stem for file in TEMPLATES.glob("*.yaml"))
+    return sorted(name for name in METHODS if load_method(name).template.is_file())
+
+
+def methods_that_need(option: str) -> list[str]:
+    """Methods that need an option of [`OPTIONS`], in the order of [`~runs.methods.METHODS`]."""
+    return [name for name in METHODS if option in load_method(name).init_options]
 
 
 def write_recipe(
@@ -45,7 +54,7 @@ def write_recipe(
         proxy (`str`, *optional*):
             Folder or Hub id of the proxy. Only for methods with one, and required there.
         labels (`list[str]`, *optional*):
-            Names of the classes. Only for `llkd`, and required there.
+            Names of the classes. Only for classifiers, and required there.
         teacher (`str`, *optional*):
             Name of the teacher, for the report and the card.
         output (`str`, *optional*):
@@ -60,8 +69,8 @@ def write_recipe(
     if method not in methods():
         hint = nearest(method, methods())
         raise RecipeError(f"there is no method {method!r}{hint} Methods: {', '.join(methods())}.")
-    _check_belongs("--proxy", proxy, method in PROXY_METHODS, method, "a larger model with the student's tokenizer")
-    _check_belongs("--labels", labels, method == "llkd", method, "the names of the classes, two at least")
+    for option, value in {"proxy": proxy, "labels": labels}.items():
+        _check_belongs(option, value, method)
     if labels is not None and len(set(labels)) < 2:
         raise RecipeError(f"--labels names the classes, two at least; got {' '.join(labels)}.")
     path = Path(output or f"{method}.yaml")
@@ -79,7 +88,7 @@ def write_recipe(
     lines["teacher_name"] = (
         _line("teacher_name", teacher) if teacher else "# teacher_name: the model that wrote the data"
     )
-    template = Template((TEMPLATES / f"{method}.yaml").read_text(encoding="utf-8"))
+    template = Template(load_method(method).template.read_text(encoding="utf-8"))
     text = template.substitute(lines, recipe=path)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -91,11 +100,12 @@ def write_recipe(
     return path
 
 
-def _check_belongs(option: str, value, belongs: bool, method: str, what: str) -> None:
+def _check_belongs(option: str, value, method: str) -> None:
+    belongs = option in load_method(method).init_options
     if belongs and not value:
-        raise RecipeError(f"method {method!r} needs {option}: {what}.")
+        raise RecipeError(f"method {method!r} needs --{option}: {OPTIONS[option]}.")
     if value and not belongs:
-        raise RecipeError(f"method {method!r} has no use for {option}. Take it out.")
+        raise RecipeError(f"method {method!r} has no use for --{option}. Take it out.")
 
 
 def _input(option: str, value: str, folder: Path) -> str:

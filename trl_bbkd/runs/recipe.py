@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from ..errors import RecipeError
+from .methods import METHODS, load_class, load_method
 from .recipe_checks import check_values
 from .recipe_file import RecipeFile, nearest, one_line
 from .recipe_keys import own_keys, recipe_keys, unknown_option
 
 
 if TYPE_CHECKING:
-    from ..bayeskd.config import BayesKDConfig
-    from ..gad.config import GADConfig
-    from ..llkd.config import LLKDConfig
-    from ..proxykd.config import ProxyKDConfig
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -69,7 +67,7 @@ class RecipeArguments(RunArguments):
 
     Parameters:
         reward_funcs (`list[str]`, *optional*):
-            Rewards added to GAD's discriminator's score, as `package.module.function` or `path/to/file.py:function`.
+            Rewards added to the discriminator's score, as `package.module.function` or `path/to/file.py:function`.
         sample_metrics (`str`, *optional*):
             Function that judges the student's samples, written in the same way.
         seqkd_baseline (`bool`, *optional*, defaults to `True`):
@@ -131,7 +129,7 @@ class Recipe:
     path: Path | None
     method: str
     script_args: RecipeArguments | ClassifierArguments
-    training_args: "GADConfig | ProxyKDConfig | BayesKDConfig | LLKDConfig"
+    training_args: "TrainingArguments"  # the method's configuration
     model_args: ModelConfig
     dataset_args: DatasetMixtureConfig
 
@@ -145,8 +143,8 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
 
     Args:
         path (`str` or `os.PathLike`):
-            YAML file with `method` and fields of [`RecipeArguments`] (for `llkd` of [`ClassifierArguments`]),
-            [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`] and the method's configuration.
+            YAML file with `method` and fields of [`RecipeArguments`] (of [`ClassifierArguments`] where the student
+            classifies), [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`] and the method's configuration.
         overrides (`list[str]`, *optional*):
             Command-line arguments that win over the recipe, such as `["--learning_rate", "1e-6"]`.
 
@@ -167,9 +165,10 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"{recipe_file.path}: {one_line(error)}") from error
-    if recipe_file.method != "gad" and getattr(script_args, "reward_funcs", None):
+    if getattr(script_args, "reward_funcs", None) and not load_method(recipe_file.method).takes_reward_funcs:
+        takers = " or ".join(method.name for method in map(load_method, METHODS) if method.takes_reward_funcs)
         raise RecipeError(
-            f"{recipe_file.path}: reward_funcs are added to GAD's discriminator; method {recipe_file.method!r} has no "
+            f"{recipe_file.path}: reward_funcs are added to {takers}'s discriminator; method {recipe_file.method!r} has no "
             "rewards. Take them out."
         )
     return Recipe(recipe_file.path, recipe_file.method, script_args, training_args, model_args, dataset_args)
@@ -303,8 +302,9 @@ class _RecipeParser(TrlParser):
     """Parser of the overrides, with a recipe's values as defaults."""
 
     def __init__(self, recipe_file: RecipeFile):
-        arguments_type = ClassifierArguments if recipe_file.method == "llkd" else RecipeArguments
-        dataclass_types = [arguments_type, _config_type(recipe_file.method), ModelConfig, DatasetMixtureConfig]
+        method = load_method(recipe_file.method)
+        own_types = [load_class(method.arguments), load_class(method.config)]
+        dataclass_types = [*own_types, ModelConfig, DatasetMixtureConfig]
         super().__init__(
             dataclass_types,
             prog=str(recipe_file.path),
@@ -373,23 +373,3 @@ class _RecipeParser(TrlParser):
 
     def error(self, message: str):
         raise RecipeError(message)
-
-
-def _config_type(method: str) -> type:
-    if method == "gad":
-        from ..gad.config import GADConfig
-
-        return GADConfig
-    if method == "proxykd":
-        from ..proxykd.config import ProxyKDConfig
-
-        return ProxyKDConfig
-    if method == "bayeskd":
-        from ..bayeskd.config import BayesKDConfig
-
-        return BayesKDConfig
-    if method == "llkd":
-        from ..llkd.config import LLKDConfig
-
-        return LLKDConfig
-    raise AssertionError(method)

@@ -27,8 +27,6 @@ PACKAGES = {
     "use_vllm": ("vllm", 'pip install "trl-bbkd[vllm]"'),
     "load_in_4bit": ("bitsandbytes", QUANTIZATION),
     "load_in_8bit": ("bitsandbytes", QUANTIZATION),
-    "discriminator_load_in_4bit": ("bitsandbytes", QUANTIZATION),
-    "proxy_load_in_4bit": ("bitsandbytes", QUANTIZATION),
     "deepspeed": ("deepspeed", 'pip install "trl-bbkd[deepspeed]"'),
     "use_liger_kernel": ("liger_kernel", "pip install liger-kernel"),
 }
@@ -64,7 +62,13 @@ def check_packages(values: dict[str, Any]) -> None:
     Raises:
         [`~errors.RecipeError`]: a value needs a package that is not installed.
     """
-    needed = {name: PACKAGES[name] for name, value in values.items() if name in PACKAGES and value}
+    # A method's other models have keys that end like the student's
+    needed = {
+        name: package
+        for name, value in values.items()
+        for key, package in PACKAGES.items()
+        if value and (name == key or name.endswith(f"_{key}"))
+    }
     optimizer = str(getattr(values.get("optim"), "value", ""))
     if any(part in optimizer for part in OPTIMIZERS_OF_BITSANDBYTES):
         needed["optim"] = PACKAGES["load_in_8bit"]

@@ -13,22 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import RecipeError
+from .methods import METHODS, load_method
 
 
 # A recipe's first line when Python has to be able to start it; see `trl_bbkd.launch`.
 LAUNCH_KEY = 'if __import__("trl_bbkd").launch(__name__, __file__)'
-METHODS = ("gad", "proxykd", "bayeskd", "llkd")
-INPUT_PATHS = {
-    "model_name_or_path",
-    "discriminator",
-    "proxy_model",
-    "target_store",
-    "dataset_name",
-    "path",
-    "data_dir",
-    "data_files",
-}
+INPUT_PATHS = ("model_name_or_path", "dataset_name", "path", "data_dir", "data_files")
 CALLABLES = {"reward_funcs", "sample_metrics"}
+EXAMPLE = f"method: {next(iter(METHODS))}"
 
 
 def one_line(error: Exception) -> str:
@@ -53,7 +45,7 @@ class RecipeFile:
             loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
-                raise RecipeError(f"{self.path}: a recipe is a YAML mapping, such as `method: gad`.")
+                raise RecipeError(f"{self.path}: a recipe is a YAML mapping, such as `{EXAMPLE}`.")
             self._record_lines(node, ())
             self.values: dict[str, Any] = loader.construct_document(node)
         except UnicodeDecodeError as error:
@@ -71,9 +63,9 @@ class RecipeFile:
 
         self.values.pop(LAUNCH_KEY, None)
         if "method" not in self.values:
-            raise RecipeError(f"{self.path}: `method` is missing. Add a line `method: {METHODS[0]}`.")
+            raise RecipeError(f"{self.path}: `method` is missing. Add a line `{EXAMPLE}`.")
         self.method = self.values.pop("method")
-        if self.method not in METHODS:
+        if self.method not in list(METHODS):  # it may be anything that YAML can say
             raise self.error(("method",), f"unknown method {self.method!r}; available: {', '.join(METHODS)}.")
         env = self.values.pop("env", None) or {}
         if not isinstance(env, dict) or any(isinstance(value, dict | list) for value in env.values()):
@@ -166,13 +158,14 @@ class RecipeFile:
     def _next_to_recipe(self, name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [self._next_to_recipe(name, item) for item in value]
-        if isinstance(value, dict) and name in INPUT_PATHS:
+        is_input = name in INPUT_PATHS or name in load_method(self.method).input_paths
+        if isinstance(value, dict) and is_input:
             return {key: self._next_to_recipe(name, item) for key, item in value.items()}
         folder = str(self.path.parent.absolute())
         if isinstance(value, str) and name in CALLABLES:
             file, colon, function = value.rpartition(":")
             return f"{os.path.normpath(os.path.join(folder, file))}:{function}" if _exists(file, folder) else value
-        if isinstance(value, str) and name in INPUT_PATHS and _exists(value, folder):
+        if isinstance(value, str) and is_input and _exists(value, folder):
             return os.path.normpath(os.path.join(folder, value))
         return value
 

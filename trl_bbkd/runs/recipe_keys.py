@@ -10,9 +10,10 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
+from .methods import load_method
 
-PACKAGE = Path(__file__).parents[1]
-# Where a package that exports lazily keeps a class
+
+# Where TRL and transformers, which export lazily, keep a class
 HOMES = {
     "TrainingArguments": "transformers/training_args.py",
     "GRPOConfig": "trl/trainer/grpo_config.py",
@@ -21,12 +22,6 @@ HOMES = {
     "ScriptArguments": "trl/scripts/utils.py",
     "DatasetMixtureConfig": "trl/scripts/utils.py",
 }
-CONFIGS = {
-    "gad": ("gad/config.py", "GADConfig"),
-    "proxykd": ("proxykd/config.py", "ProxyKDConfig"),
-    "bayeskd": ("bayeskd/config.py", "BayesKDConfig"),
-    "llkd": ("llkd/config.py", "LLKDConfig"),
-}
 
 
 def recipe_keys(method: str) -> set[str] | None:
@@ -34,15 +29,14 @@ def recipe_keys(method: str) -> set[str] | None:
     Names of the fields that a recipe of `method` may set, `method` and `env` aside.
 
     Returns:
-        `set[str]`: the names; `None` if an installed library keeps its classes elsewhere than the tested one, and only
-        the parser can tell.
+        `set[str]`: the names; `None` if an installed library keeps its classes elsewhere than the tested one, or a method
+        from outside names them in another way than ours do, and only the parser can tell.
     """
-    file, config = CONFIGS[method]
-    arguments = "ClassifierArguments" if method == "llkd" else "RecipeArguments"
+    found = load_method(method)
     try:
         return (
-            _fields(PACKAGE / file, config)
-            | _fields(PACKAGE / "runs" / "recipe.py", arguments)
+            _fields_of(found.config)
+            | _fields_of(found.arguments)
             | _fields(_home("ModelConfig"), "ModelConfig")
             | _fields(_home("DatasetMixtureConfig"), "DatasetMixtureConfig")
         )
@@ -51,10 +45,12 @@ def recipe_keys(method: str) -> set[str] | None:
 
 
 def own_keys(method: str) -> set[str]:
-    """Of [`recipe_keys`], those that this package defines, and not TRL."""
-    file, config = CONFIGS[method]
-    arguments = "ClassifierArguments" if method == "llkd" else "RecipeArguments"
-    return _fields(PACKAGE / file, config, own=True) | _fields(PACKAGE / "runs" / "recipe.py", arguments, own=True)
+    """Of [`recipe_keys`], those that the method or this package defines, and not TRL; none where that cannot be told."""
+    found = load_method(method)
+    try:
+        return _fields_of(found.config, own=True) | _fields_of(found.arguments, own=True)
+    except LookupError:
+        return set()
 
 
 def launcher_options() -> set[str]:
@@ -84,6 +80,13 @@ def _installed(path: str) -> Path:
     return file
 
 
+def _source(module: str) -> Path:
+    spec = find_spec(module)
+    if spec is None or not spec.has_location:
+        raise LookupError(module)
+    return Path(spec.origin)
+
+
 def _home(name: str) -> Path:
     return _installed(HOMES[name])
 
@@ -93,8 +96,14 @@ def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+def _fields_of(path: str, own: bool = False) -> set[str]:
+    """As [`_fields`], of a dataclass named `"package.module:Class"`."""
+    module, _, name = path.partition(":")
+    return _fields(_source(module), name, own)
+
+
 def _fields(file: Path, name: str, own: bool = False) -> set[str]:
-    """Names of the fields of dataclass `name`, those of its bases included; with `own` only of those in this package."""
+    """Names of the fields of dataclass `name`, those of its bases included; with `own` not those of [`HOMES`]."""
     tree = _tree(file)
     found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if found is None:
@@ -105,9 +114,10 @@ def _fields(file: Path, name: str, own: bool = False) -> set[str]:
         if isinstance(node, ast.AnnAssign) and not _is_no_field(node) and isinstance(node.target, ast.Name)
     }
     for base in found.bases:
-        base_file = _file_of(base.id, tree, file)
-        if not own or base_file.is_relative_to(PACKAGE):
-            fields |= _fields(base_file, base.id, own)
+        if not isinstance(base, ast.Name):
+            raise LookupError(ast.unparse(base))
+        if not (own and base.id in HOMES):
+            fields |= _fields(_file_of(base.id, tree, file), base.id, own)
     return fields
 
 
@@ -123,5 +133,5 @@ def _file_of(name: str, tree: ast.Module, file: Path) -> Path:
         if isinstance(node, ast.ImportFrom) and any(alias.name == name for alias in node.names):
             if node.level:
                 return file.parents[node.level - 1] / f"{node.module.replace('.', '/')}.py"
-            return _home(name)
+            return _home(name) if name in HOMES else _source(node.module)
     return file

@@ -1,9 +1,8 @@
 """One run of a recipe, from what the teacher wrote to a distilled student and its report."""
 
 from ..reports.report import print_table
-from .classifier_job import ClassifierJob
+from .methods import load_class, load_method
 from .recipe import Recipe
-from .text_job import TextJob
 
 
 def run(recipe: Recipe) -> None:
@@ -23,7 +22,7 @@ def run(recipe: Recipe) -> None:
         [`~errors.TeacherDataError`]: the teacher's text or labels cannot be used.
         [`~errors.HubError`]: the student cannot be pushed; before training, or when it is finished and on disk.
     """
-    job = (ClassifierJob if recipe.method == "llkd" else TextJob)(recipe)
+    job = load_class(load_method(recipe.method).job)(recipe)
     report = job.distil()
     if report is None:
         return

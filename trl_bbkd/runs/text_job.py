@@ -1,4 +1,4 @@
-"""A run whose student writes text: GAD, Proxy-KD, Bayes-KD, and SeqKD beside them."""
+"""A run whose student writes text, and SeqKD beside it."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ from ..hub.model_card import library_versions
 from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
 from ..reports.uncertainty import paired_difference
-from ..seqkd.trainer import curve, curve_steps, train_seqkd
+from ..seqkd.trainer import CurveCallback, curve, curve_steps, train_seqkd
 from .job import SEED, Job, display_path, hold_out, timed
-from .methods import METHOD_RUNS
+from .methods import load_class
 from .progress import TRAINED
 from .recipe import Recipe, RecipeArguments, import_callable
 
@@ -42,7 +42,6 @@ class TextJob(Job):
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
-        self.method = METHOD_RUNS[recipe.method](self)
         judge = self.script_args.sample_metrics
         self.sample_metrics = import_callable(judge) if judge else None
         self.reward_funcs = [import_callable(name) for name in self.script_args.reward_funcs or []]
@@ -84,14 +83,6 @@ class TextJob(Job):
             self.measure, temperatures=(1.0,), num_samples=self.plan.curve_samples
         )
 
-    @property
-    def goes_on_by_itself(self) -> bool:
-        return METHOD_RUNS[self.recipe.method].goes_on_by_itself
-
-    @property
-    def console_keys(self) -> tuple[str, ...]:
-        return self.method.console_keys
-
     def _planned_steps(self) -> int:
         args = self.args
         if args.max_steps > 0:
@@ -101,7 +92,7 @@ class TextJob(Job):
                 "A stream has no end that is known, so that num_train_epochs means nothing. Set max_steps."
             )
         sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return math.ceil(args.num_train_epochs * len(self.train) * self.method.samples_per_prompt / sequences)
+        return math.ceil(args.num_train_epochs * len(self.train) * self.method.samples_per_prompt(args) / sequences)
 
     def _tokenize(self, train, test, most: int) -> None:
         hub = {"revision": self.args.model_init_kwargs["revision"], "trust_remote_code": self.args.trust_remote_code}
@@ -151,10 +142,22 @@ class TextJob(Job):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if value is not None}
         return load_adapter_student(self.model, self.base, **kwargs)
 
+    def trainer_arguments(self) -> dict:
+        """What the run hands a trainer of TRL, but for what it evaluates on."""
+        return {
+            "model": self.student(),
+            "args": self.args,
+            "train_dataset": self.train,
+            "processing_class": self.tokenizer,
+            "callbacks": [CurveCallback(self.measure_briefly, at_end=False)],
+            "peft_config": self.peft_config,
+            "quantization_config": self.quantization_config,
+        }
+
     def distil(self) -> TextReport | None:
         args, seconds = self.args, {}
         with self.one_line_errors():
-            trainer = self.method.trainer()
+            trainer = self.method.trainer(self)
         self.open_progress(trainer)
         self.start_card(trainer)
         undistilled = self._undistilled(trainer)
@@ -162,7 +165,7 @@ class TextJob(Job):
             self.recall(trainer)
             found = self.progress[TRAINED]
         else:
-            with self.method.errors():
+            with self.one_line_errors(self.method.errors):
                 output = self.run_training(trainer, seconds)
             if output is None:
                 if self.is_main_process:
@@ -171,9 +174,8 @@ class TextJob(Job):
             found = self.finished_training(
                 lambda: {
                     "seconds": seconds[trainer._name],
-                    "more results": self._on_main_process(lambda: self.method.more_results(trainer)),
-                    "stages": self.method.stages(trainer),
-                    "calibration": self.method.calibration(trainer),
+                    "more results": self._on_main_process(lambda: self.method.more_results(self, trainer)),
+                    "findings": self.method.findings(trainer),
                     "warnings": self.method.warnings(trainer),
                 }
             )
@@ -185,7 +187,7 @@ class TextJob(Job):
         )
         self.max_steps = trainer.state.max_steps
         log_history = trainer.state.log_history
-        report = TextReport(
+        report = load_class(self.method.report)(
             method=trainer._name,
             student=display_path(self.model),
             teacher=self.script_args.teacher_name,
@@ -216,8 +218,7 @@ class TextJob(Job):
             },
             versions=library_versions(),
             seconds={trainer._name: found["seconds"]},
-            stages=found["stages"],
-            calibration=found["calibration"],
+            **found["findings"],
         )
         if self.is_main_process:
             report.differences[UNDISTILLED] = self._differences(trainer._name, UNDISTILLED)
@@ -258,8 +259,8 @@ class TextJob(Job):
                 is_better=lambda new, old: quality(new, report) > quality(old, report),
                 output_dir=output_dir,
                 max_steps=self.max_steps,
-                learning_rate=self.script_args.seqkd_learning_rate or self.method.sft_learning_rate,
-                samples_per_prompt=self.method.samples_per_prompt,
+                learning_rate=self.script_args.seqkd_learning_rate or self.method.sft_learning_rate(self.args),
+                samples_per_prompt=self.method.samples_per_prompt(self.args),
                 peft_config=self.peft_config,
                 quantization_config=self.quantization_config,
             )

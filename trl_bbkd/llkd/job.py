@@ -1,4 +1,4 @@
-"""A run whose student classifies: LLKD, and beside it the same student on all rows and on random ones."""
+"""A run of LLKD, whose student classifies, and beside it the same student on all rows and on random ones."""
 
 import copy
 import dataclasses
@@ -13,17 +13,17 @@ from ..data.teacher_data import load_teacher_data
 from ..errors import LLKDDataError, RecipeError
 from ..host.model_paths import base_of_student, no_model
 from ..hub.model_card import library_versions
-from ..llkd.config import LLKDConfig
-from ..llkd.label_calibration import reliability_report
-from ..llkd.rows import count_labels, find_class_names, with_class_numbers
-from ..llkd.trainer import LLKDTrainer
-from ..reports.classifier_report import ClassifierReport, decline, starved_classes
-from ..reports.report import ALL_ROWS, RANDOM_ROWS, UNDISTILLED
+from ..reports.report import UNDISTILLED
 from ..reports.uncertainty import macro_f1_difference, paired_difference
+from ..runs.job import Job, display_path, hold_out, timed
+from ..runs.progress import TRAINED
+from ..runs.recipe import Recipe
 from ..seqkd.trainer import CURVE_POINTS
-from .job import Job, display_path, hold_out, timed
-from .progress import TRAINED
-from .recipe import Recipe
+from .config import LLKDConfig
+from .label_calibration import reliability_report
+from .report import ALL_ROWS, RANDOM_ROWS, LLKDReport, decline, starved_classes
+from .rows import count_labels, find_class_names, with_class_numbers
+from .trainer import LLKDTrainer
 
 
 HELD_OUT_ROWS = 1000
@@ -40,10 +40,8 @@ NEEDED_SETTINGS = {
 }
 
 
-class ClassifierJob(Job):
+class LLKDJob(Job):
     """Rows with the teacher's labels, and the trainings of one recipe."""
-
-    console_keys = ("loss", "selection/kept_share", "grad_norm", "learning_rate")
 
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
@@ -133,7 +131,7 @@ class ClassifierJob(Job):
             peft_config=copy.deepcopy(self.peft_config),
         )
 
-    def distil(self) -> ClassifierReport:
+    def distil(self) -> LLKDReport:
         try:
             with self.one_line_errors((ValueError, ImportError)):
                 trainer = self._trainer(self.args)
@@ -161,7 +159,7 @@ class ClassifierJob(Job):
             )
         distilled = found["metrics"]
         self.max_steps, log = trainer.state.max_steps, trainer.state.log_history
-        report = ClassifierReport(
+        report = LLKDReport(
             method=trainer._name,
             student=display_path(self.model),
             teacher=self.script_args.teacher_name,
@@ -214,7 +212,7 @@ class ClassifierJob(Job):
             "accuracy_dropped": dropped,
         }
 
-    def add_baselines(self, report: ClassifierReport) -> None:
+    def add_baselines(self, report: LLKDReport) -> None:
         """Train the same student on all rows of the same pools, and on random ones."""
         if not self._has_baselines:
             return

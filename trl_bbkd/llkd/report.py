@@ -1,14 +1,15 @@
-"""The report of a student that classifies."""
+"""The report of a run of LLKD."""
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .markdown import escape, table
-from .report import ALL_ROWS, RANDOM_ROWS, UNDISTILLED, Report, Section
-from .uncertainty import is_clear
+from ..reports.markdown import escape, table
+from ..reports.report import UNDISTILLED, Report, Section
+from ..reports.uncertainty import is_clear
 
 
+ALL_ROWS, RANDOM_ROWS = "all rows", "random rows"
 RELIABILITY = "reliability.png"
 TABLE = (
     ("accuracy", "accuracy"),
@@ -21,7 +22,7 @@ TABLE = (
 
 
 @dataclass(kw_only=True)
-class ClassifierReport(Report):
+class LLKDReport(Report):
     """
     A run whose student classifies.
 
@@ -117,10 +118,10 @@ class ClassifierReport(Report):
         return found
 
     def draw(self, folder: Path) -> None:
-        from .classifier_curves import plot_classifier_curves
+        from .curves import plot_curves
         from .reliability import plot_reliability
 
-        plot_classifier_curves(self, folder / "curves.png")
+        plot_curves(self, folder / "curves.png")
         if self.teacher_labels:
             plot_reliability(self.teacher_labels, folder / RELIABILITY)
 
@@ -133,7 +134,7 @@ def format_value(metric: str, value: float | None) -> str:
     return f"{value:.1f}" if metric == "seconds" else f"{value:.3f}"
 
 
-def selection_table(report: ClassifierReport) -> list[str]:
+def selection_table(report: LLKDReport) -> list[str]:
     """Lines of a Markdown table: of each class what was kept, and its thresholds at the end."""
     rows = [
         [
@@ -146,7 +147,7 @@ def selection_table(report: ClassifierReport) -> list[str]:
     return table(["the teacher's label", "rows", "kept", "least confidence", "least uncertainty"], rows)
 
 
-def selection_explanation(report: ClassifierReport) -> str:
+def selection_explanation(report: LLKDReport) -> str:
     """What the table of the selection says."""
     warmup = f" The first {report.warmup_steps} steps kept every row." if report.warmup_steps else ""
     return (
@@ -155,7 +156,7 @@ def selection_explanation(report: ClassifierReport) -> str:
     )
 
 
-def teacher_explanation(report: ClassifierReport) -> str:
+def teacher_explanation(report: LLKDReport) -> str:
     """How often the teacher is right, whether its confidence says so, and on which rows."""
     found = report.teacher_labels
     text = (
@@ -168,7 +169,7 @@ def teacher_explanation(report: ClassifierReport) -> str:
     return text
 
 
-def decline(report: ClassifierReport) -> list[dict]:
+def decline(report: LLKDReport) -> list[dict]:
     """A warning where the student is worse than before it learned."""
     if not report._is_worse(UNDISTILLED, "macro_f1"):
         return []
@@ -180,7 +181,7 @@ def decline(report: ClassifierReport) -> list[dict]:
     return [{"kind": "worse", "step": report.curves[report.method][-1]["step"], "text": text}]
 
 
-def starved_classes(report: ClassifierReport, least: float = 0.01) -> list[dict]:
+def starved_classes(report: LLKDReport, least: float = 0.01) -> list[dict]:
     """Warnings of classes of whose rows less than `least` was kept after the warm-up."""
     return [
         {
