@@ -1,9 +1,7 @@
 """The two stages of a run of GAD: warm-up on the teacher's text, then the adversarial stage."""
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -51,12 +49,12 @@ class TwoStageGAD(MixinBase):
             counted = self._count_warmup_steps(num_training_steps)
             return step < (counted if self._warmup_steps is None else self._warmup_steps)
 
-        def scaled(schedule: Callable[[int], float], step: int) -> float:
-            return schedule(step) * (factor if in_warmup(step) else 1.0)
-
         self.lr_scheduler = LambdaLR(
             scheduler.optimizer,
-            [functools.partial(scaled, schedule) for schedule in scheduler.lr_lambdas],
+            [
+                lambda step, schedule=schedule: schedule(step) * (factor if in_warmup(step) else 1.0)  # type: ignore[misc]
+                for schedule in scheduler.lr_lambdas
+            ],
         )
         return self.lr_scheduler
 
