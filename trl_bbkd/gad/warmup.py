@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -19,6 +20,11 @@ class TwoStageGAD(MixinBase):
     The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
     (section 2.2 of arXiv 2511.10643).
     """
+
+    # The trainer's of TRL, set again
+    eos_token_ids: list[int]
+    train_dataset: Any
+    eval_dataset: Any
 
     def _begin(self) -> None:
         """Begin at the warm-up, whatever a run of the same trainer has left; weights and optimizers stay."""
