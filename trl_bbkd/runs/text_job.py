@@ -158,7 +158,8 @@ class TextJob(Job):
         }
 
     def distil(self) -> TextReport | None:
-        args, seconds = self.args, {}
+        args = self.args
+        seconds: dict[str, float] = {}
         with self.one_line_errors():
             trainer = self.method.trainer(self)
         self.open_progress(trainer)
@@ -229,7 +230,7 @@ class TextJob(Job):
             report.warnings = [*found["warnings"], *decline(report)]
         return report
 
-    def add_baselines(self, report: TextReport) -> None:
+    def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
         """Train SeqKD and add what its best checkpoint reaches."""
         if not self.script_args.seqkd_baseline:
             return
@@ -252,7 +253,7 @@ class TextJob(Job):
             report.differences[SEQKD] = self._differences(report.method, SEQKD)
 
     def _train_seqkd(self, report: TextReport, output_dir: str) -> dict:
-        seconds = {}
+        seconds: dict[str, float] = {}
         with timed(seconds, SEQKD):
             seqkd = train_seqkd(
                 self.student(),
@@ -275,7 +276,7 @@ class TextJob(Job):
         is_new = UNDISTILLED not in self.progress
         if is_new and self.is_main_process:
             print(self.plan)
-        seconds = {}
+        seconds: dict[str, float] = {}
         with timed(seconds, UNDISTILLED):
             undistilled = self._measured(UNDISTILLED, lambda: trainer.accelerator.unwrap_model(trainer.model))
         if is_new and self.is_main_process:
