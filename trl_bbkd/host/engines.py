@@ -294,15 +294,15 @@ def copy_model(source: nn.Module, target: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block the parameters that ZeRO-3 has partitioned are whole; what the main process writes is kept."""
+def gathered(parameters: list[torch.Tensor], is_written: bool = True) -> Iterator[None]:
+    """Within the block the parameters that ZeRO-3 has partitioned are whole; what the main process writes to them is kept."""
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if is_written else None):
         yield
 
 

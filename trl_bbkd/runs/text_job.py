@@ -20,6 +20,8 @@ from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
 from ..evaluation.student import evaluate_student, evaluate_teacher
+from ..host._compat import whole_models
+from ..host.engines import gathered
 from ..host.model_files import load_model
 from ..host.model_paths import base_of_student, no_model
 from ..host.preflight import refuse_broken_weights
@@ -277,8 +279,10 @@ class TextJob(Job):
         if is_new and self.is_main_process:
             print(self.plan)
         seconds: dict[str, float] = {}
-        with timed(seconds, UNDISTILLED):
-            undistilled = self._measured(UNDISTILLED, lambda: trainer.accelerator.unwrap_model(trainer.model))
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        # Before its training nothing gathers what ZeRO-3 has partitioned
+        with timed(seconds, UNDISTILLED), gathered(list(student.parameters()), is_written=False):
+            undistilled = self._measured(UNDISTILLED, lambda: student)
         if is_new and self.is_main_process:
             rest = seconds[UNDISTILLED] * (self.plan.all / self.plan.once - 1)
             print(f"report: that took {duration(seconds[UNDISTILLED])}; at this pace the rest takes {duration(rest)}")
@@ -305,7 +309,10 @@ class TextJob(Job):
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=self.quantization_config, **kwargs)
+        with whole_models():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=self.quantization_config, **kwargs
+            )
         return model if self.quantization_config else model.to(self.args.device)
 
 
