@@ -99,7 +99,9 @@ def students_table(results: list[dict]) -> str:
     rows = []
     for arm in results[0]["students"]:
         runs = [result["students"][arm] for result in results]
-        rows.append([arm, *(mean_of(runs, *column) for column in STUDENT_COLUMNS.values()), each_of(runs, "valid@t1.0")])
+        rows.append(
+            [arm, *(mean_of(runs, *column) for column in STUDENT_COLUMNS.values()), each_of(runs, "valid@t1.0")]
+        )
     return markdown(["arm", *STUDENT_COLUMNS, "valid, T=1.0, of each seed"], rows)
 
 
