@@ -2,6 +2,7 @@
 
 import copy
 import os
+from importlib.util import find_spec
 
 import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
@@ -33,6 +34,11 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
         args.accelerator_config = copy.copy(args.accelerator_config)
         args.accelerator_config.gradient_accumulation_kwargs = accumulation
     if is_asked_for("DeepSpeed", args):
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                'DeepSpeed is asked for, and is not installed: pip install "trl-bbkd[deepspeed]". FSDP2 needs no package '
+                "(--accelerate_config fsdp2)."
+            )
         if is_4bit and _zero_stage(args) == 3:
             raise ValueError(
                 "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit "

@@ -44,7 +44,10 @@ def plot_curves(report: Report, path: str | Path) -> None:
     for name, points in report.curves.items():
         color = colors[name]
         values = [(point["step"], point[report.headline]) for point in points]
-        main.plot(*zip(*values, strict=True), color=color, lw=1.8, marker="o", ms=4, clip_on=False, label=name)
+        above = 3 if name == report.method else 2
+        main.plot(
+            *zip(*values, strict=True), color=color, lw=1.8, marker="o", ms=4, clip_on=False, label=name, zorder=above
+        )
     main.axhline(report.results[UNDISTILLED][report.headline], color=PALE, lw=1, ls="--", label=UNDISTILLED)
     set_title(main, f"Macro F1 against {report.truth}")
 
