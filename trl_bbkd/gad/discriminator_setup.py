@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from ..host._compat import get_tokenizer_config
 from ..host.model_paths import no_model
 from ..host.preflight import refuse_broken_weights, refuse_frozen, refuse_frozen_adapter, refuse_prompt_learning
+from ..host.sharding import check_sharding, is_sharded
 from .config import GADConfig
 from .discriminator import BACKBONE_NAME, CONFIG_NAME, Discriminator, build_discriminator, find_backbone
 from .shared_backbone import SHARED, check_shared_backbone, share_backbone, shared_adapter_config
@@ -123,6 +124,20 @@ def start_discriminator(
         origin,
         **init_kwargs,
     )
+
+
+def check_sharded_models(args: GADConfig, quantization_config: BitsAndBytesConfig | None) -> None:
+    """
+    As [`~host.sharding.check_sharding`], for the student and what is trained beside it.
+
+    Raises:
+        ValueError: If one of them cannot be sharded in the way that is asked for.
+    """
+    check_sharding(args, quantization_config, four_bits(args) if args.discriminator_load_in_4bit else None)
+    if args.critic == "trunk" and is_sharded(args):
+        raise ValueError(
+            "critic='trunk' reads the student's layers past what gathers them, under FSDP and DeepSpeed. Take critic='copy'."
+        )
 
 
 def four_bits(args: GADConfig) -> BitsAndBytesConfig:

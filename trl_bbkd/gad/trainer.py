@@ -32,14 +32,13 @@ from ..host._compat import (
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_broken_weights, refuse_frozen_adapter, require_tokenizer
 from ..host.reference import add_reference_adapter
-from ..host.sharding import check_sharding, is_sharded
 from ..hub.student import StudentHubMixin
 from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .config import GADConfig
 from .critic import CriticTrainer, build_critic
 from .discriminator import Discriminator
-from .discriminator_setup import four_bits, resolve_discriminator, start_discriminator
+from .discriminator_setup import check_sharded_models, resolve_discriminator, start_discriminator
 from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
 from .embeddings import match_embeddings
 from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
@@ -167,11 +166,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         refuse_broken_weights(model, "student")
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
-        check_sharding(args, quantization_config, four_bits(args) if args.discriminator_load_in_4bit else None)
-        if args.critic == "trunk" and is_sharded(args):
-            raise ValueError(
-                "critic='trunk' reads the student's layers past what gathers them, under FSDP and DeepSpeed. Take critic='copy'."
-            )
+        check_sharded_models(args, quantization_config)
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
