@@ -280,7 +280,8 @@ def plan_recipe(options: argparse.Namespace, overrides: list[str], parser: argpa
         from .plan.show import print_plan
 
         machine = Machine(options.gpus, options.gpu_memory, options.tflops, options.utilization)
-        print_plan(Plan(read_recipe(path, overrides, options.gpus), machine, options.rows), options.recipe)
+        recipe = read_recipe(path, overrides, options.gpus)
+        print_plan(Plan(recipe, machine, options.rows), options.recipe, overrides)
     except DistillationError as error:
         exit_with_error(error)
 

@@ -28,9 +28,9 @@ def plan(path, gpus=1, gpu_memory=80, overrides=(), **settings) -> Plan:
     return Plan(read_recipe(path, list(overrides), gpus), Machine(gpus, gpu_memory, 989, 0.4), **settings)
 
 
-def printed(found: Plan) -> str:
+def printed(found: Plan, overrides=()) -> str:
     console = Console(file=io.StringIO(), width=160)
-    print_plan(found, "my.yaml", console)
+    print_plan(found, "my.yaml", overrides, console)
     return console.file.getvalue()
 
 
@@ -136,6 +136,18 @@ class TestEngines:
         batch = found.recommended.largest_batch
         words = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {32 // batch}"
         assert words in printed(found)
+        assert "my.yaml --beta 0.1 --num_processes 1 " in printed(found, ["--beta", "0.1", "--hub_token", "secret"])
+
+    def test_vllm_has_room_for_the_student_s_weights(self, configurations, tmp_path):
+        colocated = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
+        path = write_recipe(tmp_path, model_name_or_path=configurations["72B"], **colocated)
+        found = plan(path, 64)
+        assert (
+            found.recommended is None and found.own["fsdp2"].footprints[0].kept["vLLM", "weights and KV cache"] > 135e9
+        )
+        assert found.changes[0].text.startswith("--use_vllm true --vllm_mode server")
+        shared_out = plan(path, 64, overrides=["--vllm_tensor_parallel_size", "8"])
+        assert shared_out.own["fsdp2"].footprints[0].kept["vLLM", "weights and KV cache"] == int(0.3 * 80 * GIB)
 
 
 class TestWhatToChange:
@@ -213,7 +225,7 @@ class TestTime:
         found = plan(path)
         ((phase, parts),) = found.parts(found.recommended)
         assert parts[0].took / sum(part.took for part in parts) > 0.86
-        assert "Bottleneck: the student samples." in printed(found)
+        assert "Bottleneck of a step: the student samples." in printed(found)
         sharded = replace(found.setting("fsdp2", 8))
         first, *_ = parts_of(phase, found.sizes(phase), sharded, found.machine.flops)
         assert first.gathering > 0

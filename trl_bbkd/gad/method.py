@@ -40,6 +40,7 @@ class GAD(Method):
                 # All samples of the steps that share them, at once
                 sampled=args.per_device_train_batch_size * args.steps_per_generation,
                 vllm_share=args.vllm_gpu_memory_utilization if on_device else 0.0,
+                vllm_divides=args.vllm_tensor_parallel_size,
                 vllm_sleeps=args.vllm_enable_sleep_mode,
                 uses_vllm=args.use_vllm,
                 gathers_to_sample=args.ds3_gather_for_generation,

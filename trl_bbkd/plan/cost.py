@@ -118,6 +118,14 @@ def seconds_a_token(model: HeldModel, size: ModelSize) -> float:
     return size.layers * (GENERATE_LAYER if model.adapter is None else GENERATE_ADAPTED_LAYER)
 
 
+def evaluation_seconds(model: HeldModel, size: ModelSize, setting: Setting, tokens: float) -> float:
+    """Seconds of `tokens` tokens one after the other in the report's batches; a sharded student is gathered for each."""
+    a_token = seconds_a_token(model, size)
+    if setting.devices > 1 and setting.shards_weights:
+        a_token = max(a_token, size.parameters * setting.compute_bytes / bandwidth(setting))
+    return tokens * a_token
+
+
 def gathering(model: HeldModel, size: ModelSize, setting: Setting, learns: bool) -> float:
     """Seconds in which a sharded model's weights come together for one pass, and its gradients are divided."""
     if setting.devices == 1 or model.is_whole or not setting.shards_weights:

@@ -72,12 +72,18 @@ def footprint(phase: Phase, sizes: Mapping[str, ModelSize], setting: Setting) ->
             "KV cache and logits": memory.cache_bytes(size, phase.sampled, phase.tokens, setting),
         }
     if phase.vllm_share:
-        share = phase.vllm_share * setting.device_bytes
+        share = max(phase.vllm_share * setting.device_bytes, vllm_bytes(sizes[phase.sampler], phase, setting))
         if phase.vllm_sleeps:
             found.moments["vLLM samples"] = {"weights and KV cache": share}
         else:
             found.kept["vLLM", "weights and KV cache"] = share
     return found
+
+
+def vllm_bytes(size: ModelSize, phase: Phase, setting: Setting) -> float:
+    """The least that vLLM needs: its weights, and keys and values of one row."""
+    weights = size.parameters * setting.compute_bytes / phase.vllm_divides
+    return weights + memory.cache_bytes(size, 1, phase.tokens, setting)
 
 
 def bytes_of(model: HeldModel, setting: Setting) -> int:

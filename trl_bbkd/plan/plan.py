@@ -7,7 +7,7 @@ from ..runs.held_models import Phase
 from ..runs.recipe import Recipe
 from ..runs.text_job import EVALUATION_PROMPTS, SamplingPlan, sampling_plan
 from ..soft_targets.store import bytes_per_token
-from .cost import Part, parts_of, seconds_a_token
+from .cost import Part, evaluation_seconds, parts_of
 from .footprint import Footprint, footprint
 from .memory import ENGINES, GIB, EngineName, ModelSize, Setting
 from .models import ModelSizes, with_saved_adapter
@@ -241,7 +241,8 @@ class Plan:
             plan = sampling_plan(script_args, steps, held_out, script_args.seqkd_baseline)
             args = self.recipe.training_args
             batches = -(-plan.all // (self.machine.gpus * args.per_device_eval_batch_size))
-            evaluation = batches * args.max_completion_length * seconds_a_token(student, self._measure(student))
+            tokens = batches * args.max_completion_length
+            evaluation = evaluation_seconds(student, self._measure(student), self.setting(case.engine), tokens)
         samples = steps * phase.step_rows * self.machine.gpus if phase.sampled else 0
         return RunTime(steps, steps * sum(part.took for part in parts), evaluation, plan, samples)
 

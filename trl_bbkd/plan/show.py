@@ -1,9 +1,12 @@
 """A plan as tables and sentences."""
 
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Collection, Iterator
 
+from ..reports.report import arguments_without_secrets
 from ..reports.report import duration as minutes
+from .footprint import Footprint
 from .memory import GIB, EngineName
 from .plan import Case, Plan
 from .reading import accumulation_for
@@ -17,8 +20,8 @@ ESTIMATE = (
 )
 
 
-def print_plan(plan: Plan, name: str, console=None) -> None:
-    """Print a plan of the recipe `name`."""
+def print_plan(plan: Plan, name: str, overrides: Collection[str] = (), console=None) -> None:
+    """Print a plan of the recipe `name`, which was read with overrides."""
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -27,7 +30,7 @@ def print_plan(plan: Plan, name: str, console=None) -> None:
     case = plan.recommended
     if case is not None:
         console.print(time_table(plan, case))
-    for sentence in sentences(plan, name):
+    for sentence in sentences(plan, name, list(overrides)):
         console.print(sentence, markup=False, soft_wrap=True)
 
 
@@ -35,36 +38,44 @@ def memory_table(plan: Plan, name: str):
     """What is on a GPU under each engine, in GiB, in the phase that takes most."""
     from rich.table import Table
 
-    machine = plan.machine
-    table = Table(title=f"{name}: GiB on each of {machine.gpus} GPUs with {machine.gpu_memory:g}")
+    table = Table(title=f"{name}: GiB on {each_gpu(plan)}", caption="* the largest moment")
     table.add_column("")
     for engine in plan.own:
         table.add_column(title(plan, engine), justify="right")
     cases = list(plan.own.values())
     footprints = [case.footprints[case.largest] for case in cases]
     if len(cases[0].phases) > 1:
-        table.add_row("phase that takes most", *(case.phases[case.largest].name for case in cases))
+        phases = (case.phases[case.largest].name.removeprefix("the ") for case in cases)
+        table.add_row("phase that takes most", *phases)
+        table.add_section()
     for key in dict.fromkeys(key for found in footprints for key in found.kept):
         table.add_row(": ".join(key), *(gib(found.kept.get(key, 0.0)) for found in footprints))
     for moment in dict.fromkeys(moment for found in footprints for moment in found.moments):
-        all_parts = [found.moments.get(moment, {}) for found in footprints]
-        rows = list(dict.fromkeys(part for parts in all_parts for part in parts))
         table.add_section()
-        for part in rows:
+        table.add_row(moment, *(moment_cell(found, moment) for found in footprints))
+        all_parts = [found.moments.get(moment, {}) for found in footprints]
+        for part in dict.fromkeys(part for parts in all_parts for part in parts):
             if any(parts.get(part) for parts in all_parts):
-                table.add_row(f"{moment}: {part}", *(gib(parts.get(part, 0.0)) for parts in all_parts), style="dim")
+                table.add_row(f"  {part}", *(gib(parts.get(part, 0.0)) for parts in all_parts), style="dim")
     table.add_section()
     table.add_row("allocator, CUDA", *(gib(found.reserve) for found in footprints))
     table.add_row("peak", *(gib(found.total) for found in footprints), style="bold")
-    table.add_row("at its moment", *(found.largest.removeprefix("the ") for found in footprints))
     return table
+
+
+def moment_cell(found: Footprint, moment: str) -> str:
+    mark = "* " if moment == found.largest else ""
+    return mark + gib(sum(found.moments.get(moment, {}).values()))
 
 
 def ways_table(plan: Plan):
     """What fits: of each way and engine the peak, and the largest batch."""
     from rich.table import Table
 
-    table = Table(title="What fits: GiB at the recipe's batch, and the largest per_device_train_batch_size")
+    table = Table(
+        title="What fits: peak, and the largest per_device_train_batch_size",
+        caption="tried up to the rows of a step",
+    )
     table.add_column("")
     for engine in plan.own:
         table.add_column(title(plan, engine), justify="right")
@@ -80,8 +91,9 @@ def time_table(plan: Plan, case: Case):
     from rich.table import Table
 
     machine = plan.machine
-    assumption = f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s, assumed"
-    table = Table(title=f"A step under {title(plan, case.engine)} ({assumption})")
+    assumption = f"{machine.utilization:.0%} of {machine.tflops:g} TFLOP/s (assumed)"
+    where = f"under {title(plan, case.engine)}" if machine.gpus > 1 else "on one GPU"
+    table = Table(title=f"A step {where}, with {assumption}")
     table.add_column("")
     for column in ("TFLOP, all GPUs", "s", "of the step"):
         table.add_column(column, justify="right")
@@ -99,7 +111,7 @@ def time_table(plan: Plan, case: Case):
     return table
 
 
-def sentences(plan: Plan, name: str) -> Iterator[str]:
+def sentences(plan: Plan, name: str, overrides: list[str]) -> Iterator[str]:
     case = plan.recommended
     if plan.store_bytes:
         unit, size = ("GB", 1e9) if plan.store_bytes > 1e9 else ("MB", 1e6)
@@ -115,7 +127,7 @@ def sentences(plan: Plan, name: str) -> Iterator[str]:
     yield bottleneck(plan, case)
     yield f"Every row is taken to be as long as the recipe lets it be: {case.phases[-1].tokens:,} tokens."
     yield from run_sentences(plan, case)
-    yield f"Train it with: {command(plan, case, name)}"
+    yield f"Train it with: {command(plan, case, name, overrides)}"
     if plan.machine.gpus > GPUS_OF_A_MACHINE:
         yield "Run that on each machine, with its --machine_rank and the first one's --main_process_ip."
     yield ESTIMATE
@@ -126,7 +138,7 @@ def run_sentences(plan: Plan, case: Case) -> Iterator[str]:
     if run is None:
         yield "How long the run takes needs the number of training rows: --rows."
         return
-    yield f"{run.steps:,} steps: {duration(run.training)}."
+    yield f"{run.steps:,} steps of the student: {duration(run.training)}."
     if run.plan is not None:
         share = run.evaluation / (run.evaluation + run.training)
         sampled = run.plan.all / (run.plan.all + run.samples)
@@ -134,17 +146,20 @@ def run_sentences(plan: Plan, case: Case) -> Iterator[str]:
             f"The report samples {run.plan.all:,} completions, {sampled:.0%} of the run's: "
             f"{duration(run.evaluation)}, {share:.0%} of its time."
         )
+        if share > 0.5:
+            batch = plan.recipe.training_args.per_device_eval_batch_size
+            yield f"That is the run's bottleneck: raise per_device_eval_batch_size, which is {batch}, or lower eval_prompts."
 
 
 def bottleneck(plan: Plan, case: Case) -> str:
     """What takes most of the time, and most of the memory."""
-    part = max(plan.parts(case)[-1][1], key=lambda part: part.took)
+    part = max((part for _, parts in plan.parts(case) for part in parts), key=lambda part: part.took)
     why = ", which waits for weights from other GPUs" if part.waits_for_weights else ""
     found = case.footprints[case.largest]
     parts = {": ".join(key): value for key, value in found.kept.items()}
     parts |= {f"{found.largest}: {name}": value for name, value in found.moments[found.largest].items()}
     largest = max(parts, key=lambda name: parts[name])
-    return f"Bottleneck: {part.name}{why}. Most memory: {largest}, {gib(parts[largest])} of {gib(found.total)} GiB."
+    return f"Bottleneck of a step: {part.name}{why}. Most memory: {largest}, {gib(parts[largest])} of {gib(found.total)} GiB."
 
 
 def lacking(plan: Plan) -> str:
@@ -170,9 +185,9 @@ def smaller(plan: Plan) -> str:
     return f"No setting that was tried makes it fit: take a smaller --{max(takes, key=lambda key: takes[key])}."
 
 
-def command(plan: Plan, case: Case, name: str) -> str:
+def command(plan: Plan, case: Case, name: str, overrides: list[str]) -> str:
     """The command that trains the recipe so."""
-    words = ["trl-bbkd train", name]
+    words = [shlex.join(["trl-bbkd", "train", name, *arguments_without_secrets(overrides)])]
     words += [f"--accelerate_config {case.engine}"] if plan.machine.gpus > 1 else []
     machines = math.ceil(plan.machine.gpus / GPUS_OF_A_MACHINE)
     words += [f"--num_machines {machines}"] if machines > 1 else []
@@ -188,6 +203,11 @@ def cell(case: Case) -> str:
     if case.refusal:
         return case.refusal
     return f"{gib(case.total)}, {case.largest_batch or 'no'}"
+
+
+def each_gpu(plan: Plan) -> str:
+    machine = plan.machine
+    return f"{'one GPU' if machine.gpus == 1 else f'each of {machine.gpus} GPUs'} of {machine.gpu_memory:g}"
 
 
 def title(plan: Plan, engine: EngineName) -> str:

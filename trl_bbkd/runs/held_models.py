@@ -93,6 +93,8 @@ class Phase:
             Name of the model that samples.
         vllm_share (`float`, *optional*, defaults to `0.0`):
             Share of a device's memory that is vLLM's.
+        vllm_divides (`int`, *optional*, defaults to `1`):
+            Devices over which vLLM divides the sampler's weights.
         vllm_sleeps (`bool`, *optional*, defaults to `False`):
             Whether vLLM gives its memory back while models learn.
         uses_vllm (`bool`, *optional*, defaults to `False`):
@@ -114,6 +116,7 @@ class Phase:
     sampled: int = 0
     sampler: str = "student"
     vllm_share: float = 0.0
+    vllm_divides: int = 1
     vllm_sleeps: bool = False
     uses_vllm: bool = False
     gathers_to_sample: bool = True
