@@ -138,6 +138,13 @@ class TestEngines:
         assert words in printed(found)
         assert "my.yaml --beta 0.1 --num_processes 1 " in printed(found, ["--beta", "0.1", "--hub_token", "secret"])
 
+    def test_what_is_shared_is_sharded_twice(self, configurations, tmp_path):
+        path = write_recipe(tmp_path, model_name_or_path=configurations["7B"], discriminator="shared", **LORA)
+        own = plan(path, 8).own
+        frozen = {engine: own[engine].footprints[0].kept.get(("discriminator", "frozen weights")) for engine in ENGINES}
+        assert frozen["ddp"] is None and frozen["zero2"] is None
+        assert frozen["fsdp2"] == frozen["zero3"] > 1.5e9
+
     def test_vllm_has_room_for_the_student_s_weights(self, configurations, tmp_path):
         colocated = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
         path = write_recipe(tmp_path, model_name_or_path=configurations["72B"], **colocated)

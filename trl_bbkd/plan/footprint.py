@@ -103,7 +103,9 @@ def kept_bytes(model: HeldModel, size: ModelSize, setting: Setting) -> dict[str,
     # 4-bit weights are stored as uint8, which FSDP2 leaves as they are
     is_shared_out = setting.shards_weights and not stays_whole and not (model.is_4bit and setting.engine == "fsdp2")
     divisor = setting.devices if is_shared_out else 1
-    if not learns_whole and model.stands_on is None:
+    # A model with an engine of its own is sharded by itself, shared weights included
+    has_own_copy = model.has_own_engine and setting.devices > 1 and setting.shards_weights
+    if not learns_whole and (model.stands_on is None or has_own_copy):
         found["frozen weights"] = memory.frozen_bytes(size, weight_bytes, model.is_4bit) / divisor
     if model.trains:
         trained, trained_bytes = trained_of(model, size), trained_bytes_of(model, setting)
