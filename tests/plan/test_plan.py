@@ -141,7 +141,9 @@ class TestEngines:
     def test_what_is_shared_is_sharded_twice(self, configurations, tmp_path):
         path = write_recipe(tmp_path, model_name_or_path=configurations["7B"], discriminator="shared", **LORA)
         own = plan(path, 8).own
-        frozen = {engine: own[engine].footprints[0].kept.get(("discriminator", "frozen weights")) for engine in ENGINES}
+        frozen = {
+            engine: own[engine].footprints[0].kept.get(("discriminator", "frozen weights")) for engine in ENGINES
+        }
         assert frozen["ddp"] is None and frozen["zero2"] is None
         assert frozen["fsdp2"] == frozen["zero3"] > 1.5e9
 
