@@ -163,6 +163,59 @@ class TestQuickly:
         assert done.stderr.startswith("error: ") and message.removeprefix("launcher: ") in done.stderr
 
 
+class TestPlan:
+    """What a recipe takes, from configurations alone."""
+
+    def test_prints_tables_and_the_command(self, recipe, capsys):
+        main(["plan", str(recipe), "--gpus", "2", "--rows", "100", "--max_completion_length", "16"])
+        printed = capsys.readouterr().out
+        assert "GiB on each of 2 GPUs" in printed and "FSDP2" in printed and "What fits" in printed
+        assert "2 steps of the student: " in printed and "assumed" in printed
+        overrides = "--max_completion_length 16"
+        assert f"trl-bbkd train {recipe} {overrides} --accelerate_config ddp --num_processes 2" in printed
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--gpus", "0"], "argument --gpus: '0' is no number above 0"),
+            (["--gpus", "two"], "argument --gpus: 'two' is no number above 0"),
+            (["--gpu_memory", "-1"], "argument --gpu_memory: '-1' is no number above 0"),
+            (["--utilization", "40"], "argument --utilization: 40 is more than all, which is 1"),
+            (["--gpu", "2"], "unknown option --gpu; did you mean '--gpus'?"),
+            (["--learning_rat", "1"], "unknown option --learning_rat; did you mean '--learning_rate'?"),
+            (["more"], "unexpected argument 'more'; overrides are written `--key value`."),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(self, recipe, capsys, arguments, message):
+        with pytest.raises(SystemExit) as stopped:
+            main(["plan", str(recipe), *arguments])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+    def test_a_typo_in_the_recipe_is_one_line(self, recipe, capsys):
+        recipe.write_text(recipe.read_text().replace("max_steps", "max_step"))
+        with pytest.raises(SystemExit):
+            main(["plan", str(recipe)])
+        message = f"{recipe}, line 6: unknown key 'max_step'; did you mean 'max_steps'?"
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+    def test_other_commands_take_no_overrides(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(["recipes", "--rows", "3"])
+        assert stopped.value.code == 2
+        assert "unrecognized arguments: --rows 3" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["gad", "--learning_rat", "1"]], ids=["help", "typo"])
+    def test_help_and_typos_load_no_torch(self, tmp_path, arguments):
+        program = (
+            "import sys, trl_bbkd.cli\n"
+            f"try:\n    trl_bbkd.cli.main(['plan', *{arguments}])\n"
+            "except SystemExit:\n    print({'torch', 'transformers', 'accelerate'} & set(sys.modules))"
+        )
+        done = start(["python", "-c", program], cwd=tmp_path)
+        assert done.stdout.endswith("set()\n"), done.stderr
+
+
 class TestInterrupted:
     """Ctrl-C is one line with the command that goes on."""
 

@@ -198,6 +198,7 @@ def door_of_a_method(block, folder, monkeypatch):
 README, EXAMPLES, SKILL, NEW_RECIPE = (
     f"tests/test_{name}.py::test_" for name in ("readme", "examples", "skill", "new_recipe")
 )
+PLAN = "tests/plan/test_docs.py::test_the_page_shows_what_is_printed"
 TESTED = {
     "README.md": {
         "pip install -c constraints.txt -e . && accelerate launch recipes/gad.yaml": README + "first_command_in_small",
@@ -233,6 +234,12 @@ TESTED = {
         "# Two adapters on one frozen base": whole_recipe,
         "trl-bbkd train my.yaml --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3": parsed,
         "# Samples come from a server": whole_recipe,
+    },
+    "docs/plan.md": {
+        "trl-bbkd plan recipes/qwen2.5-7b-lmsys/gad.yaml --gpus 8 --gpu_memory 80 --rows 200000 \\": PLAN,
+        "recipes/qwen2.5-7b-lmsys/gad.yaml: GiB on each of 8 GPUs of 80": PLAN,
+        "trl-bbkd plan recipes/qwen2.5-7b-lmsys/gad.yaml --gpus 64 --gpu_memory 80 --rows 200000 \\": PLAN,
+        "recipes/qwen2.5-7b-lmsys/gad.yaml: GiB on each of 64 GPUs of 80": PLAN,
     },
     "docs/performance.md": {
         "OMP_NUM_THREADS=2 python benchmarks/kd_loss.py --rounds 2": parsed,

@@ -1,5 +1,8 @@
 """LLKD, as recipes, runs and reports see it."""
 
+from dataclasses import replace
+
+from ..runs.held_models import Phase, rows_of_a_step, student_of
 from ..runs.method import Method
 
 
@@ -12,6 +15,16 @@ class LLKD(Method):
     job = "trl_bbkd.llkd.job:LLKDJob"
     console_keys = ("loss", "selection/kept_share", "grad_norm", "learning_rate")
     init_options = ("labels",)
+
+    def phases(self, recipe) -> list[Phase]:
+        args = recipe.training_args
+        pool = args.pool_factor if args.selection != "none" else 0
+        student = replace(
+            student_of(recipe), kind="classes", num_labels=len(args.labels or ()) or 2, reads=float(pool)
+        )
+        return [
+            Phase("the student's training", (student,), args.max_length or 512, rows_of_a_step(args), loss="classes")
+        ]
 
 
 METHOD = LLKD()

@@ -3,6 +3,8 @@
 import inspect
 from pathlib import Path
 
+from .held_models import Phase, longest_row, rows_of_a_step, student_of
+
 
 class Method:
     """
@@ -60,6 +62,11 @@ class Method:
 
     def check(self, recipe) -> None:
         """Refuse what the method can do nothing with, with a [`~errors.RecipeError`], before data or models are loaded."""
+
+    def phases(self, recipe) -> list[Phase]:
+        """What is on a device in each phase of a run that is larger than what the others hold: by itself, the student alone."""
+        args = recipe.training_args
+        return [Phase("the student's training", (student_of(recipe),), longest_row(args), rows_of_a_step(args))]
 
     # Of a student that writes text
 
