@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
+from trl_bbkd.evaluation.student import generate_completion_ids
 
 
 # What `accelerate launch` sets with recipes/accelerate_configs/fsdp2.yaml
@@ -37,8 +38,10 @@ ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 
 
 def start(engine: str) -> int:
     """Ask for an engine as a launcher does. Returns the number of processes."""
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         os.environ.update(FSDP2)
+    if engine == "fsdp2, whole":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -62,6 +65,31 @@ def gad(engine, model, output_dir, resume=None, lora=False, sequences=16, **conf
         for group in each.optimizer.param_groups:
             group["eps"] = EPSILON
     trainer.train(resume_from_checkpoint=resume)
+    return found(trainer, engines)
+
+
+def answers(model, output_dir) -> list[list[list[int]]]:
+    """Samples of a sharded student, most of whose tokens end an answer."""
+    start("fsdp2")
+    trainer = FixedSamplesTrainer(
+        model=model,
+        args=make_config(output_dir, per_device_train_batch_size=8, max_steps=1, warmup_epochs=0),
+        train_dataset=Dataset.from_list(ROWS),
+    )
+    trainer.train()
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    student.generation_config.eos_token_id = list(range(100, 300))
+    return generate_completion_ids(
+        student,
+        trainer.processing_class,
+        [row["prompt"] for row in ROWS],
+        max_new_tokens=12,
+        batch_size=1,
+        is_shared=True,
+    )
+
+
+def found(trainer, engines) -> dict:
     student = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     models = {"student": trainer.model, "reference": trainer.ref_model} | {
         name: each.module for name, each in engines.items()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.processes import on_processes
-from tests.sharding.runs import gad
+from tests.sharding.runs import answers, gad
 
 
 LOGGED = ("loss", "grad_norm", "discriminator/loss", "discriminator/grad_norm", "critic/grad_norm")
@@ -54,10 +54,29 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
         assert found["units"]["reference"] == found["units"]["student"]
 
 
-def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(alone, tiny_model_dir, tmp_path):
-    on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path)
-    found, _ = on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-3"))
-    assert_same_run(alone("full"), found)
+@pytest.mark.parametrize(("variant", "step"), [("full", 3), ("LoRA and a critic", 4), ("shared", 4)])
+def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(variant, step, alone, tiny_model_dir, tmp_path):
+    """From the warm-up's last step, and from the first that has a reference."""
+    config = VARIANTS[variant] | {"save_steps": step}
+    on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path, **config)
+    found, _ = on_processes(
+        2, gad, "fsdp2", tiny_model_dir, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **config
+    )
+    assert_same_run(alone(variant), found)
+
+
+def test_what_differs_from_process_to_process_is_the_main_ones(alone, tiny_model_dir, tmp_path):
+    """Each has drawn adapters of its own, and loads models whole."""
+    found, _ = on_processes(2, gad, "fsdp2, whole", tiny_model_dir, tmp_path, **VARIANTS["LoRA and a critic"])
+    assert_same_run(alone("LoRA and a critic"), found)
+
+
+def test_processes_whose_answers_end_at_different_lengths_wait_for_each_other(tiny_model_dir, tmp_path):
+    ids, others = on_processes(2, answers, tiny_model_dir, tmp_path)
+    lengths = [len(group[0]) for group in ids]
+    assert ids == others and len(ids) == 12
+    # Batches of one: those of a process are every second one
+    assert any(own != other for own, other in zip(lengths[::2], lengths[1::2], strict=True))
 
 
 def test_four_processes(alone, tiny_model_dir, tmp_path):
@@ -68,7 +87,7 @@ def test_four_processes(alone, tiny_model_dir, tmp_path):
 
 def test_processes_with_more_and_fewer_chunks_wait_for_each_other(tiny_model_dir, tmp_path):
     # 3 samples a process, 4 a prompt: 1, 2, 2 and 1 teacher's answers, hence 4, 5, 5 and 4 rows
-    uneven = {"sequences": 12, "discriminator_batch_size": 4}
+    uneven = {"sequences": 12, "discriminator_batch_size": 4, "gradient_accumulation_steps": 1}
     (expected,) = on_processes(1, gad, "single", tiny_model_dir, tmp_path / "alone", **uneven)
     found, *_ = on_processes(4, gad, "fsdp2", tiny_model_dir, tmp_path / "sharded", **uneven)
     assert_same_run(expected, found)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 from ..errors import JudgeError, kind_of
+from ..host._compat import wait_for_each_other
 from .processes import place, shared
 
 
@@ -150,6 +151,7 @@ def generate_completion_ids(
 
     was_training = model.training
     model.eval()
+    wait_for_each_other(model)
     devices = [model.device] if model.device.type != "cpu" else []
     bar = tqdm(total=len(queue), desc=progress_bar, disable=progress_bar is None, unit="completion", leave=False)
 

@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ..host._compat import add_fused_lm_head, disable_dropout
-from ..host.engines import copy_into
+from ..host.engines import copy_into, whole_shape
+from ..host.model_files import read_adapter
 from ..host.preflight import refuse_adapted_head
 from .embeddings import match_embeddings
 
@@ -158,7 +158,7 @@ class Discriminator(nn.Module):
             "head": self.head,
             "likelihood_reduction": self.likelihood_reduction,
             "is_adapter": isinstance(self.backbone, PeftModel),
-            "num_embeddings": self.backbone.get_input_embeddings().weight.size(0),
+            "num_embeddings": whole_shape(self.backbone.get_input_embeddings().weight)[0],
         }
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -202,7 +202,7 @@ class Discriminator(nn.Module):
         """Overwrite the weights with those [`~Discriminator.save_pretrained`] wrote for the same architecture."""
         backbone_path = Path(directory) / BACKBONE_NAME
         if isinstance(self.backbone, PeftModel):
-            set_peft_model_state_dict(self.backbone, load_file(backbone_path / SAFETENSORS_WEIGHTS_NAME))
+            copy_into(self.backbone.state_dict(), read_adapter(self.backbone, backbone_path))
         else:
             saved = type(self.backbone).from_pretrained(backbone_path, dtype=self.backbone.dtype)
             copy_into(self.backbone.state_dict(), saved.state_dict())

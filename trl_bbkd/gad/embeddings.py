@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from ..host.engines import whole_shape
+
 
 @torch.no_grad()
 def match_embeddings(model: PreTrainedModel, student: PreTrainedModel) -> None:
@@ -16,7 +18,7 @@ def match_embeddings(model: PreTrainedModel, student: PreTrainedModel) -> None:
         student ([`~transformers.PreTrainedModel`]):
             Without its PEFT wrapper.
     """
-    loaded, wanted = (each.get_input_embeddings().weight.size(0) for each in (model, student))
+    loaded, wanted = (whole_shape(each.get_input_embeddings().weight)[0] for each in (model, student))
     if loaded == wanted:
         return
     model.resize_token_embeddings(wanted, mean_resizing=False)

@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+from peft import PeftModel
+
 from ..host._compat import whole_models
 from ..host.engines import copy_model
-from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference
+from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference, read_reference
 from ..host.resume import ResumableRun
+from ..host.sharding import is_sharded
 from .generation_batch import load_generation_batch, save_generation_batch
 
 
@@ -114,6 +117,11 @@ class ResumableGAD(ResumableRun):
             with whole_models():
                 warmed_up = type(self._unwrapped_policy()).from_pretrained(folder, dtype=reference.dtype)
             copy_model(warmed_up, reference)
+        model = self.accelerator.unwrap_model(self.model)
+        has_adapter = isinstance(model, PeftModel) and REFERENCE_ADAPTER in model.peft_config
+        if has_adapter and self._warmup_steps > 0 and is_sharded(self.args):
+            # Of a sharded model a checkpoint has the trained adapter alone
+            read_reference(model, folder)
         self._reference_is_set = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

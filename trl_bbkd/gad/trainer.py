@@ -27,6 +27,7 @@ from ..host._compat import (
     fused_forward,
     keep_4bit_weights_differentiable,
     references_sharded_like_students,
+    wait_for_each_other,
     without_backward_of_leaves,
 )
 from ..host.model_paths import refuse_adapter_path
@@ -323,6 +324,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     def _generate(self, prompts):
         is_training = self.model.training
+        wait_for_each_other(self.accelerator.unwrap_model(self.model))
         with without_router_logits(self._unwrapped_policy()):
             output = super()._generate(prompts)
         # Continuous batching leaves the model in training mode, by which an evaluation would be taken for a step

@@ -15,7 +15,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
 from transformers.integrations import deepspeed as transformers_deepspeed
@@ -50,6 +52,7 @@ __all__ = [
     "references_sharded_like_students",
     "shard_on_cpus",
     "uploads_through",
+    "wait_for_each_other",
     "whole_models",
     "without_backward_of_leaves",
 ]
@@ -230,3 +233,14 @@ def shard_on_cpus() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharding_on_cpus
+
+
+def wait_for_each_other(model: nn.Module) -> None:
+    """
+    Have the processes of a model that FSDP2 shards end `generate` together: each needs the others in every step.
+
+    transformers knows that of models it has sharded itself.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, FSDPModule):
+        inner._is_fsdp_managed_module = True

@@ -262,6 +262,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
             optimizer.state[parameter][name] = part_of(value, parameter)
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has taken it apart."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor, on the device of `like` and sharded as that is. Every process takes part."""
     value = value.to(like.device)
@@ -277,9 +282,11 @@ def copy_into(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor])
     DeepSpeed's from the main process's.
     """
     for name, value in values.items():
-        target = targets.get(name)
-        if target is None:
-            continue
+        if name not in targets:
+            raise ValueError(
+                f"There is no {name} in the model that weights are loaded into: they are another model's."
+            )
+        target = targets[name]
         with gathered([target]):
             target.copy_(part_of(value.reshape(target.shape), target))
 

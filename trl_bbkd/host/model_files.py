@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -60,6 +61,26 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer, folder: str | Path
     selected = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
     model.save_pretrained(folder, **selected)
     tokenizer.save_pretrained(folder)
+
+
+def read_adapter(model: PeftModel, folder: str | Path, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """
+    The weights of an adapter on disk, whole, by the names that they have in the state of a model with such an adapter.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, which is left as it is.
+        folder (`str` or `Path`):
+            Where the adapter was saved.
+        adapter (`str`, *optional*, defaults to `"default"`):
+            Which of the model's adapters is meant.
+    """
+    # PEFT tells how it names things in a file, but not the other way round: what it is given comes back under those names
+    marks = {name: torch.empty(0) for name in model.state_dict()}
+    names = {id(mark): name for name, mark in marks.items()}
+    in_file = get_peft_model_state_dict(model, state_dict=marks, adapter_name=adapter)
+    saved = load_peft_weights(str(folder), device="cpu")
+    return {names[id(mark)]: saved[name] for name, mark in in_file.items() if name in saved}
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

@@ -87,7 +87,7 @@ def refuse_broken_weights(model, role: str) -> None:
     """
     if not isinstance(model, str | Path):
         return
-    for file in sorted(Path(model).expanduser().glob("*.safetensors")):
+    for file in sorted(Path(model).expanduser().glob("[!.]*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

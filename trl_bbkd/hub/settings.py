@@ -6,7 +6,7 @@ import itertools
 import torch
 from peft import PeftConfig
 
-from ..reports.redaction import SECRET
+from ..reports.report import without_secrets
 from ..selection.config import SELECTION_ARGUMENTS
 
 
@@ -63,11 +63,12 @@ def hyperparameters(args, steps: int, leading: tuple[str, ...] = (), adapter: Pe
     }
     own = {item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.name in names}
     # What is off or unset says nothing
-    return {
+    told = {
         name: value
         for name, value in {**first, **own}.items()
         if value not in (None, "") and value is not False and not name.startswith(UNTOLD_SETTINGS)
     }
+    return without_secrets(told)
 
 
 def _batch(args) -> dict[str, str | int]:
@@ -107,10 +108,10 @@ def changed_settings(*arguments) -> dict:
         for item in dataclasses.fields(values):
             value = getattr(values, item.name)
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            is_told = not item.name.startswith((*UNTOLD_SETTINGS, "_")) and not SECRET.search(item.name)
+            is_told = not item.name.startswith((*UNTOLD_SETTINGS, "_"))
             if item.init and is_told and value != default and value not in (None, "", [], {}):
                 found[item.name] = value
-    return found
+    return without_secrets(found)
 
 
 def hardware(args) -> str:

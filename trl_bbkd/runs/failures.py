@@ -2,10 +2,12 @@
 
 import errno
 import functools
+import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -82,9 +84,15 @@ def is_full(error: BaseException | None, output_dir: str) -> bool:
     text = str(error).lower()
     if getattr(error, "errno", None) in FULL or any(words in text for words in SAYS_FULL):
         return True
-    if any(words in text for words in WRITER_FAILED) and shutil.disk_usage(output_dir).free <= LITTLE:
+    if any(words in text for words in WRITER_FAILED) and _free(output_dir) <= LITTLE:
         return True
     return is_full(error.__cause__ or error.__context__, output_dir)
+
+
+def _free(output_dir: str) -> int:
+    """Bytes that are free where a folder is, or was to be."""
+    folder = Path(output_dir).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _state_of(output_dir: str) -> str:
@@ -104,7 +112,7 @@ def _files_of_functions(script_args) -> Iterator[str]:
         file, colon, _ = name.rpartition(":")
         module = None if colon else sys.modules.get(name.rpartition(".")[0])
         if colon or module is not None:
-            yield file if colon else module.__file__
+            yield os.path.abspath(file) if colon else module.__file__
 
 
 def _last_frame_of(files: Iterator[str], error: Exception) -> traceback.FrameSummary | None:

@@ -1,8 +1,8 @@
 """One run at a time in one `output_dir`."""
 
 import contextlib
-import fcntl
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +12,13 @@ from accelerate.utils import broadcast_object_list
 
 from ..errors import RecipeError
 
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".in_use"
 
@@ -48,14 +55,20 @@ def claimed(output_dir: str) -> Iterator[None]:
 
 
 def _claim(folder: Path, stack: contextlib.ExitStack) -> str | None:
-    """Take the lock until `stack` closes; or say which process has it."""
+    """Take the lock until `stack` closes; or say which process has it. Not every system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = stack.enter_context(open(folder / LOCK_NAME, "a+", encoding="utf-8"))
+    if fcntl is None:
+        return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Of this process alone: a child that outlives it does not hold the folder
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.seek(0)
         return lock.read().strip()
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error.strerror}): see to it that no other run uses it.")
+        return None
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()

@@ -112,6 +112,7 @@ class Job:
         held_out = hashlib.blake2b(json.dumps(self.held_out_rows, default=str).encode(), digest_size=16).hexdigest()
         return {
             **self.inputs,
+            "processes": self.args.world_size,
             "arguments": args,
             "script": script_args,
             "model": vars(self.recipe.model_args),

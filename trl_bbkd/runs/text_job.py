@@ -202,7 +202,9 @@ class TextJob(Job):
                 UNDISTILLED: undistilled,
                 trainer._name: distilled,
                 **found["more results"],
-                TEACHER: evaluate_teacher(self.held_out_rows, self.sample_metrics, self.tokenizer),
+                TEACHER: evaluate_teacher(self.held_out_rows, self.sample_metrics, self.tokenizer)
+                if self.is_main_process
+                else {},
             },
             # It starts and ends with the numbers of the table
             curves={
