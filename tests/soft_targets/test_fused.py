@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "fused_against_reference.py"
 
 
 def test_the_fused_loss_and_its_gradient_are_those_of_float64():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5", reason="the interpreter of older ones fails with NumPy 2.5")
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     process = subprocess.run(
         [sys.executable, str(SCRIPT)], capture_output=True, text=True, env=os.environ | interpreted

@@ -5,9 +5,13 @@ import os
 from importlib.util import find_spec
 
 import torch
+from accelerate.utils import is_torch_version
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from ._compat import shard_on_cpus
+
+
+AVERAGES_ON_CPUS = "2.13"  # the first torch that was tried and does; 2.8 does not
 
 
 def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | None) -> None:
@@ -29,6 +33,11 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
         settings = _fsdp_settings(args)
         _refuse_fsdp(settings, args, is_4bit)
         if args.use_cpu:
+            if is_torch_version("<", AVERAGES_ON_CPUS):
+                raise ValueError(
+                    f"FSDP2 on CPU processes needs torch {AVERAGES_ON_CPUS}; this is {torch.__version__}, where it adds gradients "
+                    "up and does not average them. Update torch, or take --accelerate_config ddp."
+                )
             shard_on_cpus()
         accumulation = {"sync_each_batch": True} | (args.accelerator_config.gradient_accumulation_kwargs or {})
         args.accelerator_config = copy.copy(args.accelerator_config)

@@ -1,6 +1,7 @@
 """The picture of a teacher's confidences beside how often it is right."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def plot_reliability(report: dict, path: str | Path) -> None:
     """
     figure = Figure(figsize=(5.2, 5.8), layout="constrained")
     FigureCanvasAgg(figure)
-    main, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    axes: Any = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    main, counts = axes
     lower, upper, rows, confidence, accuracy = (np.array([entry[key] for entry in report["bins"]]) for key in BIN)
     bars = {"x": lower, "width": upper - lower, "align": "edge", "edgecolor": "white", "linewidth": 1}
     # The gap is above the accuracy of a teacher that is too sure, below that of one that is not sure enough
