@@ -7,8 +7,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
+from tests.bayeskd.helpers import make_trainer as make_bayes_trainer
 from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
+from tests.proxykd.helpers import LORA, make_kd_trainer, make_rows
+from trl_bbkd.proxy import stages
 
 
 # What `accelerate launch` sets with recipes/accelerate_configs/fsdp2.yaml
@@ -32,6 +35,16 @@ GAD_RUN = {
     "save_strategy": "steps",
     "save_steps": 3,
 }
+SOFT_TARGET_RUN = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 5,
+    "adam_epsilon": EPSILON,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+PROXYKD_RUN = {"stages": ["warmup", "cache", "distil"], "warmup_share": 0.5, "alignment_share": 0.0}
+PROXYKD_RUN |= {"distil_on_all_rows": True}
+BAYESKD_RUN = {"posterior_sampling": "expected"}
 ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 
 
@@ -85,3 +98,48 @@ def share(module) -> float:
 def units(module) -> int:
     """Parts that FSDP2 gathers one at a time."""
     return sum(type(each).__name__.startswith("FSDP") for each in module.modules())
+
+
+def proxykd(engine, student, proxy, output_dir, **config) -> dict:
+    return soft_targets(engine, student, proxy, output_dir, make_kd_trainer, PROXYKD_RUN | config)
+
+
+def bayeskd(engine, student, proxy, output_dir, **config) -> dict:
+    return soft_targets(engine, student, proxy, output_dir, make_bayes_trainer, BAYESKD_RUN | config)
+
+
+def soft_targets(engine, student, proxy, output_dir, make, config) -> dict:
+    """Go through all stages; rows a step are 8, of the student and of the proxy."""
+    processes = start(engine)
+    config = dict(config)
+    lora, resume = config.pop("lora", False), config.pop("resume", None)
+    torch.manual_seed(0)
+    trainer = make(
+        output_dir,
+        student,
+        proxy,
+        rows=make_rows(40),
+        trainer_kwargs={"peft_config": LoraConfig(**LORA) if lora else None},
+        **SOFT_TARGET_RUN,
+        per_device_train_batch_size=4 // processes,
+        **config,
+    )
+    shares = {}
+    save = stages.save_model
+
+    def measuring(model, *arguments):
+        shares["proxy"] = share(model)
+        save(model, *arguments)
+
+    stages.save_model = measuring
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "weights": {"student": {name: value.detach().cpu() for name, value in state.items()}},
+        "shares": shares | {"student": share(trainer.model)},
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "stages": [report["metrics"] for report in trainer.proxy_stages.reports],
+        "proxy_log": trainer.proxy_stages.log_history,
+        "live_share": None if trainer.live_proxy is None else share(trainer.live_proxy),
+    }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -36,6 +36,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "add_fused_lm_head",
     "be_wrapped_again",
+    "beside_another_trainer",
     "disable_dropout",
     "fused_forward",
     "get_callable_name",
@@ -51,6 +52,7 @@ __all__ = [
     "uploads_through",
     "whole_models",
     "without_backward_of_leaves",
+    "without_step",
 ]
 
 
@@ -154,12 +156,33 @@ def keep_precision(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_models() -> Iterator[None]:
-    """Within the block a model is loaded whole on every process, although ZeRO-3 partitions what is loaded."""
+    """
+    Within the block a model is loaded whole on every process, although ZeRO-3 partitions what is loaded, and FSDP may load
+    it on the main one alone.
+    """
     config = transformers_deepspeed._hf_deepspeed_config_weak_ref
     transformers_deepspeed.unset_hf_deepspeed_config()
     try:
+        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+            yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextlib.contextmanager
+def beside_another_trainer() -> Iterator[None]:
+    """
+    Within the block another trainer may be made and run. What accelerate and transformers keep for all trainers of a
+    process, and each new configuration overwrites, is afterwards as before.
+    """
+    kept = [(state, dict(state)) for state in (PartialState._shared_state, AcceleratorState._shared_state)]
+    config = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    try:
         yield
     finally:
+        for state, values in kept:
+            state.clear()
+            state.update(values)
         transformers_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
@@ -206,6 +229,25 @@ def without_backward_of_leaves(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         del accelerator.backward
+
+
+@contextlib.contextmanager
+def without_step(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """
+    Within the block gradients add up for a backward pass that comes after it, as between micro-batches.
+
+    DDP exchanges none. Under FSDP2 each is reduced and scattered, since what is kept until then is the whole gradient;
+    DeepSpeed, whose backward pass is the optimizer's step as well, takes none.
+    """
+    state = accelerator.gradient_state
+    syncs = state.sync_gradients
+    with contextlib.nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model):
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(syncs)
 
 
 def shard_on_cpus() -> None:

@@ -1,3 +1,4 @@
+import copy
 import os
 from collections.abc import Callable
 
@@ -36,6 +37,7 @@ from ..host.preflight import (
     require_tokenizer,
 )
 from ..host.resume import ResumableRun
+from ..host.sharding import check_sharding
 from ..hub.example import example_input
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
@@ -155,6 +157,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         require_config(args, LLKDConfig, type(self).__name__)
+        args = copy.copy(args)
+        check_sharding(args)
         refuse_adapter_path(model, "student")
         refuse_broken_weights(model, "student")
         refuse_frozen_adapter(peft_config, "student")
