@@ -1,17 +1,24 @@
 """Runs on one process or several, whole or sharded, that return what they end with, whole."""
 
+import itertools
 import os
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 
 from tests.bayeskd.helpers import make_trainer as make_bayes_trainer
 from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
-from tests.proxykd.helpers import LORA, make_kd_trainer, make_rows
+from tests.llkd.helpers import make_rows as make_llkd_rows
+from tests.llkd.helpers import make_trainer as make_llkd_trainer
+from tests.proxykd.helpers import LORA, ON_CPU, make_kd_trainer, make_rows
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.proxy import stages
+from trl_bbkd.proxykd.config import ProxyKDConfig
+from trl_bbkd.seqkd.trainer import train_seqkd
 
 
 # What `accelerate launch` sets with recipes/accelerate_configs/fsdp2.yaml
@@ -45,6 +52,8 @@ SOFT_TARGET_RUN = {
 PROXYKD_RUN = {"stages": ["warmup", "cache", "distil"], "warmup_share": 0.5, "alignment_share": 0.0}
 PROXYKD_RUN |= {"distil_on_all_rows": True}
 BAYESKD_RUN = {"posterior_sampling": "expected"}
+# In the warm-up whole pools are kept, more than a forward pass takes
+LLKD_RUN = SOFT_TARGET_RUN | {"selection_warmup_steps": 2}
 ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 
 
@@ -143,3 +152,59 @@ def soft_targets(engine, student, proxy, output_dir, make, config) -> dict:
         "proxy_log": trainer.proxy_stages.log_history,
         "live_share": None if trainer.live_proxy is None else share(trainer.live_proxy),
     }
+
+
+def llkd(engine, student, output_dir, resume=None, lora=None, **config) -> dict:
+    """Pools of 32 rows a step."""
+    processes = start(engine)
+    torch.manual_seed(0)
+    trainer = make_llkd_trainer(
+        output_dir,
+        student,
+        rows=make_llkd_rows(96, gold=True),
+        trainer_kwargs={"peft_config": LoraConfig(**lora) if lora else None},
+        per_device_train_batch_size=8 // processes,
+        **LLKD_RUN | config,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "weights": {"student": {name: value.detach().cpu() for name, value in weights.items()}},
+        "shares": {"student": share(trainer.model)},
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "selector": trainer.selector.state_dict(),
+    }
+
+
+def seqkd(engine, student, output_dir, lora=False) -> dict:
+    """Five steps of 8 rows, measured after each; the third is the best."""
+    processes = start(engine)
+    args = ProxyKDConfig(
+        str(output_dir),
+        **ON_CPU | {"per_device_train_batch_size": 4 // processes},
+        gradient_accumulation_steps=2,
+        adam_epsilon=EPSILON,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    rows, _ = tokenize_teacher_data(Dataset.from_list(make_rows(40)), tokenizer, max_completion_length=16)
+    shares, steps = [], itertools.count(1)
+
+    def measure(model):
+        shares.append(share(model))
+        return {"distance": abs(next(steps) - 3)}
+
+    torch.manual_seed(0)
+    result = train_seqkd(
+        student,
+        args,
+        rows,
+        tokenizer,
+        measure,
+        lambda new, best: new["distance"] < best["distance"],
+        output_dir=str(output_dir),
+        max_steps=5,
+        learning_rate=1e-3,
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+    return {"best_step": result.best_step, "curve": result.curve, "share": shares[-1]}

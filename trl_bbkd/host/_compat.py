@@ -44,6 +44,7 @@ __all__ = [
     "get_tokenizer_config",
     "is_async_callable",
     "keep_4bit_weights_differentiable",
+    "keep_embeddings_apart",
     "keep_precision",
     "pad",
     "print_prompt_completions_sample",
@@ -248,6 +249,21 @@ def without_step(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
             yield
         finally:
             state._set_sync_gradients(syncs)
+
+
+def keep_embeddings_apart(model: PreTrainedModel) -> None:
+    """
+    Have FSDP2 make the input embeddings a unit of their own, and not what they are in.
+
+    Encoders name both as what is not to be split; accelerate would shard the embeddings twice, and fail.
+    """
+    embeddings = model.get_input_embeddings()
+    around = {
+        type(module).__name__
+        for module in model.modules()
+        if module is not embeddings and any(each is embeddings for each in module.modules())
+    }
+    model._no_split_modules = set(model._no_split_modules or ()) - around
 
 
 def shard_on_cpus() -> None:
