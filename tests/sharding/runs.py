@@ -145,7 +145,7 @@ def soft_targets(engine, student, proxy, output_dir, make, config) -> dict:
     trainer.save_model()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
-        "weights": {"student": {name: value.detach().cpu() for name, value in state.items()}},
+        "weights": {"student": {name: value.detach().cpu() for name, value in (state or {}).items()}},
         "shares": shares | {"student": share(trainer.model)},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "stages": [report["metrics"] for report in trainer.proxy_stages.reports],
@@ -170,7 +170,7 @@ def llkd(engine, student, output_dir, resume=None, lora=None, **config) -> dict:
     trainer.save_model()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
-        "weights": {"student": {name: value.detach().cpu() for name, value in weights.items()}},
+        "weights": {"student": {name: value.detach().cpu() for name, value in (weights or {}).items()}},
         "shares": {"student": share(trainer.model)},
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "selector": trainer.selector.state_dict(),

@@ -158,16 +158,20 @@ class ResumableRun(MixinBase):
     def _finished_before(self, checkpoint: str) -> TrainOutput:
         """Bring back what `train` left."""
         self.state = _state_of(checkpoint)
-        if is_sharded(self.args):
-            # The weights find their place in what training wraps
-            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), None)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # By its name, because the run may have been moved
-        self._load_from_checkpoint(str(Path(checkpoint).with_name(Path(best).name)) if best else checkpoint)
-        # All that is trained beside the student is in a checkpoint with the optimizer
-        if not is_sharded(self.args):
+        best = str(Path(checkpoint).with_name(Path(best).name)) if best else None
+        if is_sharded(self.args):
+            # What is loaded finds its place in what training wraps
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+            if best:
+                self.state.best_model_checkpoint = best
+                self._load_best_model()
+        else:
+            self._load_from_checkpoint(best or checkpoint)
+            # All that is trained beside the student is in a checkpoint with the optimizer
             self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
-        self._load_optimizer_and_scheduler(checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
         if self.accelerator.is_main_process:
             logger.warning(f"{self._training_name}: finished before, in {checkpoint}; not run again.")
         return TrainOutput(self.state.global_step, 0.0, {})
