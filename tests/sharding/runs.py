@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -61,6 +62,13 @@ def start(engine: str) -> int:
     """Ask for an engine as a launcher does. Returns the number of processes."""
     if engine == "fsdp2":
         os.environ.update(FSDP2)
+    if engine.startswith("zero"):
+        import deepspeed
+
+        # Without an accelerator, DeepSpeed knows of the other processes once it is told
+        deepspeed.init_distributed(dist_backend="gloo")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(__file__).with_name(f"{engine}.json"))
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -100,6 +108,8 @@ def gad(engine, model, output_dir, resume=None, lora=False, sequences=16, **conf
 def share(module) -> float:
     """Of a model's numbers, how many this process keeps."""
     parameters = list(module.parameters())
+    if hasattr(parameters[0], "ds_tensor"):
+        return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
     own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
     return own / sum(p.numel() for p in parameters)
 

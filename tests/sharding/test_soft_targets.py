@@ -3,8 +3,15 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
+from tests.conftest import build_tokenizer
 from tests.processes import on_processes
 from tests.proxykd.helpers import make_kd_trainer
 from tests.sharding.runs import FSDP2, bayeskd, proxykd
@@ -42,7 +49,21 @@ def assert_same_run(expected, found):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model_dir, other_model_dir, tmp_path_factory):
+def proxy(tmp_path_factory):
+    """Of another architecture than the student: its layers, by which it is sharded, have another name."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = build_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    folder = tmp_path_factory.mktemp("proxy")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir, proxy, tmp_path_factory):
     """Of each variant, what one process ends with."""
     found = {}
 
@@ -50,16 +71,16 @@ def alone(tiny_model_dir, other_model_dir, tmp_path_factory):
         if variant not in found:
             function, config = VARIANTS[variant]
             folder = tmp_path_factory.mktemp("alone")
-            (found[variant],) = on_processes(1, function, "single", tiny_model_dir, other_model_dir, folder, **config)
+            (found[variant],) = on_processes(1, function, "single", tiny_model_dir, proxy, folder, **config)
         return found[variant]
 
     return run
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, other_model_dir, tmp_path):
+def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, proxy, tmp_path):
     function, config = VARIANTS[variant]
-    found, other = on_processes(2, function, "fsdp2", tiny_model_dir, other_model_dir, tmp_path, **config)
+    found, other = on_processes(2, function, "fsdp2", tiny_model_dir, proxy, tmp_path, **config)
     assert_same_run(alone(variant), found)
     assert found["shares"]["proxy"] == pytest.approx(0.5, abs=0.02)
     for result in (found, other):
@@ -75,13 +96,14 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, other_model_d
 
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(step, alone, tiny_model_dir, other_model_dir, tmp_path):
+def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(step, alone, tiny_model_dir, proxy, tmp_path):
     """Also from the last one, after which there is nothing to train."""
-    models = (tiny_model_dir, other_model_dir)
+    models = (tiny_model_dir, proxy)
     on_processes(2, proxykd, "fsdp2", *models, tmp_path)
     checkpoint = str(tmp_path / f"checkpoint-{step}")
     found, _ = on_processes(2, proxykd, "fsdp2", *models, tmp_path, resume=checkpoint)
     assert_same_run(alone("store"), found)
+    assert found["shares"]["student"] == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(

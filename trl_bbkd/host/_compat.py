@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -157,15 +157,11 @@ def keep_precision(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_models() -> Iterator[None]:
-    """
-    Within the block a model is loaded whole on every process, although ZeRO-3 partitions what is loaded, and FSDP may load
-    it on the main one alone.
-    """
+    """Within the block a model is loaded whole on every process, although ZeRO-3 partitions what is loaded."""
     config = transformers_deepspeed._hf_deepspeed_config_weak_ref
     transformers_deepspeed.unset_hf_deepspeed_config()
     try:
-        with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-            yield
+        yield
     finally:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = config
 

@@ -138,8 +138,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             require_model(proxy, type(self).__name__, "proxy_model")
             if is_sharded(args) and not isinstance(proxy, str):
                 raise ValueError(
-                    "Under FSDP and DeepSpeed a model in memory may be in parts, or on the main process alone, and the proxy is "
-                    "measured whole. Hand in its path as proxy_model."
+                    "Under FSDP and DeepSpeed a model in memory may be in parts, and the proxy is measured whole. Hand in its path "
+                    "as proxy_model."
                 )
         self._needs_proxy = args.needs_proxy and not self._has_targets(args)
         if self._needs_proxy:

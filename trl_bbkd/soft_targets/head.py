@@ -67,7 +67,7 @@ def scored_positions(labels: torch.Tensor) -> torch.Tensor:
 
 def check_partitioned_head(model: PreTrainedModel) -> None:
     """
-    [`check_head`] of a model whose weights are in parts, or on another process: on one of the same architecture with random
+    [`check_head`] of a model whose weights are, or will be, in parts: on one of the same architecture with random
     weights, no layers and few tokens. To gather the whole model on every device would take what sharding is to save.
     """
     model = language_model(model)
