@@ -233,13 +233,11 @@ class TestAccelerateConfig:
             "num_processes": 1,
         }
         (tmp_path / "debug.yaml").write_text(yaml.safe_dump({**config, "debug": True}))
-        # any other error of a run keeps its traceback, which shows what the launcher passed on
+        # what a user's file raises is told, which shows what the launcher passed on
         (tmp_path / "rewards.py").write_text("import os\nraise RuntimeError(os.environ['ACCELERATE_DEBUG_MODE'])")
         monkeypatch.chdir(tmp_path)
         command = ["train", str(recipe), "--accelerate_config", "debug.yaml"]
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--reward_funcs", "rewards.py:reward"])
-        assert stopped.value.code == 1
-        stderr = capfd.readouterr().err
-        assert "Traceback" in stderr
-        assert "RuntimeError: true" in stderr
+        assert stopped.value.code == 2
+        assert "rewards.py cannot be imported: RuntimeError: true." in capfd.readouterr().err

@@ -73,7 +73,7 @@ MAY_NAME_A_METHOD = {
         "runs/text_job.py",
         ", which writes no text: take a causal language model. (For a classifier there is `method: llkd`.)",
     ),
-    ("hub/student.py", "llkd"),  # the rule of selection
+    ("hub/settings.py", "llkd"),  # the rule of selection
 }
 
 

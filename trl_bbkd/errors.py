@@ -1,7 +1,7 @@
 """What a user can mend: one tree, whose root a program can catch. Each is a type of the standard library as well."""
 
 
-def kind_of(value) -> str:
+def kind_of(value: object) -> str:
     """The name of a value's type with its article, for a message: `an int`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"

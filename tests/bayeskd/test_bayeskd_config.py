@@ -184,7 +184,7 @@ class TestBadInput:
         [
             (None, "Row 0: `completion` is null"),
             ([], "Row 0: `prompt` is a string but `completion` is a list"),
-            (4, "Row 0: `completion` is 4, a int"),
+            (4, "Row 0: `completion` is 4, an int"),
         ],
         ids=str,
     )

@@ -2,7 +2,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -98,7 +97,7 @@ def test_4_bits_need_an_adapter_to_train(tiny_model_dir, tmp_path, standard_rows
             tiny_model_dir,
             standard_rows,
             trainer_kwargs={
-                "discriminator": torch.nn.Identity(),
+                "discriminator": AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model_dir)),
                 "discriminator_peft_config": LoraConfig(target_modules="all-linear"),
             },
             discriminator_load_in_4bit=True,

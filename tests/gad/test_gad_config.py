@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.sharding.runs import FSDP2
 from trl_bbkd.errors import TeacherDataError
 
 from .helpers import make_config, make_trainer, no_model_is_loaded
@@ -146,12 +147,23 @@ def test_the_best_checkpoint_needs_a_metric_and_knows_its_direction(tmp_path):
     assert (config.metric_for_best_model, config.greater_is_better) == ("eval_valid", True)
 
 
-@pytest.mark.parametrize("name", ["DeepSpeed", "FSDP"])
-def test_sharding_is_refused_before_loading(tiny_model_dir, tmp_path, standard_rows, monkeypatch, name):
-    config = make_config(tmp_path)
+@pytest.mark.parametrize(
+    ("launched", "settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "FSDP's first version is not supported"),
+        (FSDP2, {"critic": "trunk", "advantage_estimator": "gae"}, "critic='trunk' reads .* under FSDP and DeepSpeed"),
+        (FSDP2, {"discriminator_load_in_4bit": True}, "uint8 are not sharded by FSDP2"),
+    ],
+)
+def test_sharding_that_cannot_work_is_refused_before_loading(
+    tiny_model_dir, tmp_path, monkeypatch, launched, settings, message
+):
+    config = make_config(tmp_path, **settings)
     no_model_is_loaded(monkeypatch)
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(ValueError, match=f"does not support {name} yet"):
+    monkeypatch.setattr("trl_bbkd.host.sharding.shard_on_cpus", lambda: None)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **launched}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         from trl_bbkd.gad.trainer import GADTrainer
 
         GADTrainer(tiny_model_dir, args=config)

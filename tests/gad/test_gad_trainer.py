@@ -314,10 +314,10 @@ def test_the_discriminator_step_does_not_depend_on_its_batch_size(tiny_model_dir
         trainer = make_trainer(
             tmp_path, tiny_model_dir, standard_rows, discriminator_batch_size=batch_size, discriminator_head=head
         ).discriminator_trainer
-        trainer.optimizer.zero_grad = lambda: None
+        trainer.engine.optimizer.zero_grad = lambda: None
         trainer.args.discriminator_sft_weight = 0.5 if head == "likelihood" else 0.0
         trainer.update(pairs, trainer.score(pairs), in_warmup=True)
-        gradients.append([parameter.grad for parameter in trainer.parameters])
+        gradients.append([parameter.grad for parameter in trainer.engine.parameters])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-4)
 
@@ -327,20 +327,20 @@ def test_the_discriminator_step_does_not_depend_on_its_batch_size(tiny_model_dir
 
 def test_answer_broadcast_gives_the_gradient_of_one_answer_per_pair(tiny_model_dir, tmp_path, standard_rows):
     trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, discriminator_batch_size=64).discriminator_trainer
-    trainer.optimizer.zero_grad = lambda: None
+    trainer.engine.optimizer.zero_grad = lambda: None
     trainer.args.discriminator_max_grad_norm = 1e9
     start = weights(trainer.discriminator)
     prompts, teacher, student = [[5, 6], [7, 8, 9]], [[20, 21, 2], [30, 2]], [[40, 2], [41, 42], [43, 44, 45, 2]]
     pairs = PairBatch(prompts, teacher, student, [0, 0, 1])
     trainer.update(pairs, trainer.score(pairs))
-    broadcast = [parameter.grad.clone() for parameter in trainer.parameters]
+    broadcast = [parameter.grad.clone() for parameter in trainer.engine.parameters]
 
     trainer.discriminator.load_state_dict(start)
-    for parameter in trainer.parameters:
+    for parameter in trainer.engine.parameters:
         parameter.grad = None
     repeated = PairBatch([prompts[0], *prompts], [teacher[0], *teacher], student, [0, 1, 2])
     trainer.update(repeated, trainer.score(repeated))
-    torch.testing.assert_close([p.grad for p in trainer.parameters], broadcast, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close([p.grad for p in trainer.engine.parameters], broadcast, atol=1e-6, rtol=1e-4)
 
 
 def test_grpo_is_the_only_base_and_untouched(tiny_model_dir, tmp_path, standard_rows):

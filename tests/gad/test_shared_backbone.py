@@ -235,7 +235,7 @@ def test_what_cannot_share_is_refused_before_loading(tiny_model_dir, tmp_path, s
     shared = {"discriminator": "shared"}
     with pytest.raises(ValueError, match="the student is trained in full. Train it as a LoRA adapter"):
         make_trainer(tmp_path, tiny_model_dir, standard_rows, **shared)
-    with pytest.raises(ValueError, match="the student is a IA3Config adapter"):
+    with pytest.raises(ValueError, match="the student is an IA3Config adapter"):
         make_trainer(tmp_path, tiny_model_dir, standard_rows, trainer_kwargs={"peft_config": IA3Config()}, **shared)
     for change, message in [
         ({"bias": "all"}, "bias='all'"),

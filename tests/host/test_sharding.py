@@ -1,5 +1,10 @@
 """Ways of sharding that cannot work are refused in one line, before anything is loaded."""
 
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
@@ -8,6 +13,10 @@ from tests.sharding.runs import FSDP2
 from trl_bbkd.host.sharding import check_sharding
 
 
+# What the check itself calls
+STAND_IN = types.ModuleType("deepspeed")
+STAND_IN.__spec__ = ModuleSpec("deepspeed", None)
+STAND_IN.init_distributed = lambda dist_backend: None
 FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True)
 
 
@@ -51,7 +60,8 @@ def test_four_bits_that_would_not_be_sharded(args, launch):
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_four_bits_under_zero(args, launch, stage):
+def test_four_bits_under_zero(args, launch, monkeypatch, stage):
+    monkeypatch.setitem(sys.modules, "deepspeed", STAND_IN)
     launch(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
     if stage == "2":
         check_sharding(args, FOUR_BITS)
@@ -68,3 +78,12 @@ def test_every_micro_batchs_gradient_is_reduced_under_fsdp2(args, launch):
     check_sharding(args)
     assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
     assert before.gradient_accumulation_kwargs is None
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_there(args, launch):
+    launch(ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(
+        ValueError, match=r'not installed: pip install "trl-bbkd\[deepspeed\]". FSDP2 needs no package'
+    ):
+        check_sharding(args)

@@ -43,7 +43,7 @@ def full_disk(tmp_path):
     if not mounted:
         pytest.skip("needs the right to mount a file system")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def write_text(folder):

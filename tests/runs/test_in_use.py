@@ -35,7 +35,7 @@ def holder(tmp_path):
 
 
 def test_the_second_is_refused_before_it_does_anything(tmp_path, holder, recipe_folder, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr("trl_bbkd.runs.run.TextJob", pytest.fail)
+    monkeypatch.setattr("trl_bbkd.runs.text_job.TextJob", pytest.fail)
     with pytest.raises(
         RecipeError, match=f"out is in use by another run, process {holder.pid}: .* name another output_dir"
     ):

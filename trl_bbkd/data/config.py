@@ -1,7 +1,14 @@
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .messages import REASONING_HELP, ReasoningPolicy, check_reasoning
+
+
+if TYPE_CHECKING:
+    # Once a configuration is made, text from the command line has been read
+    KeywordArguments = dict[str, Any]
+else:
+    KeywordArguments = dict[str, Any] | str
 
 
 @dataclass
@@ -28,7 +35,7 @@ class TeacherTextConfig:
     max_completion_length: int = field(
         default=512, metadata={"help": "Longest answer in tokens. Longer ones are cut and counted."}
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    chat_template_kwargs: KeywordArguments | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`."}
     )
     reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})

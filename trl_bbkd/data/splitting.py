@@ -43,6 +43,7 @@ def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple
             picked += groups[group]
         if len(picked) == most:
             break
-    held_out = set(picked or min(groups, key=lambda group: len(group)))
+    smallest = min(groups, key=len)
+    held_out = set(picked or smallest)
     train = [number for number in range(len(dataset)) if number not in held_out]
     return dataset.select(train), dataset.select(sorted(held_out))

@@ -198,12 +198,12 @@ def _check_rows(batch: dict, places: list[int], conversational: bool | None) -> 
                 f"{kinds[conversational]}; use one format throughout."
             )
         if conversational:
-            messages = plain_messages(prompt, f"Row {row}: `prompt`")
-            prompt_text = "".join(message["content"] for message in messages)
+            turns = plain_messages(prompt, f"Row {row}: `prompt`")
+            prompt_text = "".join(message["content"] for message in turns)
             answer = _answer(completion, row)
-            if prompt_text.strip() and messages[-1]["role"] == "assistant":
+            if prompt_text.strip() and turns[-1]["role"] == "assistant":
                 raise TeacherDataError(
-                    f"Row {row}: `prompt` ends with a message of the assistant, {short(messages[-1]['content'])}, and the "
+                    f"Row {row}: `prompt` ends with a message of the assistant, {short(turns[-1]['content'])}, and the "
                     "completion would be a second turn after it. An answer is a whole turn: put the user's message last, or, "
                     "where the teacher went on with that text, put both into the completion."
                 )

@@ -37,7 +37,7 @@ def shared(batches: list, work: Callable[[Any], Any]) -> list:
         result = work(batches[number])
         if first + rank < len(batches):
             own[number] = result
-    found = [None] * processes
+    found: list[dict[int, Any]] = [{}] * processes
     distributed.all_gather_object(found, own)
     results = {number: result for part in found for number, result in part.items()}
     return [results[number] for number in range(len(batches))]

@@ -3,8 +3,8 @@ from typing import Literal
 
 from trl import GRPOConfig
 
+from ..data.config import KeywordArguments
 from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
-from ..host.typed import KeywordArguments
 from .config_checks import check_choices, refuse_without_effect
 
 

@@ -3,7 +3,6 @@ import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -115,9 +114,6 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
 
     _tag_names = ["trl", "trl-bbkd", "gad"]
     args: GADConfig
-    eos_token_ids: list[int]
-    train_dataset: Dataset | IterableDataset
-    eval_dataset: Any
 
     _name = "GAD"
     _card_settings = (
@@ -390,9 +386,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             prompt_index=[number - numbers[0] for number in numbers],
         )
 
-    def discriminator_score(
-        self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs
-    ) -> list[float]:
+    def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
         log_extra(TEACHER_COMPLETION, teacher_completion)
         return self._scores.student.tolist()

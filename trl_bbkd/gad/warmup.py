@@ -1,9 +1,8 @@
 """The two stages of a run of GAD: warm-up on the teacher's text, then the adversarial stage."""
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -21,6 +20,11 @@ class TwoStageGAD(MixinBase):
     The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
     (section 2.2 of arXiv 2511.10643).
     """
+
+    # The trainer's of TRL, set again
+    eos_token_ids: list[int]
+    train_dataset: Any
+    eval_dataset: Any
 
     def _begin(self) -> None:
         """Begin at the warm-up, whatever a run of the same trainer has left; weights and optimizers stay."""
@@ -51,12 +55,12 @@ class TwoStageGAD(MixinBase):
             counted = self._count_warmup_steps(num_training_steps)
             return step < (counted if self._warmup_steps is None else self._warmup_steps)
 
-        def scaled(schedule: Callable[[int], float], step: int) -> float:
-            return schedule(step) * (factor if in_warmup(step) else 1.0)
-
         self.lr_scheduler = LambdaLR(
             scheduler.optimizer,
-            [functools.partial(scaled, schedule) for schedule in scheduler.lr_lambdas],
+            [
+                lambda step, schedule=schedule: schedule(step) * (factor if in_warmup(step) else 1.0)  # type: ignore[misc]
+                for schedule in scheduler.lr_lambdas
+            ],
         )
         return self.lr_scheduler
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -192,7 +193,7 @@ def references_sharded_like_students() -> Iterator[None]:
     """
     original = grpo_trainer.prepare_fsdp
 
-    def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    def shard(model: Any, accelerator: Accelerator) -> nn.Module:
         if accelerator.is_fsdp2:
             fsdp2_prepare_model(accelerator, model.requires_grad_(False))
             # No backward pass follows, for which accelerate keeps the embeddings whole
@@ -269,10 +270,10 @@ def shard_on_cpus() -> None:
     It knows FSDP for accelerators alone, and trains whole copies elsewhere, without a word.
     """
     original = AcceleratorState.__init__
-    if getattr(original, "shards_on_cpus", False):
+    if original.__name__ == "sharding_on_cpus":
         return
 
-    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+    def sharding_on_cpus(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             if self._mixed_precision != "no":
@@ -282,5 +283,4 @@ def shard_on_cpus() -> None:
             # From which every later state takes its own
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
-    __init__.shards_on_cpus = True
-    AcceleratorState.__init__ = __init__
+    AcceleratorState.__init__ = sharding_on_cpus

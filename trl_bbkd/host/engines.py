@@ -7,6 +7,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +42,8 @@ class Engine:
     """
 
     has_equal_chunks = False  # whether every process must run the model equally often
+    model: Any  # what wraps the module
+    optimizer: Any
 
     def __init__(
         self,
@@ -135,7 +138,8 @@ class ShardedEngine(Engine):
         for name, head in module.named_children():
             if name != "backbone":
                 fully_shard(head, **settings)
-        return fully_shard(module, **settings)
+        fully_shard(module, **settings)
+        return module
 
     @contextlib.contextmanager
     def chunk(self, is_last: bool) -> Iterator[None]:
@@ -242,12 +246,10 @@ def whole_state(state: dict[str, torch.Tensor], accelerator: Accelerator) -> dic
     """Named tensors, whole, on the main process; one at a time, so that no process needs room for all of them twice."""
     found = {}
     for name, value in state.items():
-        value = value.detach()
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            value = value.cpu() if accelerator.is_main_process else None
+        is_part = isinstance(value, DTensor)
+        value = whole(value.detach())
         if accelerator.is_main_process:
-            found[name] = value.contiguous()
+            found[name] = (value.cpu() if is_part else value).contiguous()
     return found
 
 
@@ -306,15 +308,15 @@ def copy_model(source: nn.Module, target: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block the parameters that ZeRO-3 has partitioned are whole; what the main process writes is kept."""
+def gathered(parameters: list[torch.Tensor], is_written: bool = True) -> Iterator[None]:
+    """Within the block the parameters that ZeRO-3 has partitioned are whole; what the main process writes to them is kept."""
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if is_written else None):
         yield
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from importlib.util import find_spec
 
 import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
@@ -32,10 +33,22 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
         accumulation = {"sync_each_batch": True} | (args.accelerator_config.gradient_accumulation_kwargs or {})
         args.accelerator_config = copy.copy(args.accelerator_config)
         args.accelerator_config.gradient_accumulation_kwargs = accumulation
-    if is_4bit and is_asked_for("DeepSpeed", args) and _zero_stage(args) == 3:
-        raise ValueError(
-            "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit out."
-        )
+    if is_asked_for("DeepSpeed", args):
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                'DeepSpeed is asked for, and is not installed: pip install "trl-bbkd[deepspeed]". FSDP2 needs no package '
+                "(--accelerate_config fsdp2)."
+            )
+        if is_4bit and _zero_stage(args) == 3:
+            raise ValueError(
+                "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit "
+                "out."
+            )
+        if args.use_cpu:
+            import deepspeed
+
+            # accelerate does this for GPUs. Without, a model is partitioned as if there were one process
+            deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments, is_4bit: list) -> None:

@@ -77,7 +77,7 @@ def _batch(args) -> dict[str, str | int]:
     product = f"{args.per_device_train_batch_size} per device × {accumulated} accumulated × {_count(processes, 'process', 'es')}"
     generations = getattr(args, "num_generations", None)
     prompts = f" ({samples / generations:g} prompts × {generations} samples)" if generations else ""
-    batch = {"sequences per optimizer step": f"{samples} = {product}{prompts}"}
+    batch: dict[str, str | int] = {"sequences per optimizer step": f"{samples} = {product}{prompts}"}
     if getattr(args, "selection", "none") == "llkd":
         batch["rows looked at per optimizer step"] = samples * args.pool_factor
     return batch

@@ -3,8 +3,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from ..data.config import KeywordArguments
 from ..host.refused_fields import refuse_fields
-from ..host.typed import KeywordArguments
 from ..selection.config import SelectionConfig
 
 

@@ -44,7 +44,10 @@ def plot_curves(report: Report, path: str | Path) -> None:
     for name, points in report.curves.items():
         color = colors[name]
         values = [(point["step"], point[report.headline]) for point in points]
-        main.plot(*zip(*values, strict=True), color=color, lw=1.8, marker="o", ms=4, clip_on=False, label=name)
+        above = 3 if name == report.method else 2
+        main.plot(
+            *zip(*values, strict=True), color=color, lw=1.8, marker="o", ms=4, clip_on=False, label=name, zorder=above
+        )
     main.axhline(report.results[UNDISTILLED][report.headline], color=PALE, lw=1, ls="--", label=UNDISTILLED)
     set_title(main, f"Macro F1 against {report.truth}")
 
@@ -52,7 +55,11 @@ def plot_curves(report: Report, path: str | Path) -> None:
     classes = report.counts["train"].classes
     largest = sorted(range(len(classes)), key=lambda number: -classes[report.class_names[number]])[: len(CLASS_COLORS)]
     for color, number in zip(CLASS_COLORS, sorted(largest), strict=False):
-        style = {"color": color, "label": textwrap.shorten(report.class_names[number], 24, placeholder="…"), "lw": 1.1}
+        style: dict = {
+            "color": color,
+            "label": textwrap.shorten(report.class_names[number], 24, placeholder="…"),
+            "lw": 1.1,
+        }
         for axes, key in zip(panels, ("kept_share", "threshold_teacher", "threshold_student"), strict=False):
             draw_line(axes, log, f"selection/{key}_{number}", **style)
     draw_line(panels[0], log, "selection/kept_share", INK, "all", lw=2.2)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 from pathlib import Path
 
@@ -141,7 +142,8 @@ class LLKDJob(Job):
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)
-        undistilled, seconds = self.progress.once(UNDISTILLED, lambda: evaluate(trainer)), {}
+        undistilled = self.progress.once(UNDISTILLED, lambda: evaluate(trainer))
+        seconds: dict[str, float] = {}
         if self.is_trained:
             self.recall(trainer)
             found = self.progress[TRAINED]
@@ -212,7 +214,7 @@ class LLKDJob(Job):
             "accuracy_dropped": dropped,
         }
 
-    def add_baselines(self, report: LLKDReport) -> None:
+    def add_baselines(self, report: LLKDReport) -> None:  # type: ignore[override]
         """Train the same student on all rows of the same pools, and on random ones."""
         if not self._has_baselines:
             return
@@ -233,7 +235,7 @@ class LLKDJob(Job):
             # Nothing was selected, or all: there is no share to draw
             del settings[RANDOM_ROWS]
         for name, changes in settings.items():
-            found = self.progress.once(name, lambda name=name, changes=changes: self._baseline(name, changes))
+            found = self.progress.once(name, functools.partial(self._baseline, name, changes))
             report.seconds[name] = found["seconds"]
             report.results[name] = found["metrics"] | found["learned"] | {"seconds": found["seconds"]}
             report.curves[name] = curve(
@@ -246,7 +248,8 @@ class LLKDJob(Job):
     def _baseline(self, name: str, changes: dict) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
-        args, seconds = copy.copy(self.args), {}
+        args = copy.copy(self.args)
+        seconds: dict[str, float] = {}
         alone = {"max_steps": self.max_steps, "save_strategy": "no", "push_to_hub": False, "report_to": []}
         output_dir = str(Path(self.args.output_dir) / name.replace(" ", "_"))
         for key, value in {**changes, **alone, "output_dir": output_dir}.items():

@@ -12,6 +12,7 @@ import string
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -298,7 +299,7 @@ def _label_texts(labels: list[str], scoring: str, label_tokens: str | list[str],
 def _prompts(
     dataset: Dataset,
     empty: list[str],
-    prompt: Prompt,
+    prompt: Any,
     text_column: str,
     labels: list[str],
     texts: list[str],

@@ -1,9 +1,8 @@
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import DPOConfig
 
-from ..data.config import TeacherTextConfig
+from ..data.config import KeywordArguments, TeacherTextConfig
 from ..host.refused_fields import refuse_fields
 
 
@@ -122,9 +121,7 @@ class PreferenceRoundsConfig(TeacherTextConfig, DPOConfig):
     sample_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling of the model's samples."})
     sample_batch_size: int = field(default=32, metadata={"help": "Samples generated at once."})
     use_vllm: bool = field(default=False, metadata={"help": "Whether to sample with vLLM, in this process."})
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."}
-    )
+    vllm_kwargs: KeywordArguments | None = field(default=None, metadata={"help": "Keyword arguments of `vllm.LLM`."})
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to print some of a round's pairs of teacher's answer and sample."}
     )

@@ -42,7 +42,7 @@ class RoundsOnDisk:
 
     def finished(self) -> list[dict]:
         """What was measured after each round that is finished, in their order."""
-        rounds = []
+        rounds: list[dict] = []
         while (path := self.folder(len(rounds)) / ROUND_FILE).is_file():
             entry = json.loads(path.read_text(encoding="utf-8"))
             del entry["log_history"]

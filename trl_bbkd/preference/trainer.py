@@ -7,7 +7,14 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+)
 from trl import DPOTrainer
 
 from ..data.teacher_data import tokenize_as_configured
@@ -92,6 +99,7 @@ class PreferenceRoundsTrainer(DPOTrainer):
     _best_by: str  # the measurement by which a round is better than another, where `_patience` is set
 
     args: PreferenceRoundsConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -270,6 +278,7 @@ class PreferenceRoundsTrainer(DPOTrainer):
             "temperature": self.args.sample_temperature,
             "top_p": self.args.sample_top_p,
         }
+        sampler: ModelSampler | VLLMSampler
         if self.args.use_vllm:
             sampler = self._vllm_sampler(folder / SAMPLER_FOLDER, settings)
         else:

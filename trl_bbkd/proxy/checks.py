@@ -103,14 +103,15 @@ def check_shared_vocabulary(
         [`~errors.TeacherDataError`]: one of those answers is none.
         [`~errors.ProxyModelError`]: there is no model at the proxy's path.
     """
-    in_memory = not isinstance(proxy, str)
-    base = None if in_memory else base_of_proxy(proxy)
+    base = base_of_proxy(proxy) if isinstance(proxy, str) else None
     try:
-        proxy_config = proxy.config if in_memory else AutoConfig.from_pretrained(base or proxy, **hub_kwargs)
+        proxy_config = (
+            AutoConfig.from_pretrained(base or proxy, **hub_kwargs) if isinstance(proxy, str) else proxy.config
+        )
     except OSError as error:
         name = "proxy_model" if base is None else f"base_model_name_or_path of the adapter {proxy}"
         raise ProxyModelError(no_model(name, base or proxy, "a model", error)) from error
-    path = proxy.config._name_or_path if in_memory else proxy
+    path = proxy if isinstance(proxy, str) else proxy.config._name_or_path
     # A model made in memory has no tokenizer of its own
     if path:
         has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()

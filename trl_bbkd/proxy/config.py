@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from transformers import SchedulerType
 
-from ..host.typed import KeywordArguments
+from ..data.config import KeywordArguments
 from ..soft_targets.config import SoftTargetConfig
 
 

@@ -21,7 +21,7 @@ class ProxyMethod(Method):
     init_options = ("proxy",)
     goes_on_by_itself = True
     # What is on disk from an earlier run is looked at when its stage comes
-    errors = (StageError, TargetStoreError)
+    errors: tuple[type[Exception], ...] = (StageError, TargetStoreError)
 
     def check(self, recipe) -> None:
         if recipe.script_args.dataset_streaming or recipe.dataset_args.streaming:

@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..host.typed import KeywordArguments
+from ..data.config import KeywordArguments
 from ..proxy.config import ProxyConfig
 from .alignment_config import check_rounds
 

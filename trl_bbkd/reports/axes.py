@@ -88,10 +88,10 @@ def mark_steps(axes, warmup_steps: float, last_step: int, label: bool) -> None:
         if label:
             axes.annotate(
                 "warm-up",
-                (warmup_steps / 2, 0.1),
+                (warmup_steps / 2, 0.97),
                 xycoords=("data", "axes fraction"),
                 ha="center",
-                va="bottom",
+                va="top",
                 fontsize=8.5,
                 color="#6b7280",
             )

@@ -76,7 +76,10 @@ class Report:
     warnings: list[dict] = field(default_factory=list)
     differences: dict[str, dict[str, dict]] = field(default_factory=dict)
 
-    judged_metrics = ()  # names of a judge's metrics, where a judge was asked
+    @property
+    def judged_metrics(self) -> list[str]:
+        """Names of the judge's metrics, the deciding one first; empty without a judge."""
+        return []
 
     @property
     def headline(self) -> str:

@@ -67,6 +67,7 @@ class Job:
         `output_dir` holds a run of another recipe.
     """
 
+    counts: dict  # of training and held-out rows, for the report and the card
     held_out_rows: list  # what results are measured on
 
     def __init__(self, recipe: Recipe):
@@ -118,7 +119,9 @@ class Job:
         }
 
     @contextlib.contextmanager
-    def one_line_errors(self, kinds: type | tuple[type, ...] = (ValueError, ImportError, OSError)):
+    def one_line_errors(
+        self, kinds: type[Exception] | tuple[type[Exception], ...] = (ValueError, ImportError, OSError)
+    ):
         """What a trainer refuses, or cannot load, before it trains; or with `kinds` what it says afterwards."""
         try:
             yield
@@ -351,7 +354,7 @@ def refuse_another_run(output_dir: str, inputs: dict) -> None:
 
 def dataset_names(recipe: Recipe) -> list[str]:
     """Where the teacher's text comes from: paths, or ids of the Hub."""
-    names = []
+    names: list = []
     for entry in recipe.dataset_args.datasets or []:
         files = entry.data_files.values() if isinstance(entry.data_files, dict) else [entry.data_files]
         # `path` is the name of a file format where the files are named beside it

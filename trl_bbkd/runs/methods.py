@@ -1,6 +1,7 @@
 """The methods, by their names in recipes. Imports nothing heavy."""
 
 from importlib import import_module
+from typing import Any
 
 from .method import Method
 
@@ -19,7 +20,7 @@ def load_method(name: str) -> Method:
     return import_module(METHODS[name]).METHOD
 
 
-def load_class(path: str) -> type:
+def load_class(path: str) -> Any:
     """A class that a method names, as `"package.module:Class"`."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

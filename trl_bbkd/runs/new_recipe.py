@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -118,7 +119,7 @@ def _input(option: str, value: str, folder: Path) -> str:
     return value
 
 
-def _line(name: str, value: str | list[str] | None) -> str:
+def _line(name: str, value: str | Sequence[str] | None) -> str:
     # A list in its braces keeps to the line
     entry = {name: value}
     if isinstance(value, list):

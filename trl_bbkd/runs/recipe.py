@@ -221,7 +221,8 @@ def check_recipe(
     """
     recipe_file = RecipeFile(path)
     parser = _RecipeParser(recipe_file)
-    launch_arguments, overrides = [], []
+    launch_arguments: list[str] = []
+    overrides: list[str] = []
     destination = overrides
     for argument in arguments:
         option = argument.partition("=")[0]

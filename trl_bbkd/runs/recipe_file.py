@@ -58,8 +58,8 @@ class RecipeFile:
                 f"{self.path}: not valid YAML: character {error.character:#x} at position {error.position} is not allowed."
             ) from error
         except yaml.MarkedYAMLError as error:
-            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise RecipeError(f"{self.path}{line}: not valid YAML: {error.problem}.") from error
+            place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise RecipeError(f"{self.path}{place}: not valid YAML: {error.problem}.") from error
 
         self.values.pop(LAUNCH_KEY, None)
         if "method" not in self.values:
@@ -133,7 +133,7 @@ class RecipeFile:
                 known = list(fields) if prefix else ["method", "env", *fields]
                 raise self._unknown_key(prefix, name, value, known)
             entry_type = (get_args(hints[name]) or (None,))[0]
-            if dataclasses.is_dataclass(entry_type):
+            if isinstance(entry_type, type) and dataclasses.is_dataclass(entry_type):
                 checked[name] = self._checked_entries(key, value, entry_type)
                 continue
             try:

@@ -64,8 +64,8 @@ def unknown_option(arguments: Collection[str], keys: Collection[str], also_valid
     """The first of `arguments` that is an option, but no key's (`--key`, `--no_key`, with `-` for `_`) and not valid."""
     options = {"--help", "--help_all", *also_valid, *(f"--{name}" for key in keys for name in (key, f"no_{key}"))}
     valid = {_underscored(option) for option in options}
-    options = (argument.partition("=")[0] for argument in arguments)
-    return next((option for option in options if option.startswith("--") and _underscored(option) not in valid), None)
+    given = (argument.partition("=")[0] for argument in arguments)
+    return next((option for option in given if option.startswith("--") and _underscored(option) not in valid), None)
 
 
 def _underscored(option: str) -> str:

@@ -20,6 +20,8 @@ from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
 from ..evaluation.student import evaluate_student, evaluate_teacher
+from ..host._compat import whole_models
+from ..host.engines import gathered
 from ..host.model_files import load_model
 from ..host.model_paths import base_of_student, no_model
 from ..host.preflight import refuse_broken_weights
@@ -158,7 +160,8 @@ class TextJob(Job):
         }
 
     def distil(self) -> TextReport | None:
-        args, seconds = self.args, {}
+        args = self.args
+        seconds: dict[str, float] = {}
         with self.one_line_errors():
             trainer = self.method.trainer(self)
         self.open_progress(trainer)
@@ -229,7 +232,7 @@ class TextJob(Job):
             report.warnings = [*found["warnings"], *decline(report)]
         return report
 
-    def add_baselines(self, report: TextReport) -> None:
+    def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
         """Train SeqKD and add what its best checkpoint reaches."""
         if not self.script_args.seqkd_baseline:
             return
@@ -252,7 +255,7 @@ class TextJob(Job):
             report.differences[SEQKD] = self._differences(report.method, SEQKD)
 
     def _train_seqkd(self, report: TextReport, output_dir: str) -> dict:
-        seconds = {}
+        seconds: dict[str, float] = {}
         with timed(seconds, SEQKD):
             seqkd = train_seqkd(
                 self.student(),
@@ -275,9 +278,11 @@ class TextJob(Job):
         is_new = UNDISTILLED not in self.progress
         if is_new and self.is_main_process:
             print(self.plan)
-        seconds = {}
-        with timed(seconds, UNDISTILLED):
-            undistilled = self._measured(UNDISTILLED, lambda: trainer.accelerator.unwrap_model(trainer.model))
+        seconds: dict[str, float] = {}
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        # Before its training nothing gathers what ZeRO-3 has partitioned
+        with timed(seconds, UNDISTILLED), gathered(list(student.parameters()), is_written=False):
+            undistilled = self._measured(UNDISTILLED, lambda: student)
         if is_new and self.is_main_process:
             rest = seconds[UNDISTILLED] * (self.plan.all / self.plan.once - 1)
             print(f"report: that took {duration(seconds[UNDISTILLED])}; at this pace the rest takes {duration(rest)}")
@@ -304,7 +309,10 @@ class TextJob(Job):
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=self.quantization_config, **kwargs)
+        with whole_models():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=self.quantization_config, **kwargs
+            )
         return model if self.quantization_config else model.to(self.args.device)
 
 

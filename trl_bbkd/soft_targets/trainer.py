@@ -119,7 +119,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
         return mean_token_entropy(outputs.entropy, rows, len(scored), vocabulary_size(self.model))
 
     def _targets(self, inputs: dict, scored: torch.Tensor) -> list[SparseTarget | DenseTarget]:
-        targets = [
+        targets: list[SparseTarget | DenseTarget] = [
             sparse_target(
                 inputs[f"target_ids_{number}"],
                 inputs[f"target_log_probs_{number}"],
