@@ -220,6 +220,6 @@ class TestBadInput:
 
     def test_deepspeed(self, tmp_path, without_weights, monkeypatch):
         args = BayesKDConfig(str(tmp_path), **ON_CPU)
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(ValueError, match="BayesKDTrainer does not support DeepSpeed yet"):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="FSDP's first version is not supported"):
             BayesKDTrainer(*without_weights, args, train_dataset=Dataset.from_list(make_rows(4)))

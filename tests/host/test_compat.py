@@ -23,6 +23,8 @@ OVERRIDDEN = {
     (Trainer, "create_optimizer_and_scheduler"): ["self", "num_training_steps"],
     (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
+    (Trainer, "_load_best_model"): ["self"],
+    (Trainer, "_prepare_for_training"): ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
     (Trainer, "_save_rng_state"): ["self", "output_dir"],

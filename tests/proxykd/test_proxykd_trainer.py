@@ -461,10 +461,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, **config)
 
-    def test_deepspeed(self, tmp_path, tiny_model_dir, other_model_dir, monkeypatch):
+    def test_alignment_under_deepspeed(self, tmp_path, tiny_model_dir, other_model_dir, monkeypatch):
         args = ProxyKDConfig(str(tmp_path), **ON_CPU)
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(ValueError, match="ProxyKDTrainer does not support DeepSpeed yet"):
+        with pytest.raises(ValueError, match="The stage 'align' does not prefer"):
             ProxyKDTrainer(tiny_model_dir, other_model_dir, args, train_dataset=Dataset.from_list(make_rows()))
 
 

@@ -1,15 +1,26 @@
 """Runs on one process or several, whole or sharded, that return what they end with, whole."""
 
+import itertools
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 
+from tests.bayeskd.helpers import make_trainer as make_bayes_trainer
 from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
+from tests.llkd.helpers import make_rows as make_llkd_rows
+from tests.llkd.helpers import make_trainer as make_llkd_trainer
+from tests.proxykd.helpers import LORA, ON_CPU, make_kd_trainer, make_rows
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.evaluation.student import generate_completion_ids
+from trl_bbkd.proxy import stages
+from trl_bbkd.proxykd.config import ProxyKDConfig
+from trl_bbkd.seqkd.trainer import train_seqkd
 
 
 # What `accelerate launch` sets with recipes/accelerate_configs/fsdp2.yaml
@@ -33,6 +44,18 @@ GAD_RUN = {
     "save_strategy": "steps",
     "save_steps": 3,
 }
+SOFT_TARGET_RUN = {
+    "gradient_accumulation_steps": 2,
+    "max_steps": 5,
+    "adam_epsilon": EPSILON,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+PROXYKD_RUN = {"stages": ["warmup", "cache", "distil"], "warmup_share": 0.5, "alignment_share": 0.0}
+PROXYKD_RUN |= {"distil_on_all_rows": True}
+BAYESKD_RUN = {"posterior_sampling": "expected"}
+# In the warm-up whole pools are kept, more than a forward pass takes
+LLKD_RUN = SOFT_TARGET_RUN | {"selection_warmup_steps": 2}
 ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
 
 
@@ -42,6 +65,13 @@ def start(engine: str) -> int:
         os.environ.update(FSDP2)
     if engine == "fsdp2, whole":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if engine.startswith("zero"):
+        import deepspeed
+
+        # Without an accelerator, DeepSpeed knows of the other processes once it is told
+        deepspeed.init_distributed(dist_backend="gloo")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(Path(__file__).with_name(f"{engine}.json"))
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -106,6 +136,8 @@ def found(trainer, engines) -> dict:
 def share(module) -> float:
     """Of a model's numbers, how many this process keeps."""
     parameters = list(module.parameters())
+    if hasattr(parameters[0], "ds_tensor"):
+        return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
     own = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
     return own / sum(p.numel() for p in parameters)
 
@@ -113,3 +145,104 @@ def share(module) -> float:
 def units(module) -> int:
     """Parts that FSDP2 gathers one at a time."""
     return sum(type(each).__name__.startswith("FSDP") for each in module.modules())
+
+
+def proxykd(engine, student, proxy, output_dir, **config) -> dict:
+    return soft_targets(engine, student, proxy, output_dir, make_kd_trainer, PROXYKD_RUN | config)
+
+
+def bayeskd(engine, student, proxy, output_dir, **config) -> dict:
+    return soft_targets(engine, student, proxy, output_dir, make_bayes_trainer, BAYESKD_RUN | config)
+
+
+def soft_targets(engine, student, proxy, output_dir, make, config) -> dict:
+    """Go through all stages; rows a step are 8, of the student and of the proxy."""
+    processes = start(engine)
+    config = dict(config)
+    lora, resume = config.pop("lora", False), config.pop("resume", None)
+    torch.manual_seed(0)
+    trainer = make(
+        output_dir,
+        student,
+        proxy,
+        rows=[row | {"teacher_confidence": 0.02 * number} for number, row in enumerate(make_rows(40))],
+        trainer_kwargs={"peft_config": LoraConfig(**LORA) if lora else None},
+        **SOFT_TARGET_RUN,
+        per_device_train_batch_size=4 // processes,
+        **config,
+    )
+    shares = {}
+    save = stages.save_model
+
+    def measuring(model, *arguments):
+        shares["proxy"] = share(model)
+        save(model, *arguments)
+
+    stages.save_model = measuring
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "weights": {"student": {name: value.detach().cpu() for name, value in (state or {}).items()}},
+        "shares": shares | {"student": share(trainer.model)},
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "stages": [report["metrics"] for report in trainer.proxy_stages.reports],
+        "proxy_log": trainer.proxy_stages.log_history,
+        "live_share": None if trainer.live_proxy is None else share(trainer.live_proxy),
+    }
+
+
+def llkd(engine, student, output_dir, resume=None, lora=None, **config) -> dict:
+    """Pools of 32 rows a step."""
+    processes = start(engine)
+    torch.manual_seed(0)
+    trainer = make_llkd_trainer(
+        output_dir,
+        student,
+        rows=make_llkd_rows(96, gold=True),
+        trainer_kwargs={"peft_config": LoraConfig(**lora) if lora else None},
+        per_device_train_batch_size=8 // processes,
+        **LLKD_RUN | config,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "weights": {"student": {name: value.detach().cpu() for name, value in (weights or {}).items()}},
+        "shares": {"student": share(trainer.model)},
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "selector": trainer.selector.state_dict(),
+    }
+
+
+def seqkd(engine, student, output_dir, lora=False) -> dict:
+    """Five steps of 8 rows, measured after each; the third is the best."""
+    processes = start(engine)
+    args = ProxyKDConfig(
+        str(output_dir),
+        **ON_CPU | {"per_device_train_batch_size": 4 // processes},
+        gradient_accumulation_steps=2,
+        adam_epsilon=EPSILON,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    rows, _ = tokenize_teacher_data(Dataset.from_list(make_rows(40)), tokenizer, max_completion_length=16)
+    shares, steps = [], itertools.count(1)
+
+    def measure(model):
+        shares.append(share(model))
+        return {"distance": abs(next(steps) - 3)}
+
+    torch.manual_seed(0)
+    result = train_seqkd(
+        student,
+        args,
+        rows,
+        tokenizer,
+        measure,
+        lambda new, best: new["distance"] < best["distance"],
+        output_dir=str(output_dir),
+        max_steps=5,
+        learning_rate=1e-3,
+        peft_config=LoraConfig(**LORA) if lora else None,
+    )
+    return {"best_step": result.best_step, "curve": result.curve, "share": shares[-1]}

@@ -54,7 +54,8 @@ class BayesKDTrainer(ProxyTargetTrainer):
         TeacherDataError: If the teacher text or `top_logprobs` breaks the contract, before any model is loaded.
         VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
         ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
-        ValueError: Under DeepSpeed or FSDP, which are not supported yet.
+        ValueError: If the run is to be sharded in a way that cannot work (see [`~host.sharding.check_sharding`]), or with a
+            proxy that is no path.
     """
 
     _tag_names = ["trl", "trl-bbkd", "bayeskd"]

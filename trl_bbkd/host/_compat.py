@@ -39,6 +39,7 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "add_fused_lm_head",
     "be_wrapped_again",
+    "beside_another_trainer",
     "disable_dropout",
     "fused_forward",
     "get_callable_name",
@@ -46,6 +47,7 @@ __all__ = [
     "get_tokenizer_config",
     "is_async_callable",
     "keep_4bit_weights_differentiable",
+    "keep_embeddings_apart",
     "keep_precision",
     "pad",
     "print_prompt_completions_sample",
@@ -55,6 +57,7 @@ __all__ = [
     "wait_for_each_other",
     "whole_models",
     "without_backward_of_leaves",
+    "without_step",
 ]
 
 
@@ -168,6 +171,23 @@ def whole_models() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def beside_another_trainer() -> Iterator[None]:
+    """
+    Within the block another trainer may be made and run. What accelerate and transformers keep for all trainers of a
+    process, and each new configuration overwrites, is afterwards as before.
+    """
+    kept = [(state, dict(state)) for state in (PartialState._shared_state, AcceleratorState._shared_state)]
+    config = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    try:
+        yield
+    finally:
+        for state, values in kept:
+            state.clear()
+            state.update(values)
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextlib.contextmanager
 def references_sharded_like_students() -> Iterator[None]:
     """
     Within the block GRPO's KL reference is sharded layer by layer under FSDP2, as the student is.
@@ -210,6 +230,40 @@ def without_backward_of_leaves(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         del accelerator.backward
+
+
+@contextlib.contextmanager
+def without_step(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """
+    Within the block gradients add up for a backward pass that comes after it, as between micro-batches.
+
+    DDP exchanges none. Under FSDP2 each is reduced and scattered, since what is kept until then is the whole gradient;
+    DeepSpeed, whose backward pass is the optimizer's step as well, takes none.
+    """
+    state = accelerator.gradient_state
+    syncs = state.sync_gradients
+    with contextlib.nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model):
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(syncs)
+
+
+def keep_embeddings_apart(model: PreTrainedModel) -> None:
+    """
+    Have FSDP2 make the input embeddings a unit of their own, and not what they are in.
+
+    Encoders name both as what is not to be split; accelerate would shard the embeddings twice, and fail.
+    """
+    embeddings = model.get_input_embeddings()
+    around = {
+        type(module).__name__
+        for module in model.modules()
+        if module is not embeddings and any(each is embeddings for each in module.modules())
+    }
+    model._no_split_modules = set(model._no_split_modules or ()) - around
 
 
 def shard_on_cpus() -> None:

@@ -16,7 +16,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -226,6 +226,20 @@ def make_engine(module: nn.Module, accelerator: Accelerator, **settings) -> Engi
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A tensor of which each process may hold a part. Every process takes part."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    A parameter that is read outside of its module's forward, whole. Where FSDP2 has it in parts, the mean of the processes'
+    gradients comes back, as from its own backward pass. Every process takes part.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    found = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if found.requires_grad:
+        found.register_hook(lambda gradient: gradient / mesh.size())
+    return found
 
 
 def whole_state(state: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:

@@ -56,10 +56,15 @@ def saved_embeddings(adapter: str, base: PreTrainedModel) -> int | None:
         return tensors.get_slice(name).get_shape()[0] if name in tensors.keys() else None
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer, folder: str | Path) -> None:
-    """Write a model and its tokenizer; of an adapted model the trained adapter alone."""
+def save_model(
+    model: PreTrainedModel | PeftModel, tokenizer, folder: str | Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """
+    Write a model and its tokenizer; of an adapted model the trained adapter alone. `weights` are its own, whole, where the
+    model is in parts.
+    """
     selected = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **selected)
+    model.save_pretrained(folder, state_dict=weights, **selected)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ._compat import be_wrapped_again, keep_precision
 from .preflight import refuse_broken_weights, refuse_no_steps
+from .sharding import is_sharded
 from .typed import MixinBase
 
 
@@ -159,10 +160,18 @@ class ResumableRun(MixinBase):
         self.state = _state_of(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # By its name, because the run may have been moved
-        self._load_from_checkpoint(str(Path(checkpoint).with_name(Path(best).name)) if best else checkpoint)
-        # All that is trained beside the student is in a checkpoint with the optimizer
-        self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
-        self._load_optimizer_and_scheduler(checkpoint)
+        best = str(Path(checkpoint).with_name(Path(best).name)) if best else None
+        if is_sharded(self.args):
+            # What is loaded finds its place in what training wraps
+            self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), checkpoint)
+            if best:
+                self.state.best_model_checkpoint = best
+                self._load_best_model()
+        else:
+            self._load_from_checkpoint(best or checkpoint)
+            # All that is trained beside the student is in a checkpoint with the optimizer
+            self.create_optimizer_and_scheduler(num_training_steps=self.state.max_steps)
+            self._load_optimizer_and_scheduler(checkpoint)
         if self.accelerator.is_main_process:
             logger.warning(f"{self._training_name}: finished before, in {checkpoint}; not run again.")
         return TrainOutput(self.state.global_step, 0.0, {})

@@ -1,3 +1,4 @@
+import copy
 import os
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data.teacher_data import places_of
 from ..data.teacher_files import ROW_COLUMN, named
 from ..errors import LLKDDataError, kind_of
-from ..host._compat import get_config_model_id
+from ..host._compat import get_config_model_id, keep_embeddings_apart
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
     refuse_broken_weights,
@@ -36,6 +37,7 @@ from ..host.preflight import (
     require_tokenizer,
 )
 from ..host.resume import ResumableRun
+from ..host.sharding import check_sharding, is_sharded
 from ..hub.example import example_input
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
@@ -155,6 +157,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if args is None:
             args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
         require_config(args, LLKDConfig, type(self).__name__)
+        args = copy.copy(args)
+        check_sharding(args)
         refuse_adapter_path(model, "student")
         refuse_broken_weights(model, "student")
         refuse_frozen_adapter(peft_config, "student")
@@ -198,6 +202,8 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if self.class_names is not None:
             model.config.id2label = dict(enumerate(self.class_names))
             model.config.label2id = {name: number for number, name in enumerate(self.class_names)}
+        if is_sharded(args):
+            keep_embeddings_apart(model.get_base_model() if isinstance(model, PeftModel) else model)
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         super().__init__(

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import TargetStoreError
-from ..host._compat import keep_4bit_weights_differentiable
+from ..host._compat import beside_another_trainer, keep_4bit_weights_differentiable, whole_models
 from ..host.model_files import load_model, save_model
 from ..host.model_paths import base_of_adapter, checkpoint_fingerprint
 from ..host.preflight import refuse_no_steps
 from ..host.resume import checkpoints, last_finished_checkpoint
+from ..host.sharding import check_sharding
 from ..seqkd.trainer import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint, tokenizer_fingerprint
 from ..soft_targets.head import check_head
@@ -169,15 +170,25 @@ class ProxyStages:
     def _fine_tune(
         self, rows: Dataset, folder: Path, learning_rate: float, epochs: float, metrics: list[dict]
     ) -> tuple[list[dict], list[dict]]:
+        with beside_another_trainer():
+            log_history = self._trained(rows, folder, learning_rate, epochs)
+        release_memory()
+        if self.held_out is not None:
+            metrics.append({"at": "after", **self._agreement(self._in_memory(path=str(folder)))})
+        return metrics, log_history
+
+    def _trained(self, rows: Dataset, folder: Path, learning_rate: float, epochs: float) -> list[dict]:
+        args = SFTConfig(
+            output_dir=str(folder),
+            learning_rate=learning_rate,
+            num_train_epochs=epochs,
+            max_length=None,
+            **self._proxy_arguments(),
+        )
+        check_sharding(args)
         trainer = SFTTrainer(
             model=self._trainable_proxy(),
-            args=SFTConfig(
-                output_dir=str(folder),
-                learning_rate=learning_rate,
-                num_train_epochs=epochs,
-                max_length=None,
-                **self._proxy_arguments(),
-            ),
+            args=args,
             train_dataset=sft_rows(rows, self.tokenizer, self.args.chat_template_kwargs),
             processing_class=self.tokenizer,
             peft_config=self._new_adapter(),
@@ -187,13 +198,12 @@ class ProxyStages:
         checkpoint = last_finished_checkpoint(folder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         refuse_no_steps(trainer.state.global_step, "The proxy's training")
-        proxy = trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.args.should_save:
-            save_model(proxy, self.tokenizer, folder)
+        # Of a model in parts, on every process
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if args.should_save:
+            save_model(trainer.accelerator.unwrap_model(trainer.model), self.tokenizer, folder, weights)
         trainer.accelerator.wait_for_everyone()
-        if self.held_out is not None:
-            metrics.append({"at": "after", **self._agreement(proxy)})
-        return metrics, trainer.state.log_history
+        return trainer.state.log_history
 
     # What they share
 
@@ -208,9 +218,15 @@ class ProxyStages:
         batch_size = self.args.per_device_eval_batch_size
         return teacher_agreement(proxy, self._held_out_rows(), self.accelerator, batch_size, self._pad_id)
 
-    def _in_memory(self, dtype: str = "float32") -> PreTrainedModel | PeftModel:
-        """The proxy in evaluation mode, loaded if it is on disk; of a model that was handed in, the weights stay."""
-        proxy = load_model(self.proxy, **self._init_kwargs(dtype)) if isinstance(self.proxy, str) else self.proxy
+    def _in_memory(self, dtype: str = "float32", path: str | None = None) -> PreTrainedModel | PeftModel:
+        """
+        The proxy, or what it is in a folder, in evaluation mode; loaded, if it is on disk, whole on every process. Of a
+        model that was handed in, the weights stay.
+        """
+        proxy = path or self.proxy
+        if isinstance(proxy, str):
+            with whole_models():
+                proxy = load_model(proxy, **self._init_kwargs(dtype))
         proxy = proxy.to(self.accelerator.device).eval()
         check_head(proxy)
         return proxy

@@ -25,11 +25,12 @@ from ..evaluation.student import end_token_ids
 from ..host._compat import keep_4bit_weights_differentiable
 from ..host.preflight import require_config, require_model, require_tokenizer
 from ..host.resume import last_finished_checkpoint
-from ..host.sharding import refuse_sharding
+from ..host.sharding import check_sharding, is_sharded
 from ..hub.example import example_input
 from ..selection.config import SELECTION_ARGUMENTS
 from ..seqkd.trainer import sft_rows
 from ..soft_targets.caching import model_fingerprint
+from ..soft_targets.head import vocabulary_size
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
@@ -84,7 +85,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         TeacherDataError: If the teacher text breaks the contract or a stage has no rows, before any model is loaded.
         VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
         ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
-        ValueError: Under DeepSpeed or FSDP, which are not supported yet.
+        ValueError: If the run is to be sharded in a way that cannot work (see [`~host.sharding.check_sharding`]), or with a
+            proxy that is no path.
     """
 
     _training_name = "distillation"
@@ -124,7 +126,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             args = self._config_type(f"{student_path.split('/')[-1]}-{self._name.replace('-', '')}")
         require_config(args, self._config_type, type(self).__name__)
         args = copy.copy(args)
-        refuse_sharding(args, type(self).__name__, "the output layer, which the loss reads, would be in pieces")
+        check_sharding(args, quantization_config)
         if not isinstance(train_dataset, Dataset):
             raise TeacherDataError(
                 f"{self._name} {self._why_no_stream}: it needs a `Dataset`, not {_kind(train_dataset)}."
@@ -134,6 +136,11 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         proxy = args.proxy_model if proxy_model is None else proxy_model
         if proxy is not None:
             require_model(proxy, type(self).__name__, "proxy_model")
+            if is_sharded(args) and not isinstance(proxy, str):
+                raise ValueError(
+                    "Under FSDP and DeepSpeed a model in memory may be in parts, and the proxy is measured whole. Hand in its path "
+                    "as proxy_model."
+                )
         self._needs_proxy = args.needs_proxy and not self._has_targets(args)
         if self._needs_proxy:
             check_proxy(proxy, model, args, self._name, self._without_proxy)
@@ -194,9 +201,8 @@ class ProxyTargetTrainer(SoftTargetTrainer):
         student = self.accelerator.unwrap_model(self.model)
         # So that it stops where the teacher's answers end, whoever uses it
         student.generation_config.eos_token_id = end_token_ids(student, processing_class, teacher_rows[0]["prompt"])
-        vocab_size = student.get_output_embeddings().weight.size(0)
         self.proxy_stages = self._stages_type(
-            proxy, args, stage_rows, held_out, processing_class, vocab_size, self.accelerator
+            proxy, args, stage_rows, held_out, processing_class, vocabulary_size(self.model), self.accelerator
         )
         # As they are before `max_length` cuts them: the collator cuts their targets
         self._whole_rows = student_rows

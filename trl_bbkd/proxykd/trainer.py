@@ -6,6 +6,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import TeacherDataError
+from ..host.sharding import is_sharded
 from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import ProxyKDConfig
 from .stage_rows import StageRows, split_rows
@@ -62,7 +63,8 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         TeacherDataError: If the teacher text breaks the contract or a stage has no rows, before any model is loaded.
         VocabularyError: If proxy and student do not share a tokenizer, before any model is loaded.
         ProxyModelError: If the proxy is missing, is the student, or is an adapter without its base model.
-        ValueError: Under DeepSpeed or FSDP, which are not supported yet.
+        ValueError: If the run is to be sharded in a way that cannot work (see [`~host.sharding.check_sharding`]), or with a
+            proxy that is no path.
     """
 
     _tag_names = ["trl", "trl-bbkd", "proxykd"]
@@ -171,6 +173,12 @@ def check_alignment(args: ProxyKDConfig, eval_dataset: Dataset | None) -> None:
     """
     if "align" not in args.stages:
         return
+    if is_sharded(args) and args.preference_weight > 0:
+        raise ValueError(
+            "The stage 'align' does not prefer the teacher's answers under FSDP or DeepSpeed yet. Leave it out "
+            "(stages: [warmup, cache, distil], alignment_share: 0.0), align by NLL alone (preference_weight: 0.0), or launch with "
+            "plain data parallelism (--accelerate_config ddp)."
+        )
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
     if args.alignment_patience is not None and eval_dataset is None:

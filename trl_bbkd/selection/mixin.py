@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ..data.teacher_data import row_names
 from ..errors import LLKDDataError
+from ..host._compat import without_step
 from ..host.resume import differences
 from ..host.typed import MixinBase
 from .collator import CARRIED_COLUMNS, LLKDDataCollator, blank_row, integers, take_rows
@@ -188,7 +189,7 @@ class LLKDMixin(MixinBase):
         rows = len(inputs[SELECTION_WEIGHT])
         number = torch.arange(rows) * pieces // rows
         batches = [self._piece(inputs, number == piece) for piece in range(pieces)]
-        with self.accelerator.no_sync(model=model):
+        with without_step(self.accelerator, model):
             losses = [super(LLKDMixin, self).training_step(model, batch, num_items_in_batch) for batch in batches[:-1]]
         return sum(losses) + super().training_step(model, batches[-1], num_items_in_batch)
 
@@ -202,7 +203,7 @@ class LLKDMixin(MixinBase):
         inputs = {name: pool[name] for name in ("input_ids", "attention_mask", "labels")}
         outputs = self.model(**inputs, fused_lm_head=True, use_cache=False)
         scored = outputs.label_mask.sum(dim=1).clamp(min=1)
-        vocab_size = self.model.get_output_embeddings().weight.size(0)
+        vocab_size = self.model.config.get_text_config().vocab_size
         return outputs.entropy.sum(dim=1) / scored / torch.tensor(float(vocab_size)).log()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.teacher_data import prompt_ids_of
 from ..host._compat import keep_4bit_weights_differentiable
+from ..host.sharding import check_sharding
 
 
 CURVE_POINTS = 8
@@ -27,8 +28,11 @@ SHARED_ARGUMENTS = (
     "dataloader_pin_memory",
     "ddp_find_unused_parameters",
     "ddp_timeout",
+    "deepspeed",
     "disable_tqdm",
     "fp16",
+    "fsdp",
+    "fsdp_config",
     "full_determinism",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -220,18 +224,20 @@ def train_seqkd(
             student.save_pretrained(output_dir, state_dict=weights)
             tokenizer.save_pretrained(output_dir)
 
+    sft_args = SFTConfig(
+        output_dir=output_dir,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+        **shared,
+    )
+    check_sharding(sft_args, quantization_config)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=output_dir,
-            max_steps=max_steps,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_length=None,
-            report_to="none",
-            save_strategy="no",
-            **shared,
-        ),
+        args=sft_args,
         train_dataset=sft_rows(dataset, tokenizer, args.chat_template_kwargs),
         processing_class=tokenizer,
         callbacks=[CurveCallback(measure, keep_the_best)],

@@ -1,13 +1,19 @@
 """Where a language model ends in an output layer, and a forward that stops there."""
 
+import copy
 import types
 
 import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..host._compat import whole_models
+from ..host.engines import whole_parameter
 from .kernel import TokenLosses, soft_target_loss
 from .loss import DenseTarget, LMHead, SparseTarget, project
+
+
+LARGE_LOGITS = 10.0
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,7 +34,13 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     """
     model = language_model(model)
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    return LMHead(layer.weight, layer.bias, logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(whole_parameter(layer.weight), whole_parameter(layer.bias), logit_scale(config), softcap)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of a model's output layer, also where its weight is in parts."""
+    return model.config.get_text_config().vocab_size
 
 
 def logit_scale(config: PretrainedConfig) -> float:
@@ -51,6 +63,26 @@ def last_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attentio
 def scored_positions(labels: torch.Tensor) -> torch.Tensor:
     """`(B, T - 1)`, whether the token after a position is an answer's."""
     return labels[:, 1:] != -100
+
+
+def check_partitioned_head(model: PreTrainedModel) -> None:
+    """
+    [`check_head`] of a model whose weights are, or will be, in parts: on one of the same architecture with random
+    weights, no layers and few tokens. To gather the whole model on every device would take what sharding is to save.
+    """
+    model = language_model(model)
+    config = copy.deepcopy(model.config)
+    text_config = config.get_text_config()
+    text_config.num_hidden_layers, text_config.vocab_size = 0, 16
+    if isinstance(vars(text_config).get("layer_types"), list):
+        text_config.layer_types = []
+    text_config.pad_token_id = text_config.bos_token_id = text_config.eos_token_id = None
+    with whole_models(), torch.random.fork_rng():
+        small = type(model)._from_config(config, dtype=torch.float32)
+        weight = small.get_output_embeddings().weight
+        # Logits so large that what bounds them acts
+        torch.nn.init.normal_(weight, std=LARGE_LOGITS / weight.size(1) ** 0.5)
+    check_head(small)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The loss of [`loss`] over all tokens of a batch, chunk by chunk: no `(B, T, V)` tensor, and one projection."""
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -13,10 +14,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
 
-@dataclass
-class TokenLosses:
+class TokenLosses(NamedTuple):
     """
-    The loss of a batch, and what it consists of.
+    The loss of a batch, and what it consists of. A tuple: what wraps a model looks for tensors in tuples, lists and
+    dictionaries alone.
 
     Args:
         loss (`torch.Tensor`):

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from ..host.resume import ResumableRun
+from ..host.sharding import is_sharded
 from ..hub.student import StudentHubMixin
 from ..selection.mixin import SELECTION_WEIGHT, LLKDMixin
 from ..selection.signals import mean_token_entropy
@@ -14,10 +15,12 @@ from .config import SoftTargetConfig
 from .head import (
     add_soft_target_forward,
     check_head,
+    check_partitioned_head,
     language_model,
     last_hidden_states,
     lm_head,
     scored_positions,
+    vocabulary_size,
 )
 from .loss import DenseTarget, SparseTarget, sparse_target
 
@@ -57,7 +60,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
                 f"{type(self).__name__} does not add the auxiliary loss of a mixture of experts: set "
                 "router_aux_loss_coef=0.0."
             )
-        check_head(self.model)
+        (check_partitioned_head if is_sharded(args) else check_head)(self.model)
         add_soft_target_forward(language_model(self.model))
         self.data_collator = SoftTargetCollator(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -113,8 +116,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
                 "temperature": 1.0,
             },
         )
-        vocab_size = lm_head(self.model).weight.size(0)
-        return mean_token_entropy(outputs.entropy, rows, len(scored), vocab_size)
+        return mean_token_entropy(outputs.entropy, rows, len(scored), vocabulary_size(self.model))
 
     def _targets(self, inputs: dict, scored: torch.Tensor) -> list[SparseTarget | DenseTarget]:
         targets: list[SparseTarget | DenseTarget] = [

@@ -1,0 +1,46 @@
+"""Runs under DeepSpeed end as on one process. Where it is not installed, they are left out."""
+
+import pytest
+
+from tests.llkd.helpers import build_encoder, save_student
+from tests.processes import on_processes
+from tests.sharding import test_llkd, test_soft_targets
+from tests.sharding.runs import llkd, proxykd
+
+
+pytest.importorskip("deepspeed")
+STAGES = ["zero2", "zero3"]
+
+
+@pytest.fixture(autouse=True)
+def on_cpus(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def assert_partitioned(stage, results):
+    assert all(
+        result["shares"]["student"] == pytest.approx(0.5 if stage == "zero3" else 1.0, abs=0.01) for result in results
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_proxykd_and_its_resumption(stage, tiny_model_dir, other_model_dir, tmp_path):
+    models = (tiny_model_dir, other_model_dir)
+    (alone,) = on_processes(1, proxykd, "single", *models, tmp_path / "one")
+    found = on_processes(2, proxykd, stage, *models, tmp_path / "two")
+    test_soft_targets.assert_same_run(alone, found[0])
+    assert_partitioned(stage, found)
+    for step in (3, 5):
+        again = on_processes(
+            2, proxykd, stage, *models, tmp_path / "two", resume=str(tmp_path / "two" / f"checkpoint-{step}")
+        )
+        test_soft_targets.assert_same_run(alone, again[0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_llkd_too(stage, tmp_path):
+    student = save_student(tmp_path / "student", build_encoder())
+    (alone,) = on_processes(1, llkd, "single", student, tmp_path / "one")
+    found = on_processes(2, llkd, stage, student, tmp_path / "two")
+    test_llkd.assert_same_run(alone, found[0])
+    assert_partitioned(stage, found)
