@@ -28,7 +28,6 @@ from ..host._compat import (
     keep_4bit_weights_differentiable,
     references_sharded_like_students,
     wait_for_each_other,
-    without_backward_of_leaves,
 )
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import refuse_adapted_head, refuse_broken_weights, refuse_frozen_adapter, require_tokenizer
@@ -484,14 +483,6 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         if self.state.global_step < self._discriminator_only_steps:
             return self._no_loss()
         return self._sft_loss(model, inputs)
-
-    def training_step(self, *args, **kwargs):
-        with without_backward_of_leaves(self.accelerator):
-            return super().training_step(*args, **kwargs)
-
-    def _no_loss(self) -> torch.Tensor:
-        # No parameter gets a gradient, not even of 0, so that neither momentum nor weight decay moves the student
-        return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
     def _train_critic(self, inputs: dict[str, torch.Tensor]) -> None:
         # With mask_truncated_completions there may be no token at all

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..host._compat import pad
+from ..host._compat import pad, without_backward_of_leaves
 from ..host.typed import MixinBase
 from .monitor import TrainingMonitor
 
@@ -142,6 +142,14 @@ class TwoStageGAD(MixinBase):
             return loss
         self._log_metrics("train", {"aux_loss": self.accelerator.gather(aux_loss.detach()).mean().item()})
         return loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+
+    def training_step(self, *args, **kwargs):
+        with without_backward_of_leaves(self.accelerator):
+            return super().training_step(*args, **kwargs)
+
+    def _no_loss(self) -> torch.Tensor:
+        # No parameter gets a gradient, not even of 0, so that neither momentum nor weight decay moves the student
+        return torch.zeros((), device=self.accelerator.device, requires_grad=True)
 
     @contextlib.contextmanager
     def _sft_temperature(self):

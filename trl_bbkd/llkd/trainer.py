@@ -154,8 +154,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
     ) -> None:
         require_model(model, type(self).__name__)
         self._student_path = model if isinstance(model, str) else get_config_model_id(model.config)
-        if args is None:
-            args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD")
+        args = LLKDConfig(f"{self._student_path.split('/')[-1]}-LLKD") if args is None else args
         require_config(args, LLKDConfig, type(self).__name__)
         args = copy.copy(args)
         check_sharding(args)
