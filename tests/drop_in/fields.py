@@ -10,6 +10,7 @@ from accelerate import ParallelismConfig
 ACTS = "acts"
 SCRIPTS = "differs: for scripts; the trainer does not read it, as in TRL"
 SHARDING = "refused: use plain data parallelism (docs/multi_gpu.md)"
+SHARDED = "differs: FSDP2, ZeRO-2 and ZeRO-3 shard what is trained; others are refused"
 EVALUATION = "refused: agreement with the teacher, measured before and after every round, takes its place"
 BEST = "refused: `alignment_patience` keeps the best proxy"
 REFERENCE = "refused: the reference is the proxy as it was when the round began"
@@ -53,9 +54,7 @@ SOFT_TARGETS = {
     "num_train_epochs": OF_STUDENT,
     "max_steps": OF_STUDENT,
     "eval_strategy": "differs: the student's; the proxy is measured before and after its stages",
-    "deepspeed": SHARDING,
-    "fsdp": SHARDING,
-    "fsdp_config": "differs: belongs to fsdp, which is refused",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), SHARDED),
     "parallelism_config": SHARDING,
     "fp16": "refused: gradients are made with the loss, before they could be scaled; use bf16",
     "label_smoothing_factor": "refused: the soft targets take its place",
@@ -170,7 +169,9 @@ CLASSIFIER = {
     **SCRIPT_FLAGS,
     "auto_find_batch_size": "differs: refused with selection='llkd', whose pools are a multiple of the batch",
     "batch_eval_metrics": "differs: needs `compute_metrics` of your own",
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "differs: not tested with a selection"),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config"), "differs: FSDP2, ZeRO-2 and ZeRO-3 shard; others are refused"
+    ),
     "learning_rate": "differs: 2e-5 by default",
     "logging_steps": "differs: 10 by default",
     "parallelism_config": "refused: pools are scored by the student as a whole",

@@ -111,7 +111,7 @@ def test_a_value_that_an_alignment_has_no_use_for(name, value):
 
 
 @pytest.mark.parametrize("name", BY_TRAINER)
-@pytest.mark.parametrize("trainer", [ProxyKDTrainer, BayesKDTrainer, ProxyAlignmentTrainer])
+@pytest.mark.parametrize("trainer", [ProxyAlignmentTrainer])
 def test_sharding_is_refused_by_the_trainer(monkeypatch, trainer, name):
     args = TRAINERS[trainer][2]("out", **ON_CPU)
     monkeypatch.setattr(args, name, fields.REFUSED_VALUES[name])
