@@ -228,7 +228,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
+def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
     """
     A parameter that is read outside of its module's forward, whole. Where FSDP2 has it in parts, the mean of the processes'
     gradients comes back, as from its own backward pass. Every process takes part.

@@ -35,7 +35,8 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     model = language_model(model)
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(whole_parameter(layer.weight), whole_parameter(layer.bias), logit_scale(config), softcap)
+    bias = None if layer.bias is None else whole_parameter(layer.bias)
+    return LMHead(whole_parameter(layer.weight), bias, logit_scale(config), softcap)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
