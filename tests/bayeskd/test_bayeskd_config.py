@@ -218,7 +218,7 @@ class TestBadInput:
         with pytest.raises(TeacherDataError, match="No room for an answer.*context is 512 tokens"):
             make_trainer(tmp_path, *without_weights, max_completion_length=600)
 
-    def test_deepspeed(self, tmp_path, without_weights, monkeypatch):
+    def test_the_first_version_of_fsdp(self, tmp_path, without_weights, monkeypatch):
         args = BayesKDConfig(str(tmp_path), **ON_CPU)
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         with pytest.raises(ValueError, match="FSDP's first version is not supported"):

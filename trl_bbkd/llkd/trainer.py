@@ -37,7 +37,7 @@ from ..host.preflight import (
     require_tokenizer,
 )
 from ..host.resume import ResumableRun
-from ..host.sharding import check_sharding, is_sharded
+from ..host.sharding import check_sharding
 from ..hub.example import example_input
 from ..hub.student import StudentHubMixin
 from ..selection.collator import CARRIED_COLUMNS
@@ -201,8 +201,7 @@ class LLKDTrainer(ResumableRun, StudentHubMixin, LLKDMixin, Trainer):
         if self.class_names is not None:
             model.config.id2label = dict(enumerate(self.class_names))
             model.config.label2id = {name: number for number, name in enumerate(self.class_names)}
-        if is_sharded(args):
-            keep_embeddings_apart(model.get_base_model() if isinstance(model, PeftModel) else model)
+        keep_embeddings_apart(model.get_base_model() if isinstance(model, PeftModel) else model)
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         super().__init__(
