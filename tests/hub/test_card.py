@@ -145,3 +145,10 @@ class TestWithoutARecipe:
 def test_an_example_from_training_rows_where_none_are_held_out(tmp_path, tiny_model_dir, other_model_dir):
     trainer = make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, held_out=0)
     assert trainer.card.example == make_rows()[0]["prompt"] and not trainer.card.conversational
+
+
+def test_a_secret_below_a_setting_is_not_told(tmp_path):
+    args = GADConfig(
+        str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs={"token": "mirror-4f9c", "dtype": "float32"}
+    )
+    assert changed_settings(args)["model_init_kwargs"] == {"dtype": "float32"}

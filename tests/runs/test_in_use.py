@@ -1,5 +1,6 @@
 """Two runs in one folder."""
 
+import errno
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from trl_bbkd.runs.run import run
 HOLD = """
 import fcntl, os, sys
 lock = open(sys.argv[1], "a+")
-fcntl.flock(lock, fcntl.LOCK_EX)
+fcntl.lockf(lock, fcntl.LOCK_EX)
 print(os.getpid(), file=lock, flush=True)
 print("held", flush=True)
 sys.stdin.read()
@@ -57,3 +58,21 @@ def test_nothing_is_left_behind(tmp_path):
     with claimed(tmp_path / "out"):
         (tmp_path / "out" / "report.md").touch()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.md"]
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trl_bbkd.runs.in_use.fcntl", None)
+    with claimed(tmp_path / "out"):
+        pass
+
+    class NoLocks:
+        LOCK_EX = LOCK_NB = 0
+
+        @staticmethod
+        def lockf(file, operation):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("trl_bbkd.runs.in_use.fcntl", NoLocks)
+    with claimed(tmp_path / "out"):
+        pass
+    assert "cannot be locked (No locks available)" in caplog.text

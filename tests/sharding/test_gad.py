@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.utils import is_torch_version
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.processes import on_processes
 from tests.sharding.runs import answers, gad
@@ -68,6 +69,21 @@ def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(variant, step, alon
         2, gad, "fsdp2", tiny_model_dir, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **config
     )
     assert_same_run(alone(variant), found)
+
+
+def test_a_discriminator_of_another_architecture(tiny_model_dir, tmp_path):
+    build_llama(tmp_path / "llama", AutoTokenizer.from_pretrained(tiny_model_dir))
+    other = {"discriminator": str(tmp_path / "llama")}
+    (expected,) = on_processes(1, gad, "single", tiny_model_dir, tmp_path / "alone", **other)
+    found, _ = on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path / "sharded", **other)
+    assert_same_run(expected, found)
+
+
+def build_llama(folder, tokenizer):
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def test_what_differs_from_process_to_process_is_the_main_ones(alone, tiny_model_dir, tmp_path):

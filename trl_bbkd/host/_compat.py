@@ -52,6 +52,7 @@ __all__ = [
     "pad",
     "print_prompt_completions_sample",
     "references_sharded_like_students",
+    "shard_by_layers",
     "shard_on_cpus",
     "uploads_through",
     "wait_for_each_other",
@@ -187,6 +188,14 @@ def beside_another_trainer() -> Iterator[None]:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
+def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Shard a model with FSDP2 by accelerate's rule. It keeps the first model's layers for all others, whatever those have."""
+    plugin = accelerator.state.fsdp_plugin
+    kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    fsdp2_prepare_model(accelerator, model)
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+
+
 @contextlib.contextmanager
 def references_sharded_like_students() -> Iterator[None]:
     """
@@ -198,7 +207,7 @@ def references_sharded_like_students() -> Iterator[None]:
 
     def shard(model: Any, accelerator: Accelerator) -> nn.Module:
         if accelerator.is_fsdp2:
-            fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+            shard_by_layers(accelerator, model.requires_grad_(False))
             # No backward pass follows, for which accelerate keeps the embeddings whole
             model.set_reshard_after_forward(True)
         return original(model, accelerator)

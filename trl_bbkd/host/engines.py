@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+from ._compat import shard_by_layers
 
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -128,7 +129,7 @@ class ShardedEngine(Engine):
     def _wrap(self, module: nn.Module) -> nn.Module:
         plugin, mesh = self.accelerator.state.fsdp_plugin, getattr(self.accelerator, "torch_device_mesh", None)
         broadcast(module)
-        fsdp2_prepare_model(self.accelerator, module.backbone)
+        shard_by_layers(self.accelerator, module.get_submodule("backbone"))
         settings = {
             "offload_policy": plugin.cpu_offload,
             "reshard_after_forward": False,
