@@ -194,6 +194,13 @@ class TestRun:
             run(load_recipe(write_recipe(data, "other/student", finished)))
 
 
+def test_a_sharded_recipe_is_refused_before_it_measures(tmp_path, data, student, monkeypatch):
+    recipe = load_recipe(write_recipe(data, student, tmp_path / "out"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="measures the student before it learns.*--accelerate_config ddp"):
+        run(recipe)
+
+
 def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):
     config = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "baselines": False}
     recipe = write_recipe(data, student, tmp_path / "out", **config)

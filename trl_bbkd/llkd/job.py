@@ -13,6 +13,7 @@ from trl import get_peft_config, get_quantization_config
 from ..data.teacher_data import load_teacher_data
 from ..errors import LLKDDataError, RecipeError
 from ..host.model_paths import base_of_student, no_model
+from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
 from ..reports.report import UNDISTILLED
 from ..reports.uncertainty import macro_f1_difference, paired_difference
@@ -83,6 +84,11 @@ class LLKDJob(Job):
         self.peft_config = get_peft_config(dataclasses.replace(recipe.model_args, lora_task_type="SEQ_CLS"))
 
     def _check_settings(self) -> None:
+        if is_sharded(self.args):
+            raise RecipeError(
+                "A recipe of LLKD measures the student before it learns, which transformers cannot under FSDP or DeepSpeed. Launch "
+                "it with --accelerate_config ddp. (LLKDTrainer itself trains sharded.)"
+            )
         for name, (needed, reason) in NEEDED_SETTINGS.items():
             if getattr(self.args, name) != needed:
                 raise RecipeError(f"{name} must be {needed} in a recipe of LLKD: {reason}.")
