@@ -88,7 +88,7 @@ def mark_steps(axes, warmup_steps: float, last_step: int, label: bool) -> None:
         if label:
             axes.annotate(
                 "warm-up",
-                (warmup_steps / 2, 0.97),
+                (warmup_steps / 2, 0.88),
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 va="top",
