@@ -98,8 +98,8 @@ def gad(engine, model, output_dir, resume=None, lora=False, sequences=16, **conf
     return found(trainer, engines)
 
 
-def answers(model, output_dir) -> list[list[list[int]]]:
-    """Samples of a sharded student, most of whose tokens end an answer."""
+def answers(model, output_dir) -> tuple[list[list[list[int]]], int]:
+    """Samples of a sharded student, most of whose tokens end an answer, and how often this process ran it."""
     start("fsdp2")
     trainer = FixedSamplesTrainer(
         model=model,
@@ -109,14 +109,18 @@ def answers(model, output_dir) -> list[list[list[int]]]:
     trainer.train()
     student = trainer.accelerator.unwrap_model(trainer.model)
     student.generation_config.eos_token_id = list(range(100, 300))
-    return generate_completion_ids(
+    calls = []
+    student.register_forward_hook(lambda *_: calls.append(1))
+    ids = generate_completion_ids(
         student,
         trainer.processing_class,
         [row["prompt"] for row in ROWS],
         max_new_tokens=12,
+        num_samples=5,
         batch_size=1,
         is_shared=True,
     )
+    return ids, len(calls)
 
 
 def found(trainer, engines) -> dict:
