@@ -25,6 +25,7 @@ from ..host.engines import gathered
 from ..host.model_files import load_model
 from ..host.model_paths import base_of_student, no_model
 from ..host.preflight import refuse_broken_weights
+from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
 from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
@@ -282,8 +283,12 @@ class TextJob(Job):
             print(self.plan)
         seconds: dict[str, float] = {}
         student = trainer.accelerator.unwrap_model(trainer.model)
+        parameters = list(student.parameters()) if is_new else []
+        if is_new and is_sharded(self.args) and not any(hasattr(parameter, "ds_id") for parameter in parameters):
+            # Sharding brings it to its device, when the training begins
+            student.to(self.args.device)
         # Before its training nothing gathers what ZeRO-3 has partitioned
-        with timed(seconds, UNDISTILLED), gathered(list(student.parameters()), is_written=False):
+        with timed(seconds, UNDISTILLED), gathered(parameters, is_written=False):
             undistilled = self._measured(UNDISTILLED, lambda: student)
         if is_new and self.is_main_process:
             rest = seconds[UNDISTILLED] * (self.plan.all / self.plan.once - 1)
