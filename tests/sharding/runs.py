@@ -4,6 +4,7 @@ import itertools
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -57,6 +58,11 @@ BAYESKD_RUN = {"posterior_sampling": "expected"}
 # In the warm-up whole pools are kept, more than a forward pass takes
 LLKD_RUN = SOFT_TARGET_RUN | {"selection_warmup_steps": 2}
 ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
+
+
+def slow_but(variants, *kept):
+    """Variants as parameters; the default run takes those that are named."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in variants]
 
 
 def start(engine: str) -> int:

@@ -6,7 +6,7 @@ from accelerate.utils import is_torch_version
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.processes import on_processes
-from tests.sharding.runs import answers, gad
+from tests.sharding.runs import answers, gad, slow_but
 from trl_bbkd.host.sharding import AVERAGES_ON_CPUS
 
 
@@ -48,7 +48,7 @@ def alone(tiny_model_dir, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "full", "LoRA and a critic"))
 def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
     config = VARIANTS[variant]
     found, other = on_processes(2, gad, "fsdp2", tiny_model_dir, tmp_path, **config)
@@ -60,7 +60,10 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
         assert found["units"]["reference"] == found["units"]["student"]
 
 
-@pytest.mark.parametrize(("variant", "step"), [("full", 3), ("LoRA and a critic", 4), ("shared", 4)])
+@pytest.mark.parametrize(
+    ("variant", "step"),
+    [("full", 3), ("LoRA and a critic", 4), pytest.param("shared", 4, marks=pytest.mark.slow)],
+)
 def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(variant, step, alone, tiny_model_dir, tmp_path):
     """From the warm-up's last step, and from the first that has a reference."""
     config = VARIANTS[variant] | {"save_steps": step}
@@ -99,6 +102,7 @@ def test_processes_whose_answers_end_at_different_lengths_wait_for_each_other(ti
     assert calls == same_calls > tokens / 2
 
 
+@pytest.mark.slow
 def test_four_processes(alone, tiny_model_dir, tmp_path):
     found, *_ = on_processes(4, gad, "fsdp2", tiny_model_dir, tmp_path)
     assert_same_run(alone("full"), found)

@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.llkd.helpers import LORA, build_decoder, build_encoder, save_student
 from tests.processes import on_processes
-from tests.sharding.runs import llkd
+from tests.sharding.runs import llkd, slow_but
 
 
 LOGGED = ("loss", "grad_norm", "selection/kept_share", "selection/uncertainty_kept", "selection/threshold_score")
@@ -27,7 +27,7 @@ def assert_same_run(expected, found):
         torch.testing.assert_close(found["selector"][key], value, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "encoder"))
 def test_fsdp2_ends_as_one_process(variant, tmp_path):
     build, config = VARIANTS[variant]
     student = save_student(tmp_path / "student", build())

@@ -9,7 +9,7 @@ from tests.sharding.runs import seqkd
 from trl_bbkd.host.model_files import load_model
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "LoRA"])
 def test_the_best_checkpoint(lora, tiny_model_dir, tmp_path):
     (alone,) = on_processes(1, seqkd, "single", tiny_model_dir, tmp_path / "one", lora=lora)
     found, other = on_processes(2, seqkd, "fsdp2", tiny_model_dir, tmp_path / "two", lora=lora)

@@ -14,7 +14,7 @@ from transformers import (
 from tests.conftest import build_tokenizer
 from tests.processes import on_processes
 from tests.proxykd.helpers import make_kd_trainer
-from tests.sharding.runs import FSDP2, bayeskd, proxykd
+from tests.sharding.runs import FSDP2, bayeskd, proxykd, slow_but
 
 
 LOGGED = ("loss", "grad_norm", "nll", "entropy", "kl", "kl_prior", "kl_posterior", "mean_token_accuracy")
@@ -77,7 +77,7 @@ def alone(tiny_model_dir, proxy, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "store", "live", "Bayes-KD"))
 def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, proxy, tmp_path):
     function, config = VARIANTS[variant]
     found, other = on_processes(2, function, "fsdp2", tiny_model_dir, proxy, tmp_path, **config)
