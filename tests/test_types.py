@@ -45,7 +45,6 @@ def test_the_users_script_has_every_public_name():
     assert [name for name in trl_bbkd.__all__ if f"    {name},\n" not in script] == []
 
 
-@pytest.mark.slow  # `mypy` alone, as before every commit and in the workflow of a pull request
 def test_the_package(tmp_path):
     found = mypy(cache=tmp_path / "cache")
     assert found.returncode == 0, found.stdout + found.stderr

@@ -77,7 +77,7 @@ def alone(tiny_model_dir, proxy, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, "store", "Bayes-KD"))
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "store", "live", "Bayes-KD"))
 def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, proxy, tmp_path):
     function, config = VARIANTS[variant]
     found, other = on_processes(2, function, "fsdp2", tiny_model_dir, proxy, tmp_path, **config)
