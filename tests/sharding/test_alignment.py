@@ -41,22 +41,32 @@ def alone(other_model_dir, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, "LoRA"))
-def test_fsdp2_ends_as_one_process_stopped_in_a_round_or_not(variant, alone, other_model_dir, tmp_path):
+def assert_sharded(variant, results):
+    for result in results:
+        shares = [*result["shares"]["proxy"], *result["shares"]["reference"]]
+        assert shares == pytest.approx([0.5] * len(shares), abs=0.02)
+        assert result["units"]["proxy"][-1] > 3
+        # Of adapters, the reference is in the proxy
+        assert result["units"]["reference"] == ([] if variant == "LoRA" else result["units"]["proxy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp2_ends_as_one_process(variant, alone, other_model_dir, tmp_path):
+    found, other = on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, **VARIANTS[variant])
+    assert_same_run(alone(variant), found)
+    assert_sharded(variant, (found, other))
+
+
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "full"))
+def test_fsdp2_goes_on_with_a_round_as_if_never_stopped(variant, alone, other_model_dir, tmp_path):
     config = VARIANTS[variant]
-    ended = (
-        [on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path / "whole", **config)]
-        if variant == "full"
-        else []
-    )
     assert on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, stops=True, **config) == [None, None]
-    ended.append(on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, **config))
-    assert ended[-1][0]["resumed at"] == 2
-    for found, other in ended:
-        assert_same_run(alone(variant), found)
-        for result in (found, other):
-            shares = [*result["shares"]["proxy"], *result["shares"]["reference"]]
-            assert shares == pytest.approx([0.5] * len(shares), abs=0.02)
-            assert result["units"]["proxy"][-1] > 3
-            # Of adapters, the reference is in the proxy
-            assert result["units"]["reference"] == ([] if variant == "LoRA" else result["units"]["proxy"])
+    found, other = on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, **config)
+    assert found["resumed at"] == 2
+    assert_same_run(alone(variant), found)
+    assert_sharded(variant, (found, other))
+    if variant == "full":
+        saved = load_model(str(tmp_path)).state_dict()
+        for key, value in found["weights"].items():
+            torch.testing.assert_close(saved[key], value, atol=0, rtol=0)
