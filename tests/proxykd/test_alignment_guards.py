@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.sharding.runs import FSDP2
 from trl_bbkd.errors import StageError
 from trl_bbkd.host.model_files import load_model
 from trl_bbkd.preference.sampling import read_samples
@@ -118,3 +119,14 @@ def test_dora_is_aligned_saved_and_the_reference(tmp_path, other_model_dir):
     with pytest.raises(StageError, match="holds another alignment .*adapter: "):
         config["trainer_kwargs"] = {"peft_config": LoraConfig(**LORA)}
         make_aligner(tmp_path, other_model_dir, **config).train()
+
+
+def test_sharded_it_takes_no_proxy_in_memory_and_measures_none_that_is_not_on_disk(
+    tmp_path, other_model_dir, monkeypatch
+):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a model in memory may be in parts.*Hand in the proxy's path"):
+        make_aligner(tmp_path, AutoModelForCausalLM.from_pretrained(other_model_dir))
+    with pytest.raises(ValueError, match="Call `train` first"):
+        make_aligner(tmp_path, other_model_dir).evaluate()

@@ -172,6 +172,13 @@ def proxykd(engine, student, proxy, output_dir, **config) -> dict:
     return soft_targets(engine, student, proxy, output_dir, make_kd_trainer, PROXYKD_RUN | config)
 
 
+def aligned_proxykd(engine, student, proxy, output_dir, **config) -> dict:
+    """The proxy's rows in micro-batches of 4, as in [`alignment`]."""
+    batches = {"proxy_per_device_train_batch_size": 4, "proxy_gradient_accumulation_steps": 2 // start(engine)}
+    stages = {"stages": ["warmup", "align", "cache", "distil"], "warmup_share": 0.3, "alignment_share": 0.5}
+    return proxykd(engine, student, proxy, output_dir, **stages, **batches, **config)
+
+
 def bayeskd(engine, student, proxy, output_dir, **config) -> dict:
     return soft_targets(engine, student, proxy, output_dir, make_bayes_trainer, BAYESKD_RUN | config)
 
