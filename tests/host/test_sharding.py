@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from tests.sharding.runs import FSDP2
+from tests.sharding.runs import FSDP2, HSDP
 from trl_bbkd.host.sharding import check_sharding
 
 
@@ -47,6 +47,24 @@ def launch(monkeypatch):
 )
 def test_fsdp_that_cannot_work(args, launch, changed, message):
     launch(**{**FSDP2, **changed})
+    with pytest.raises(ValueError, match=message) as error:
+        check_sharding(args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {},
+            r"2 copies \(.*\) of 2 parts \(.*\) are 4 processes, and there are 1. Give both sizes beside --num_processes",
+        ),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size: 2 is not supported.*hsdp.yaml"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "parallelism_config_cp_size: 4 is not supported"),
+    ],
+)
+def test_processes_that_are_divided_otherwise(args, launch, changed, message):
+    launch(**{**HSDP, **changed})
     with pytest.raises(ValueError, match=message) as error:
         check_sharding(args)
     assert "\n" not in str(error.value)
