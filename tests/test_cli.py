@@ -126,7 +126,7 @@ class TestErrors:
         with pytest.raises(SystemExit) as stopped:
             main(["train", str(recipe), "--accelerate_config", "zero9"])
         assert stopped.value.code == 2
-        message = "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3"
+        message = "'zero9' is neither a file nor one of ddp, fsdp2, hsdp, zero2, zero3"
         assert capfd.readouterr().err.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
 
 
