@@ -80,12 +80,27 @@ def test_four_bits_that_would_not_be_sharded(args, launch):
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_four_bits_under_zero(args, launch, monkeypatch, stage):
     monkeypatch.setitem(sys.modules, "deepspeed", STAND_IN)
+    monkeypatch.setattr("trl_bbkd.host.sharding._refuse_missing_compiler", lambda: None)
     launch(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
     if stage == "2":
         check_sharding(args, FOUR_BITS)
         return
     with pytest.raises(ValueError, match="cannot be partitioned by ZeRO-3. Take ZeRO-2"):
         check_sharding(args, FOUR_BITS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled")
+def test_a_compiler_that_is_not_there(args, launch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", STAND_IN)
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
+    launch(ACCELERATE_USE_DEEPSPEED="true", CXX=sys.executable)
+    check_sharding(args)
+    launch(CXX="no-such-compiler")
+    with pytest.raises(ValueError, match="no-such-compiler cannot be found. Install a C.. compiler .*FSDP2"):
+        check_sharding(args)
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
+    with pytest.raises(ValueError, match="no-such-compiler and ninja cannot be found"):
+        check_sharding(args)
 
 
 def test_every_micro_batchs_gradient_is_reduced_under_fsdp2(args, launch):

@@ -144,7 +144,7 @@ def found(trainer, engines) -> dict:
     }
     return {
         "weights": {name: each.state_dict() for name, each in engines.items()}
-        | {"student": {name: value.detach().cpu() for name, value in student.items()}},
+        | {"student": {name: value.detach().cpu() for name, value in (student or {}).items()}},
         "shares": {name: share(module) for name, module in models.items() if module is not None},
         "units": {name: units(module) for name, module in models.items() if module is not None},
         "log": [entry for entry in trainer.state.log_history if "discriminator/loss" in entry],

@@ -89,10 +89,9 @@ def assert_trained(folder, name, processes):
 
 
 @pytest.mark.parametrize("name", slow_but(CONFIGURATIONS, "fsdp2"))
-def test_a_recipe_is_trained(name, tmp_path, monkeypatch):
+def test_a_recipe_is_trained(name, tmp_path, request):
     if name.startswith("zero"):
-        pytest.importorskip("deepspeed")
-        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        request.getfixturevalue("deepspeed_on_cpus")
     port = ["--main_process_port", str(free_port())]
     on_processes(1, launch, command(tmp_path, name, [*CONFIGURATIONS[name], *port]))
     assert_trained(tmp_path, name, 4 if name == "hsdp" else 2)

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import shutil
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -51,6 +53,8 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
             )
         _raise(why_not_sharded(f"zero{_zero_stage(args)}", *quantization))
         if args.use_cpu:
+            if sys.platform == "linux":
+                _refuse_missing_compiler()
             import deepspeed
 
             # accelerate does this for GPUs. Without, a model is partitioned as if there were one process
@@ -79,6 +83,20 @@ def why_not_sharded(engine: str, *quantization: BitsAndBytesConfig | None) -> st
             "`bnb_4bit_quant_storage: bfloat16`, or train without FSDP (--accelerate_config ddp)."
         )
     return ""
+
+
+def _refuse_missing_compiler() -> None:
+    """On a CPU DeepSpeed compiles what its processes talk through, at a run's start."""
+    from torch.utils.cpp_extension import is_ninja_available
+
+    compiler = os.environ.get("CXX", "c++")
+    needed = {compiler: shutil.which(compiler), "ninja": is_ninja_available()}
+    missing = [name for name, is_there in needed.items() if not is_there]
+    if missing:
+        raise ValueError(
+            f"On CPU processes DeepSpeed compiles an extension, and {' and '.join(missing)} cannot be found. Install a C++ compiler "
+            "(apt install g++) and ninja (pip install ninja), or take FSDP2, which needs neither (--accelerate_config fsdp2)."
+        )
 
 
 def _raise(reason: str) -> None:
