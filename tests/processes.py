@@ -26,7 +26,8 @@ import torch
 
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = [
     "matplotlib.figure",

@@ -126,7 +126,7 @@ class TestErrors:
         with pytest.raises(SystemExit) as stopped:
             main(["train", str(recipe), "--accelerate_config", "zero9"])
         assert stopped.value.code == 2
-        message = "'zero9' is neither a file nor one of ddp, fsdp2, zero2, zero3"
+        message = "'zero9' is neither a file nor one of ddp, fsdp2, hsdp, zero2, zero3"
         assert capfd.readouterr().err.strip() == f"error: argument --accelerate_config/--accelerate-config: {message}"
 
 
@@ -259,15 +259,18 @@ class TestInterrupted:
 
 
 class TestAccelerateConfig:
-    @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+    @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2", "hsdp"])
     def test_accelerate_reads_ours(self, name):
         from accelerate.commands.config.config_args import load_config_from_file
 
-        kinds = {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
+        kinds = {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP", "hsdp": "FSDP"}
         config = load_config_from_file(find_accelerate_config(name))
         assert config.distributed_type == kinds[name]
         if name.startswith("zero"):
             assert config.deepspeed_config["zero_stage"] == int(name[-1])
+        if name == "hsdp":
+            sizes = [config.parallelism_config[f"parallelism_config_dp_{key}_size"] for key in ("replicate", "shard")]
+            assert sizes[0] == config.num_machines and sizes[0] * sizes[1] == config.num_processes
 
     def test_path(self, tmp_path):
         file = tmp_path / "mine.yaml"
@@ -275,7 +278,7 @@ class TestAccelerateConfig:
         assert find_accelerate_config(str(file)) == str(file)
 
     def test_unknown(self):
-        with pytest.raises(argparse.ArgumentTypeError, match="ddp, fsdp2, zero2, zero3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="ddp, fsdp2, hsdp, zero2, zero3"):
             find_accelerate_config("zero9")
 
     def test_it_reaches_the_training_process(self, recipe, tmp_path, monkeypatch, capfd):

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
-        help="--accelerate_config with one of ddp, zero2, zero3, fsdp2 or a path; flags of `accelerate launch`, such "
+        help="--accelerate_config with one of ddp, zero2, zero3, fsdp2, hsdp or a path; flags of `accelerate launch`, such "
         f"as --num_processes 2; {OVERRIDES_HELP}",
     )
     plan = commands.add_parser(

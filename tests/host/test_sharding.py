@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from tests.sharding.runs import FSDP2
+from tests.sharding.runs import FSDP2, HSDP
 from trl_bbkd.host.sharding import check_sharding
 
 
@@ -52,6 +52,24 @@ def test_fsdp_that_cannot_work(args, launch, changed, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {},
+            r"2 copies \(.*\) of 2 parts \(.*\) are 4 processes, and there are 1. Give both sizes beside --num_processes",
+        ),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "parallelism_config_tp_size: 2 is not supported.*hsdp.yaml"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, "parallelism_config_cp_size: 4 is not supported"),
+    ],
+)
+def test_processes_that_are_divided_otherwise(args, launch, changed, message):
+    launch(**{**HSDP, **changed})
+    with pytest.raises(ValueError, match=message) as error:
+        check_sharding(args)
+    assert "\n" not in str(error.value)
+
+
 def test_four_bits_that_would_not_be_sharded(args, launch):
     launch(**FSDP2)
     with pytest.raises(ValueError, match="uint8 are not sharded by FSDP2.*bnb_4bit_quant_storage: bfloat16"):
@@ -62,12 +80,27 @@ def test_four_bits_that_would_not_be_sharded(args, launch):
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_four_bits_under_zero(args, launch, monkeypatch, stage):
     monkeypatch.setitem(sys.modules, "deepspeed", STAND_IN)
+    monkeypatch.setattr("trl_bbkd.host.sharding._refuse_missing_compiler", lambda: None)
     launch(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=stage)
     if stage == "2":
         check_sharding(args, FOUR_BITS)
         return
     with pytest.raises(ValueError, match="cannot be partitioned by ZeRO-3. Take ZeRO-2"):
         check_sharding(args, FOUR_BITS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled")
+def test_a_compiler_that_is_not_there(args, launch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", STAND_IN)
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: True)
+    launch(ACCELERATE_USE_DEEPSPEED="true", CXX=sys.executable)
+    check_sharding(args)
+    launch(CXX="no-such-compiler")
+    with pytest.raises(ValueError, match="no-such-compiler cannot be found. Install a C.. compiler .*FSDP2"):
+        check_sharding(args)
+    monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
+    with pytest.raises(ValueError, match="no-such-compiler and ninja cannot be found"):
+        check_sharding(args)
 
 
 def test_every_micro_batchs_gradient_is_reduced_under_fsdp2(args, launch):

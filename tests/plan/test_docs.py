@@ -1,100 +1,71 @@
 """docs/plan.md shows what the command prints, and what shipped recipes say of their hardware is so."""
 
+import functools
 import re
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, RobertaConfig
 
 from tests.code_blocks import code, commands
-from trl_bbkd.cli import main
+from tests.plan.recipe_pages import KEYS_OF_MODELS, LARGE, page, plan_of, printed_by, write_models
 from trl_bbkd.plan.memory import GIB
 from trl_bbkd.plan.plan import Machine, Plan
 from trl_bbkd.plan.reading import read_recipe
-from trl_bbkd.runs.shipped import recipes_folder, shipped_recipes
+from trl_bbkd.runs.shipped import recipes_folder
 
 
 PAGE = "docs/plan.md"
-HARDWARE = re.compile(r"meant for 1 (?:GPU|node of (\d+) GPUs) with (\d+) GB")
-STATED = {name: HARDWARE.search(file.read_text()) for name, file in shipped_recipes().items()}
-# The header says that the proxy of 70 billion parameters is not divided over the GPUs yet
-TOO_LARGE = {"llama-2-7b-gpt4/proxykd"}
-WIDTH = "100"
+HARDWARE = re.compile(r"meant for (?:1 GPU|(\d+) nodes? of (\d+) GPUs) with (\d+) GB")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Of each model that a large recipe or the page names, a folder with its configuration."""
     folder = tmp_path_factory.mktemp("models")
-    qwen = {"vocab_size": 152064}
-    layers = lambda count: {"num_hidden_layers": count}  # noqa: E731
-    heads = lambda count, kv: {"num_attention_heads": count, "num_key_value_heads": kv}  # noqa: E731
-    configs = {
-        "Qwen/Qwen2.5-7B-Instruct": Qwen2Config(
-            **qwen, hidden_size=3584, intermediate_size=18944, **layers(28), **heads(28, 4)
-        ),
-        "Qwen/Qwen2.5-72B-Instruct": Qwen2Config(
-            **qwen, hidden_size=8192, intermediate_size=29568, **layers(80), **heads(64, 8)
-        ),
-        "meta-llama/Llama-2-7b-hf": LlamaConfig(),
-        "meta-llama/Llama-2-13b-hf": LlamaConfig(
-            hidden_size=5120, intermediate_size=13824, **layers(40), **heads(40, 40)
-        ),
-        "meta-llama/Llama-2-70b-hf": LlamaConfig(
-            hidden_size=8192, intermediate_size=28672, **layers(80), **heads(64, 8)
-        ),
-        "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            tie_word_embeddings=True,
-            **layers(30),
-            **heads(9, 3),
-        ),
-        "FacebookAI/roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514),
-    }
-    for name, config in configs.items():
-        config.save_pretrained(folder / name)
+    write_models(folder)
     return folder
 
 
-def on_disk(recipe, models, keys=("model_name_or_path", "proxy_model")) -> list[str]:
-    """Overrides with the folders of the models that a recipe names."""
-    text = recipe.read_text()
-    found = ((key, re.search(rf"^{key}: (\S+)", text, flags=re.MULTILINE)) for key in keys)
-    return [word for key, name in found if name for word in (f"--{key}", str(models / name[1]))]
+@pytest.fixture(scope="module")
+def plans(models):
+    """What the command in each large recipe's header prints."""
+    return functools.cache(lambda name: plan_of(name, models))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["7B on 8", "72B on 64"])
-def test_the_page_shows_what_is_printed(place, models, monkeypatch, capsys):
+def test_the_page_shows_what_is_printed(place, models):
     command, printed = code(PAGE, "bash")[place], code(PAGE, "text")[place]
-    ((program, *words),) = commands(command)
+    ((program, *_),) = commands(command)
     assert program == "trl-bbkd"
-    words = [str(models / word) if (models / word).is_dir() else word for word in words]
-    monkeypatch.chdir(recipes_folder().parent)
-    monkeypatch.setenv("COLUMNS", WIDTH)
-    main(words)
-    found = capsys.readouterr().out.replace(f"{models}/", "")
+    found = printed_by(command, models)
     assert [line.strip() for line in found.splitlines()] == [line.strip() for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize("name", [name for name, found in STATED.items() if found])
-def test_a_recipe_fits_the_hardware_that_it_states(name, models):
-    gpus, memory = int(STATED[name][1] or 1), float(STATED[name][2])
-    file = shipped_recipes()[name]
-
-    def plan(*overrides):
-        return Plan(read_recipe(file, [*on_disk(file, models), *overrides], gpus), Machine(gpus, memory, 989, 0.4))
-
-    if name in TOO_LARGE:
-        assert plan().recommended is None
-        smaller = str(models / "meta-llama/Llama-2-13b-hf")
-        assert plan("--proxy_model", smaller).recommended.fits
-    else:
-        assert plan().recommended.fits
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_fits_the_hardware_that_it_states(name, plans):
+    plan, header = plans(name).plan, LARGE[name].read_text()
+    machine = plan.machine
+    nodes, gpus, memory = HARDWARE.search(header).groups(default="1")
+    assert (machine.gpus, machine.gpu_memory) == (int(nodes) * int(gpus), float(memory))
+    assert plan.recommended.fits
+    # And so does what its first command starts
+    command = re.search(rf"^#\s+(?:Command:\s+)?(trl-bbkd train \S*{name}\.yaml.*)$", header, re.MULTILINE)[1]
+    engine = re.search(r"--accelerate_config (\w+)", command)
+    assert plan.own[engine[1] if engine else "ddp"].fits
 
 
-def test_hardware_is_stated():
-    assert sorted(name for name, found in STATED.items() if found) == sorted(name for name in STATED if "/" in name)
+@pytest.mark.parametrize("folder", sorted({name.partition("/")[0] for name in LARGE}))
+def test_the_readme_of_recipes_is_their_plan(folder, plans):
+    found = {name: plans(name) for name in LARGE if name.startswith(f"{folder}/")}
+    readme = (recipes_folder() / folder / "README.md").read_text(encoding="utf-8")
+    assert readme == page(folder, found), "write it again: python -m tests.plan.recipe_pages"
+
+
+def test_a_proxy_of_70_billion_parameters_fits_nowhere(models):
+    """As the header says, which names a smaller one."""
+    file = LARGE["llama-2-7b-gpt4/proxykd"]
+    named = {key: re.search(rf"^{key}: (\S+)", file.read_text(), re.MULTILINE)[1] for key in KEYS_OF_MODELS}
+    overrides = [word for key, model in named.items() for word in (f"--{key}", str(models / model))]
+    assert Plan(read_recipe(file, overrides, 8), Machine(8, 80, 989, 0.4)).recommended is None
 
 
 def test_the_page_s_table_of_measurements():

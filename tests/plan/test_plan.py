@@ -120,6 +120,33 @@ class TestEngines:
         cells = plan(path, 8).others["QLoRA"]
         assert [engine for engine in ENGINES if cells[engine].refusal] == ["fsdp2", "zero3"]
 
+    def test_what_a_run_is_refused_with_is_the_plan_s_reason(self, configurations, tmp_path):
+        path = write_recipe(tmp_path, model_name_or_path=configurations["7B"])
+        found = plan(path, 8, overrides=["--critic", "trunk", "--advantage_estimator", "gae"])
+        assert [engine for engine in ENGINES if found.own[engine].refusal] == ["zero2", "fsdp2", "zero3"]
+        assert found.recommended is None
+        assert "Refused under ZeRO-2, FSDP2, ZeRO-3: critic='trunk' reads" in printed(found)
+        stored = ["--load_in_4bit", "true", "--bnb_4bit_quant_storage", "bfloat16"]
+        found = plan(write_recipe(tmp_path, model_name_or_path=configurations["7B"], **BOTH), 8, overrides=stored)
+        assert [engine for engine in ENGINES if found.own[engine].refusal] == ["zero3"]
+        kept = {engine: found.own[engine].footprints[0].kept["student", "frozen weights"] for engine in ENGINES}
+        assert kept["fsdp2"] == pytest.approx(kept["ddp"] / 8)
+        assert "Refused under ZeRO-3: 4-bit weights cannot be partitioned by ZeRO-3" in printed(found)
+
+    def test_machines_that_have_a_copy_each(self, configurations, tmp_path):
+        """Under HSDP a GPU keeps what it keeps on one machine, and gathers within it."""
+        path = write_recipe(tmp_path, model_name_or_path=configurations["7B"], beta=0.1)
+        one, two, four = (plan(path, gpus, gpu_memory=60) for gpus in (8, 16, 32))
+        assert "hsdp" not in one.own
+        for found in (two, four):
+            assert found.own["hsdp"].footprints[0].kept == one.own["fsdp2"].footprints[0].kept
+            assert found.recommended.engine == "hsdp"
+        assert "hsdp" not in plan(path, 12).own
+        assert "--accelerate_config hsdp --num_machines 2 --num_processes 16\n" in printed(two)
+        assert "--num_processes 32 --parallelism_config_dp_replicate_size 4" in printed(four)
+        took = {engine: sum(part.took for part in two.parts(two.own[engine])[0][1]) for engine in ("hsdp", "fsdp2")}
+        assert took["hsdp"] < took["fsdp2"]
+
     def test_the_largest_batch_is_found_by_doubling(self, configurations, tmp_path):
         path = write_recipe(tmp_path, model_name_or_path=configurations["0.5B"])
         found = plan(path, gpu_memory=24).own["ddp"]

@@ -35,6 +35,12 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
+# And with recipes/accelerate_configs/hsdp.yaml on two machines of two processes
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 # Adam divides by the root of what is nearly 0: with its usual value it makes much of the order of a sum
 EPSILON = 1e-3
 GAD_RUN = {
@@ -80,6 +86,8 @@ def start(engine: str) -> int:
     """Ask for an engine as a launcher does. Returns the number of processes."""
     if engine.startswith("fsdp2"):
         os.environ.update(FSDP2)
+    if engine == "hsdp":
+        os.environ.update(HSDP)
     if engine == "fsdp2, whole":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if engine.startswith("zero"):
@@ -147,7 +155,7 @@ def found(trainer, engines) -> dict:
     }
     return {
         "weights": {name: each.state_dict() for name, each in engines.items()}
-        | {"student": {name: value.detach().cpu() for name, value in student.items()}},
+        | {"student": {name: value.detach().cpu() for name, value in (student or {}).items()}},
         "shares": {name: share(module) for name, module in models.items() if module is not None},
         "units": {name: units(module) for name, module in models.items() if module is not None},
         "log": [entry for entry in trainer.state.log_history if "discriminator/loss" in entry],

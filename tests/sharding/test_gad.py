@@ -109,6 +109,19 @@ def test_four_processes(alone, tiny_model_dir, tmp_path):
     assert found["shares"]["discriminator"] == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hsdp_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
+    """Two copies of two parts each, and their resumption."""
+    config = VARIANTS[variant]
+    results = on_processes(4, gad, "hsdp", tiny_model_dir, tmp_path, **config)
+    assert_same_run(alone(variant), results[0])
+    for result in results:
+        assert all(value == pytest.approx(0.5, abs=0.02) for value in result["shares"].values()), result["shares"]
+    resumed = on_processes(4, gad, "hsdp", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-3"), **config)
+    assert_same_run(alone(variant), resumed[0])
+
+
 def test_processes_with_more_and_fewer_chunks_wait_for_each_other(tiny_model_dir, tmp_path):
     # 3 samples a process, 4 a prompt: 1, 2, 2 and 1 teacher's answers, hence 4, 5, 5 and 4 rows
     uneven = {"sequences": 12, "discriminator_batch_size": 4, "gradient_accumulation_steps": 1}

@@ -1,26 +1,58 @@
 """Runs under DeepSpeed end as on one process. Where it is not installed, they are left out."""
 
+import functools
+
 import pytest
 
 from tests.llkd.helpers import build_encoder, save_student
 from tests.processes import on_processes
-from tests.sharding import test_alignment, test_llkd, test_soft_targets
-from tests.sharding.runs import aligned_proxykd, alignment, llkd, proxykd
+from tests.sharding import test_alignment, test_gad, test_llkd, test_soft_targets
+from tests.sharding.runs import aligned_proxykd, alignment, gad, llkd, proxykd
 
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.usefixtures("deepspeed_on_cpus")
 STAGES = ["zero2", "zero3"]
-
-
-@pytest.fixture(autouse=True)
-def on_cpus(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def assert_partitioned(stage, results):
     assert all(
         result["shares"]["student"] == pytest.approx(0.5 if stage == "zero3" else 1.0, abs=0.01) for result in results
     )
+
+
+@pytest.fixture(scope="module")
+def gad_alone(tiny_model_dir, tmp_path_factory):
+    """Of each variant of GAD, what one process ends with."""
+
+    @functools.cache
+    def run(variant):
+        folder = tmp_path_factory.mktemp("alone")
+        (found,) = on_processes(1, gad, "single", tiny_model_dir, folder, **test_gad.VARIANTS[variant])
+        # DeepSpeed takes no step where the student is held, and has no norm to log
+        held = [entry for entry in found["log"] if entry.get("grad_norm") == 0]
+        assert held
+        for entry in held:
+            del entry["grad_norm"]
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("variant", test_gad.VARIANTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_gad_and_its_resumption(stage, variant, gad_alone, tiny_model_dir, tmp_path):
+    """Resumed from the warm-up's last step, and with adapters from the first that has a reference."""
+    step = 4 if "lora" in test_gad.VARIANTS[variant] else 3
+    config = test_gad.VARIANTS[variant] | {"save_steps": step}
+    found = on_processes(2, gad, stage, tiny_model_dir, tmp_path, **config)
+    test_gad.assert_same_run(gad_alone(variant), found[0])
+    expected = 0.5 if stage == "zero3" else 1.0
+    for result in found:
+        assert all(share == pytest.approx(expected, abs=0.02) for share in result["shares"].values()), result["shares"]
+    checkpoint = str(tmp_path / f"checkpoint-{step}")
+    again = on_processes(2, gad, stage, tiny_model_dir, tmp_path, resume=checkpoint, **config)
+    test_gad.assert_same_run(gad_alone(variant), again[0])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -134,10 +134,16 @@ def check_sharded_models(args: GADConfig, quantization_config: BitsAndBytesConfi
         ValueError: If one of them cannot be sharded in the way that is asked for.
     """
     check_sharding(args, quantization_config, four_bits(args) if args.discriminator_load_in_4bit else None)
-    if args.critic == "trunk" and is_sharded(args):
-        raise ValueError(
-            "critic='trunk' reads the student's layers past what gathers them, under FSDP and DeepSpeed. Take critic='copy'."
-        )
+    reason = why_models_are_not_sharded(args)
+    if reason and is_sharded(args):
+        raise ValueError(reason)
+
+
+def why_models_are_not_sharded(args: GADConfig) -> str:
+    """Why no engine can shard what GAD trains, and the nearest that works; empty if one can. A plan asks it too."""
+    if args.critic == "trunk":
+        return "critic='trunk' reads the student's layers past what gathers them, under FSDP and DeepSpeed. Take critic='copy'."
+    return ""
 
 
 def four_bits(args: GADConfig) -> BitsAndBytesConfig:

@@ -63,6 +63,7 @@ class GAD(Method):
             kind="text" if args.discriminator_head == "likelihood" else "trunk",
             adapter=adapter,
             is_4bit=student.is_4bit if is_shared else args.discriminator_load_in_4bit,
+            storage_of_4bit=student.storage_of_4bit if is_shared else "uint8",
             stands_on="student" if is_shared else None,
             trains=args.discriminator_updates_per_batch > 0,
             has_own_engine=True,
@@ -86,6 +87,11 @@ class GAD(Method):
             as_adapter="""--critic_lora_kwargs '{"target_modules": "all-linear"}'""",
             in_4bit="",
         )
+
+    def why_not_sharded(self, recipe) -> str:
+        from .discriminator_setup import why_models_are_not_sharded
+
+        return why_models_are_not_sharded(recipe.training_args)
 
     def trainer(self, job):
         from datasets import Dataset

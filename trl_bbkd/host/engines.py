@@ -128,7 +128,7 @@ class ShardedEngine(Engine):
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         plugin, mesh = self.accelerator.state.fsdp_plugin, getattr(self.accelerator, "torch_device_mesh", None)
-        broadcast(module)
+        broadcast(module, self.accelerator.device)
         shard_by_layers(self.accelerator, module.get_submodule("backbone"))
         settings = {
             "offload_policy": plugin.cpu_offload,
@@ -329,7 +329,12 @@ def gathered(parameters: list[torch.Tensor], is_written: bool = True) -> Iterato
 
 
 @torch.no_grad()
-def broadcast(module: nn.Module) -> None:
-    """Give every process the main one's weights: sharding takes each part from another process."""
+def broadcast(module: nn.Module, device: torch.device) -> None:
+    """
+    Give every process the main one's weights: sharding takes each part from another process. Each goes by way of the device
+    that processes talk through, since NCCL sends nothing that is on a CPU.
+    """
     for tensor in (*module.parameters(), *module.buffers()):
-        torch.distributed.broadcast(tensor.data, src=0)
+        sent = tensor.data.to(device)
+        torch.distributed.broadcast(sent, src=0)
+        tensor.data.copy_(sent)

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import shutil
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -28,10 +30,11 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
     Raises:
         ValueError: Names the nearest thing that works.
     """
-    is_4bit = [config for config in quantization if config is not None and config.load_in_4bit]
     if is_asked_for("FSDP", args):
         settings = _fsdp_settings(args)
-        _refuse_fsdp(settings, args, is_4bit)
+        _refuse_fsdp(settings, args)
+        _refuse_parallelism(args)
+        _raise(why_not_sharded("fsdp2", *quantization))
         if args.use_cpu:
             if is_torch_version("<", AVERAGES_ON_CPUS):
                 raise ValueError(
@@ -48,19 +51,85 @@ def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | 
                 'DeepSpeed is asked for, and is not installed: pip install "trl-bbkd[deepspeed]". FSDP2 needs no package '
                 "(--accelerate_config fsdp2)."
             )
-        if is_4bit and _zero_stage(args) == 3:
-            raise ValueError(
-                "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit "
-                "out."
-            )
+        _raise(why_not_sharded(f"zero{_zero_stage(args)}", *quantization))
         if args.use_cpu:
+            if sys.platform == "linux":
+                _refuse_missing_compiler()
             import deepspeed
 
             # accelerate does this for GPUs. Without, a model is partitioned as if there were one process
             deepspeed.init_distributed(dist_backend="gloo")
 
 
-def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments, is_4bit: list) -> None:
+def why_not_sharded(engine: str, *quantization: BitsAndBytesConfig | None) -> str:
+    """
+    Why an engine cannot train models that are loaded so, and the nearest that can; empty if it can. A plan asks it too.
+
+    Args:
+        engine (`str`):
+            `"fsdp2"`, which `"hsdp"` is too, `"zero2"` or `"zero3"`.
+        *quantization ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Of the models that are loaded.
+    """
+    is_4bit = [config for config in quantization if config is not None and config.load_in_4bit]
+    if engine == "zero3" and is_4bit:
+        return (
+            "4-bit weights cannot be partitioned by ZeRO-3. Take ZeRO-2 (--accelerate_config zero2), or leave load_in_4bit "
+            "out."
+        )
+    if engine in ("fsdp2", "hsdp") and any(config.bnb_4bit_quant_storage == torch.uint8 for config in is_4bit):
+        return (
+            "4-bit weights that are stored as uint8 are not sharded by FSDP2: every GPU would hold all of them. Set "
+            "`bnb_4bit_quant_storage: bfloat16`, or train without FSDP (--accelerate_config ddp)."
+        )
+    return ""
+
+
+def _refuse_missing_compiler() -> None:
+    """On a CPU DeepSpeed compiles what its processes talk through, at a run's start."""
+    from torch.utils.cpp_extension import is_ninja_available
+
+    compiler = os.environ.get("CXX", "c++")
+    needed = {compiler: shutil.which(compiler), "ninja": is_ninja_available()}
+    missing = [name for name, is_there in needed.items() if not is_there]
+    if missing:
+        raise ValueError(
+            f"On CPU processes DeepSpeed compiles an extension, and {' and '.join(missing)} cannot be found. Install a C++ compiler "
+            "(apt install g++) and ninja (pip install ninja), or take FSDP2, which needs neither (--accelerate_config fsdp2)."
+        )
+
+
+def _raise(reason: str) -> None:
+    if reason:
+        raise ValueError(reason)
+
+
+def _refuse_parallelism(args: TrainingArguments) -> None:
+    """Of accelerate's ways to divide processes, those over rows of a batch alone."""
+    config = args.parallelism_config
+    names = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    if config is not None:
+        sizes = {name: getattr(config, f"{name}_size") for name in names}
+    elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in names}
+    else:
+        return
+    for name in ("tp", "cp", "sp"):
+        if sizes[name] > 1:
+            raise ValueError(
+                f"parallelism_config_{name}_size: {sizes[name]} is not supported: processes share rows, not layers or tokens. Set it "
+                "to 1, as in recipes/accelerate_configs/hsdp.yaml."
+            )
+    copies, parts = sizes["dp_replicate"], sizes["dp_shard"]
+    if copies * parts != args.world_size:
+        raise ValueError(
+            f"{copies} copies (parallelism_config_dp_replicate_size) of {parts} parts (parallelism_config_dp_shard_size) are "
+            f"{copies * parts} processes, and there are {args.world_size}. Give both sizes beside --num_processes: machines, "
+            "and GPUs of one."
+        )
+
+
+def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments) -> None:
     if settings["version"] != "2":
         raise ValueError(
             "FSDP's first version is not supported. Take the second: `fsdp_version: 2`, as in "
@@ -74,11 +143,6 @@ def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments, is_4bit: lis
     if settings["offload"] == "true" and args.use_cpu:
         raise ValueError(
             "FSDP offloads to the CPU what is on a GPU, and there is none. Set `fsdp_offload_params: false`."
-        )
-    if any(config.bnb_4bit_quant_storage == torch.uint8 for config in is_4bit):
-        raise ValueError(
-            "4-bit weights that are stored as uint8 are not sharded by FSDP2: every GPU would hold all of them. Set "
-            "`bnb_4bit_quant_storage: bfloat16`, or train without FSDP (--accelerate_config ddp)."
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..runs.held_models import HeldModel, Phase
-from .memory import ModelSize, Setting
+from .memory import DEVICES_OF_A_MACHINE, FLOAT32, ModelSize, Setting
 
 
 # Seconds of `model.generate` for each layer and token, whatever the number of rows. Measured on an H100 (docs/gpu/h100.md): 1.5, 1.2
@@ -17,7 +17,6 @@ from .memory import ModelSize, Setting
 GENERATE_LAYER, GENERATE_ADAPTED_LAYER = 1.3e-3, 2.8e-3
 # Bytes a second. Assumed: 60 % of an H100's memory; NVLink within a machine of 8; a network beyond
 MEMORY_BANDWIDTH, LINK, NETWORK = 0.6 * 3.35e12, 300e9, 40e9
-DEVICES_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def sampling(phase: Phase, model: HeldModel, size: ModelSize, setting: Setting, 
     exchange = weights / bandwidth(setting)
     if setting.devices == 1 or not setting.shards_weights:
         exchange = 0.0
-    elif setting.engine == "fsdp2" and not phase.uses_vllm:
+    elif setting.is_fsdp and not phase.uses_vllm:
         # Every token gathers every layer once more
         exchange *= passes
     return Part(f"the {model.name} samples", operations, seconds, exchange)
@@ -132,10 +131,14 @@ def gathering(model: HeldModel, size: ModelSize, setting: Setting, learns: bool)
         return 0.0
     passes = 1 if not learns else 2 + setting.checkpoints * (setting.engine == "zero3")
     weights = size.parameters * setting.compute_bytes * passes
-    gradients = 0 if not learns or model.adapter is not None else size.parameters * 4
-    return (weights + gradients) / bandwidth(setting)
+    gradients = 0 if not learns or model.adapter is not None else size.parameters * FLOAT32
+    seconds = (weights + gradients) / bandwidth(setting)
+    if setting.devices > setting.parts:
+        # Machines add up their parts of the gradient, there and back
+        seconds += 2 * gradients / setting.parts / NETWORK
+    return seconds
 
 
 def bandwidth(setting: Setting) -> float:
-    """Bytes a second between devices: of the slowest link there is."""
-    return LINK if setting.devices <= DEVICES_OF_A_MACHINE else NETWORK
+    """Bytes a second between the devices that have a model together: of the slowest link there is."""
+    return LINK if setting.parts <= DEVICES_OF_A_MACHINE else NETWORK

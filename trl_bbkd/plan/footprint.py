@@ -100,9 +100,10 @@ def kept_bytes(model: HeldModel, size: ModelSize, setting: Setting) -> dict[str,
     if model.waits and setting.devices > 1 and setting.engine != "ddp":
         return found
     stays_whole = model.is_whole or model.waits
-    # 4-bit weights are stored as uint8, which FSDP2 leaves as they are
-    is_shared_out = setting.shards_weights and not stays_whole and not (model.is_4bit and setting.engine == "fsdp2")
-    divisor = setting.devices if is_shared_out else 1
+    # What is stored as uint8 FSDP2 leaves as it is
+    is_left = setting.is_fsdp and model.is_4bit and model.storage_of_4bit == "uint8"
+    is_shared_out = setting.shards_weights and not stays_whole and not is_left
+    divisor = setting.parts if is_shared_out else 1
     # A model with an engine of its own is sharded by itself, shared weights included
     has_own_copy = model.has_own_engine and setting.devices > 1 and setting.shards_weights
     if not learns_whole and (model.stands_on is None or has_own_copy):

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
+EngineName = Literal["ddp", "zero2", "zero3", "fsdp2", "hsdp"]
 ENGINES: tuple[EngineName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
+# In parts within a machine, copied from machine to machine
+ENGINES_OF_MACHINES: tuple[EngineName, ...] = ("ddp", "zero2", "hsdp", "fsdp2", "zero3")
+DEVICES_OF_A_MACHINE = 8
 
 GIB = 2**30
 FLOAT32 = 4
@@ -74,7 +77,7 @@ class Setting:
 
     Args:
         engine (`str`):
-            `"ddp"`, `"zero2"`, `"fsdp2"` or `"zero3"`.
+            `"ddp"`, `"zero2"`, `"fsdp2"`, `"hsdp"` or `"zero3"`.
         devices (`int`):
             How many.
         device_bytes (`int`):
@@ -92,8 +95,17 @@ class Setting:
     checkpoints: bool = True
 
     @property
+    def parts(self) -> int:
+        """Over how many devices an engine divides what it divides."""
+        return min(self.devices, DEVICES_OF_A_MACHINE) if self.engine == "hsdp" else self.devices
+
+    @property
     def shards_weights(self) -> bool:
-        return self.engine in ("zero3", "fsdp2")
+        return self.engine == "zero3" or self.is_fsdp
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self.engine in ("fsdp2", "hsdp")
 
     @property
     def is_deepspeed(self) -> bool:
@@ -118,10 +130,10 @@ def trained_weight_bytes(trained: int, setting: Setting, weight_bytes: int, has_
     DeepSpeed has masters beside the weights it computes with, which are float32 for a model beside the student
     ([`~host.engines.ZeroEngine`]).
     """
-    shard = trained / setting.devices
+    shard = trained / setting.parts
     if setting.engine == "ddp":
         return trained * weight_bytes
-    if setting.engine == "fsdp2":
+    if setting.is_fsdp:
         return shard * FLOAT32
     computed = weight_bytes if has_own_engine else setting.compute_bytes
     return (trained if setting.engine == "zero2" else shard) * computed + shard * FLOAT32
@@ -131,7 +143,7 @@ def optimizer_bytes(trained: int, setting: Setting, weight_bytes: int) -> float:
     """Bytes of AdamW's two moments, which are of the weights' own type without an engine that shards."""
     if setting.engine == "ddp":
         return trained * weight_bytes * ADAM_MOMENTS
-    return trained / setting.devices * FLOAT32 * ADAM_MOMENTS
+    return trained / setting.parts * FLOAT32 * ADAM_MOMENTS
 
 
 def optimizer_temporaries(trained: int, setting: Setting) -> float:
@@ -140,12 +152,12 @@ def optimizer_temporaries(trained: int, setting: Setting) -> float:
     1.5 billion parameters peaks there. Under DeepSpeed the shard's gradient in float32 comes to it.
     """
     copies = 2 if setting.is_deepspeed else 1
-    return trained * FLOAT32 * copies / (1 if setting.engine == "ddp" else setting.devices)
+    return trained * FLOAT32 * copies / (1 if setting.engine == "ddp" else setting.parts)
 
 
 def bucket_bytes(trained: int, setting: Setting, weight_bytes: int) -> float:
     """Bytes that stay for the exchange of gradients: DDP's buckets are as large as they are; DeepSpeed has two of its size."""
-    if setting.devices == 1 or setting.engine == "fsdp2":
+    if setting.devices == 1 or setting.is_fsdp:
         return 0
     if setting.engine == "ddp":
         return trained * weight_bytes
@@ -156,8 +168,8 @@ def gradient_bytes(size: ModelSize, trained: int, setting: Setting, weight_bytes
     """Bytes of gradients while a model learns; under FSDP2 with the whole ones of two layers before they are reduced."""
     if setting.engine == "ddp":
         return trained * weight_bytes
-    shard = trained / setting.devices
-    if setting.engine == "fsdp2":
+    shard = trained / setting.parts
+    if setting.is_fsdp:
         layer = size.layer if trained == size.parameters else trained / max(size.layers, 1)
         return shard * FLOAT32 + 2 * FLOAT32 * layer
     return shard * (weight_bytes if has_own_engine else setting.compute_bytes)
@@ -167,7 +179,7 @@ def in_flight_bytes(size: ModelSize, setting: Setting) -> float:
     """Bytes of weights that are gathered while a sharded model computes."""
     if setting.devices == 1 or not setting.shards_weights:
         return 0
-    if setting.engine == "fsdp2":
+    if setting.is_fsdp:
         numbers = min(size.parameters, LAYERS_IN_FLIGHT * size.layer + size.tail)
     else:
         numbers = min(size.parameters, DEEPSPEED_LIVE_WEIGHTS)

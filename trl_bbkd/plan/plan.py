@@ -3,13 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from transformers import BitsAndBytesConfig
+
+from ..host.sharding import why_not_sharded
 from ..runs.held_models import Phase
+from ..runs.methods import load_method
 from ..runs.recipe import Recipe
 from ..runs.text_job import EVALUATION_PROMPTS, SamplingPlan, sampling_plan
 from ..soft_targets.store import bytes_per_token
 from .cost import Part, evaluation_seconds, parts_of
 from .footprint import Footprint, footprint
-from .memory import ENGINES, GIB, EngineName, ModelSize, Setting
+from .memory import (
+    DEVICES_OF_A_MACHINE,
+    ENGINES,
+    ENGINES_OF_MACHINES,
+    GIB,
+    EngineName,
+    ModelSize,
+    Setting,
+)
 from .models import ModelSizes, with_saved_adapter
 from .reading import count_rows, phases_of, rows_of_a_step, steps_of
 from .ways import Way, in_a_way, options, way_of, ways_for
@@ -53,7 +65,7 @@ class Case:
 
     Args:
         refusal (`str`):
-            Why the engine cannot do it, in a word; empty if it can.
+            Why the engine cannot do it, in one line; empty if it can.
         phases (`list[Phase]`), footprints (`list[Footprint]`):
             With the batch of the recipe.
         largest_batch (`int`):
@@ -131,7 +143,7 @@ class Plan:
         self._phases: dict[int | None, list[Phase]] = {}
         own = self.phases()
         self.way = way_of(own)
-        self.engines = ENGINES if machine.gpus > 1 else ENGINES[:1]
+        self.engines = engines_on(machine.gpus)
         self.own = {engine: self.case(engine) for engine in self.engines}
         self.others = {
             way.name: {engine: self.case(engine, way) for engine in self.engines}
@@ -181,7 +193,7 @@ class Plan:
 
         phases, footprints = at(None)
         found = Case(engine, way, phases=phases, footprints=footprints)
-        found.refusal = refusal(phases, engine)
+        found.refusal = self._refusal(phases, engine)
         if not found.refusal:
             found.fits = found.total <= self.machine.bytes
             batch = 1
@@ -190,6 +202,18 @@ class Plan:
                     break
                 found.largest_batch, batch = batch, 2 * batch
         return found
+
+    def _refusal(self, phases: list[Phase], engine: EngineName) -> str:
+        """What a run would be refused with under an engine: the runs' own words."""
+        if engine == "ddp":
+            return ""
+        quantization = [
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=model.storage_of_4bit)
+            for phase in phases
+            for model in phase.models
+            if model.is_4bit
+        ]
+        return why_not_sharded(engine, *quantization) or load_method(self.recipe.method).why_not_sharded(self.recipe)
 
     def _changes(self) -> list[Change]:
         """What makes a recipe fit that does not, the nearest first: sampling, then the way, then more GPUs."""
@@ -212,8 +236,7 @@ class Plan:
         return [change for change in [*found, more if gpus <= MOST_DEVICES else None] if change]
 
     def _change(self, text: str, **how) -> Change | None:
-        engines = ENGINES if how.get("gpus", self.machine.gpus) > 1 else ENGINES[:1]
-        for engine in engines:
+        for engine in engines_on(how.get("gpus", self.machine.gpus)):
             case = self.case(engine, **how)
             if case.largest_batch:
                 return Change(text, engine, case.largest_batch, case.total)
@@ -255,7 +278,8 @@ class Plan:
         return self.rows * self.recipe.training_args.max_completion_length * bytes_per_token(tokens)
 
 
-def refusal(phases: list[Phase], engine: EngineName) -> str:
-    """Why an engine is refused: as [`~host.sharding.check_sharding`] says, 4-bit weights are not sharded."""
-    is_4bit = any(model.is_4bit for phase in phases for model in phase.models)
-    return "refused" if is_4bit and engine in ("fsdp2", "zero3") else ""
+def engines_on(gpus: int) -> tuple[EngineName, ...]:
+    """The engines that are planned for, the cheapest first."""
+    if gpus == 1:
+        return ENGINES[:1]
+    return ENGINES if gpus <= DEVICES_OF_A_MACHINE or gpus % DEVICES_OF_A_MACHINE else ENGINES_OF_MACHINES

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterator
 from ..reports.report import arguments_without_secrets
 from ..reports.report import duration as minutes
 from .footprint import Footprint
-from .memory import GIB, EngineName
+from .memory import DEVICES_OF_A_MACHINE, GIB, EngineName
 from .plan import Case, Plan
 from .reading import accumulation_for
 
 
-TITLES: dict[EngineName, str] = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}
-GPUS_OF_A_MACHINE = 8
+TITLES: dict[EngineName, str] = {"ddp": "DDP", "zero2": "ZeRO-2", "hsdp": "HSDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}
+HSDP_MACHINES = 2  # in recipes/accelerate_configs/hsdp.yaml, each of DEVICES_OF_A_MACHINE
 ESTIMATE = (
     "Within 15 % of what was measured: one GPU, models shaped like Qwen of 0.5 to 7 billion parameters. All else is an "
     "estimate: other models, more GPUs, vLLM, and every time."
@@ -113,6 +113,7 @@ def time_table(plan: Plan, case: Case):
 
 def sentences(plan: Plan, name: str, overrides: list[str]) -> Iterator[str]:
     case = plan.recommended
+    yield from refusals(plan)
     if plan.store_bytes:
         unit, size = ("GB", 1e9) if plan.store_bytes > 1e9 else ("MB", 1e6)
         yield f"Soft targets on disk: up to {plan.store_bytes / size:,.0f} {unit}."
@@ -128,9 +129,19 @@ def sentences(plan: Plan, name: str, overrides: list[str]) -> Iterator[str]:
     yield f"Every row is taken to be as long as the recipe lets it be: {case.phases[-1].tokens:,} tokens."
     yield from run_sentences(plan, case)
     yield f"Train it with: {command(plan, case, name, overrides)}"
-    if plan.machine.gpus > GPUS_OF_A_MACHINE:
+    if plan.machine.gpus > DEVICES_OF_A_MACHINE:
         yield "Run that on each machine, with its --machine_rank and the first one's --main_process_ip."
     yield ESTIMATE
+
+
+def refusals(plan: Plan) -> Iterator[str]:
+    """Why engines refuse the recipe, each reason once."""
+    found: dict[str, list[str]] = {}
+    for engine, case in plan.own.items():
+        if case.refusal:
+            found.setdefault(case.refusal, []).append(title(plan, engine))
+    for reason, titles in found.items():
+        yield f"Refused under {', '.join(titles)}: {reason}"
 
 
 def run_sentences(plan: Plan, case: Case) -> Iterator[str]:
@@ -189,9 +200,11 @@ def command(plan: Plan, case: Case, name: str, overrides: list[str]) -> str:
     """The command that trains the recipe so."""
     words = [shlex.join(["trl-bbkd", "train", name, *arguments_without_secrets(overrides)])]
     words += [f"--accelerate_config {case.engine}"] if plan.machine.gpus > 1 else []
-    machines = math.ceil(plan.machine.gpus / GPUS_OF_A_MACHINE)
+    machines = math.ceil(plan.machine.gpus / DEVICES_OF_A_MACHINE)
     words += [f"--num_machines {machines}"] if machines > 1 else []
     words += [f"--num_processes {plan.machine.gpus}"]
+    if case.engine == "hsdp" and machines != HSDP_MACHINES:
+        words += [f"--parallelism_config_dp_replicate_size {machines}"]
     if not case.fits:
         batch = case.largest_batch
         words += [f"--per_device_train_batch_size {batch}"]
@@ -201,7 +214,7 @@ def command(plan: Plan, case: Case, name: str, overrides: list[str]) -> str:
 
 def cell(case: Case) -> str:
     if case.refusal:
-        return case.refusal
+        return "refused"
     return f"{gib(case.total)}, {case.largest_batch or 'no'}"
 
 

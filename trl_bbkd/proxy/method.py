@@ -57,14 +57,16 @@ class ProxyMethod(Method):
         """The proxy, as it is trained."""
         args = recipe.training_args
         kwargs = args.proxy_model_init_kwargs or {}
-        quantization = kwargs.get("quantization_config") or {}
+        quantization = kwargs.get("quantization_config")
+        quantization = quantization if isinstance(quantization, dict) else {}
         return HeldModel(
             name="proxy",
             source=args.proxy_model,
             key="proxy_model",
             adapter=args.proxy_lora_kwargs,
             dtype=str(kwargs.get("dtype", "float32")),
-            is_4bit=bool(isinstance(quantization, dict) and quantization.get("load_in_4bit")),
+            is_4bit=bool(quantization.get("load_in_4bit")),
+            storage_of_4bit=quantization.get("bnb_4bit_quant_storage", "uint8"),
             rows=args.proxy_per_device_train_batch_size or args.per_device_train_batch_size,
             learns=1.0,
             as_adapter="""--proxy_lora_kwargs '{"target_modules": "all-linear"}' """

@@ -29,6 +29,8 @@ class HeldModel:
             Of its weights as they are loaded.
         is_4bit (`bool`, *optional*, defaults to `False`):
             Whether its frozen linear layers are in 4 bits.
+        storage_of_4bit (`str`, *optional*, defaults to `"uint8"`):
+            The type of the tensors that hold them.
         stands_on (`str`, *optional*):
             Name of the model whose frozen weights are its own too.
         copies (`str`, *optional*):
@@ -58,6 +60,7 @@ class HeldModel:
     adapter: Mapping[str, Any] | None = None
     dtype: str = "float32"
     is_4bit: bool = False
+    storage_of_4bit: str = "uint8"
     stands_on: str | None = None
     copies: str | None = None
     is_whole: bool = False
@@ -139,6 +142,7 @@ def student_of(recipe, **settings) -> HeldModel:
         adapter=adapter,
         dtype=str(model_args.dtype),
         is_4bit=model_args.load_in_4bit,
+        storage_of_4bit=model_args.bnb_4bit_quant_storage or "uint8",
         rows=args.per_device_train_batch_size,
         learns=1.0,
         as_adapter="--use_peft true --lora_target_modules all-linear --dtype bfloat16",

@@ -68,6 +68,10 @@ class Method:
         args = recipe.training_args
         return [Phase("the student's training", (student_of(recipe),), longest_row(args), rows_of_a_step(args))]
 
+    def why_not_sharded(self, recipe) -> str:
+        """Why its trainer refuses FSDP and DeepSpeed with this recipe, in one line; empty if it does not."""
+        return ""
+
     # Of a student that writes text
 
     def trainer(self, job):
