@@ -2,6 +2,7 @@ import copy
 import json
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -119,8 +120,8 @@ class PreferenceRoundsTrainer(DPOTrainer):
         self._refuse_other_than_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             self._refuse_other_than_dataset("eval_dataset", eval_dataset)
-        if args.use_vllm and args.world_size > 1:
-            raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
+        if args.use_vllm and find_spec("vllm") is None:
+            raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
         refuse_adapter_path(model, self._role)
         refuse_broken_weights(model, self._role)
         refuse_frozen_adapter(peft_config, self._role)
@@ -299,7 +300,9 @@ class PreferenceRoundsTrainer(DPOTrainer):
 
     def _vllm_sampler(self, folder: Path, settings: dict) -> VLLMSampler:
         """A sampler of the model as it is now, which vLLM reads from disk."""
-        save_model(self._unwrapped(), self.processing_class, folder)
+        if self.accelerator.is_main_process:
+            save_model(self._unwrapped(), self.processing_class, folder)
+        self.accelerator.wait_for_everyone()
         base, adapter = str(folder), None
         if isinstance(self.model, PeftModel):
             base, adapter = self.model.peft_config["default"].base_model_name_or_path, str(folder)
