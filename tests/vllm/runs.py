@@ -44,13 +44,13 @@ class WatchingTrainer(GADTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         ids, log_probs = super()._generate_single_turn(*args, **kwargs)
         self.sampled.append([with_one_end(list(each), self.eos_token_ids, self._end_id) for each in ids])
-        student = merged(self.accelerator.get_state_dict(self.model_wrapped), self.args)
+        student = merged(self.accelerator.get_state_dict(self.model_wrapped))
         if self.engine_weights is not None and student:
             self.distances.append(distance(student, self.engine_weights()))
         return ids, log_probs
 
 
-def merged(state: dict | None, args) -> dict[str, torch.Tensor]:
+def merged(state: dict | None) -> dict[str, torch.Tensor]:
     """A student's whole state as a model without adapter has it, added up here by LoRA's definition."""
     found = {}
     for name, value in (state or {}).items():
@@ -120,7 +120,7 @@ def gad(engine, model, output_dir, lora=False, url=None, drift=None, trains=1, *
         "sampled": trainer.sampled,
         "engine": parameters_of(stand_in.LLM.made[0]) if url is None else None,
         "drawn": [each.token_ids for each in stand_in.LLM.made[0].sampled] if url is None else None,
-        "student": merged(trainer.accelerator.get_state_dict(trainer.model_wrapped), trainer.args),
+        "student": merged(trainer.accelerator.get_state_dict(trainer.model_wrapped)),
         "before": before,
         "base": base_of(trainer.model),
         "is_sharded": any(isinstance(each, DTensor) for each in names.values()),
