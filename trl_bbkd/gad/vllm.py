@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
-from ..host._compat import keep_merged_weights
+from ..host._compat import hand_over_and_restore
 from ..host.typed import MixinBase
 from .config import GADConfig
 
@@ -25,7 +25,7 @@ class SampledWithVLLM(MixinBase):
 
     def _start_vllm(self) -> None:
         if self.use_vllm:
-            keep_merged_weights(self.vllm_generation)
+            hand_over_and_restore(self.vllm_generation)
 
     def train(self, *args, **kwargs):
         if self.use_vllm:

@@ -47,10 +47,10 @@ __all__ = [
     "get_callable_name",
     "get_config_model_id",
     "get_tokenizer_config",
+    "hand_over_and_restore",
     "is_async_callable",
     "keep_4bit_weights_differentiable",
     "keep_embeddings_apart",
-    "keep_merged_weights",
     "keep_precision",
     "pad",
     "print_prompt_completions_sample",
@@ -317,17 +317,21 @@ def wait_for_each_other(model: nn.Module) -> None:
 WHOLE = types.SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None, gather_params=contextlib.nullcontext)
 
 
-def keep_merged_weights(generation: VLLMGeneration) -> None:
+def hand_over_and_restore(generation: VLLMGeneration) -> None:
     """
-    Have the weights that an adapter stands on be the same, to the bit, after TRL has handed them to vLLM.
+    Have TRL hand a student to vLLM whenever it is asked to, and leave it as it was, to the bit.
 
-    TRL merges the adapter into them and takes it out again, which rounds each time. They are copied for that long: a
-    discriminator may stand on them too, and so does the student that a killed run goes on with.
+    Under FSDP2 a forward pass without a backward pass, such as an evaluation's, leaves layers whole, which TRL takes for
+    parts. It merges an adapter into the weights that it stands on, and takes it out again, which rounds each time: they are
+    copied for that long. A discriminator may stand on them too, and so does the student that a killed run goes on with.
     """
     iterate = generation._iter_named_params
 
     def iterate_and_restore() -> Iterator[tuple[str, torch.Tensor]]:
         model, merged = generation.model, []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         if isinstance(model, PeftModel):
             merged = [each for name, each in model.named_parameters() if ".base_layer." in name]
             merged = [each for each in merged if each.is_floating_point()]
