@@ -11,6 +11,8 @@ from tests.gad.helpers import make_config
 from tests.sharding.runs import GAD_RUN, ROWS, start
 from trl_bbkd.evaluation.student import with_one_end
 from trl_bbkd.gad.trainer import GADTrainer
+from trl_bbkd.host._compat import is_in_parts
+from trl_bbkd.host.engines import gathered
 
 from . import stand_in
 
@@ -43,7 +45,8 @@ class WatchingTrainer(GADTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         ids, log_probs = super()._generate_single_turn(*args, **kwargs)
-        self.sampled.append([with_one_end(list(each), self.eos_token_ids, self._end_id) for each in ids])
+        if self.model.training:
+            self.sampled.append([with_one_end(list(each), self.eos_token_ids, self._end_id) for each in ids])
         student = merged(self.accelerator.get_state_dict(self.model_wrapped))
         if self.engine_weights is not None and student:
             self.distances.append(distance(student, self.engine_weights()))
@@ -78,11 +81,12 @@ def parameters_of(llm: stand_in.LLM) -> dict[str, torch.Tensor]:
 
 def base_of(model) -> dict[str, torch.Tensor]:
     """What an adapter stands on."""
-    return {
-        re.sub(r"base_model\.model\.|\.base_layer", "", name): whole(value).clone()
-        for name, value in model.named_parameters()
-        if "lora_" not in name
-    }
+    with gathered(list(model.parameters()), is_written=False):
+        return {
+            re.sub(r"base_model\.model\.|\.base_layer", "", name): whole(value).clone()
+            for name, value in model.named_parameters()
+            if "lora_" not in name
+        }
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -102,6 +106,7 @@ def gad(engine, model, output_dir, lora=False, url=None, drift=None, trains=1, *
         model=model,
         args=make_config(output_dir, use_vllm=True, learning_rate=1e-2, **where, **settings),
         train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]) if config.get("eval_steps") else None,
         peft_config=LoraConfig(**ADAPTER) if lora else None,
         # Asleep, the engine has no weights
         engine_weights=None
@@ -123,6 +128,6 @@ def gad(engine, model, output_dir, lora=False, url=None, drift=None, trains=1, *
         "student": merged(trainer.accelerator.get_state_dict(trainer.model_wrapped)),
         "before": before,
         "base": base_of(trainer.model),
-        "is_sharded": any(isinstance(each, DTensor) for each in names.values()),
+        "is_sharded": any(is_in_parts(each) for each in names.values()),
         "ends": (trainer.eos_token_ids, trainer._end_id),
     }

@@ -58,6 +58,13 @@ def test_an_engine_that_sleeps_between_samplings(tiny_model_dir, tmp_path):
     assert found["syncs"].count(0) >= 2
 
 
+def test_a_second_run_begins_with_the_student_of_the_first(tiny_model_dir, tmp_path):
+    """Both sample at step 0, and the first one's last weights came to vLLM before its last step."""
+    config = {"max_steps": 1, "warmup_epochs": 0.0, "gradient_accumulation_steps": 1}
+    (found,) = on_processes(1, gad, "single", tiny_model_dir, tmp_path, trains=2, **config)
+    assert found["syncs"] == [0, 0] and max(found["distances"]) < 1e-5
+
+
 @needs_averages
 @pytest.mark.parametrize(
     ("engine", "config"),
@@ -70,10 +77,12 @@ def test_an_engine_that_sleeps_between_samplings(tiny_model_dir, tmp_path):
     ],
 )
 def test_an_engine_in_each_process(engine, config, tiny_model_dir, tmp_path):
-    first, second = on_processes(2, gad, engine, tiny_model_dir, tmp_path, **config)
+    """With evaluations in between, whose forward passes leave layers of a sharded student whole."""
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
+    first, second = on_processes(2, gad, engine, tiny_model_dir, tmp_path, **config, **evaluated)
     assert first["is_sharded"] == second["is_sharded"] == (engine == "fsdp2")
     assert_samples_are_the_students(first)
-    assert len(first["distances"]) == 5 and max(first["distances"]) < 1e-5
+    assert len(first["distances"]) > 5 and max(first["distances"]) < 1e-5
     assert distance(first["engine"], second["engine"]) == 0
     # Each has seeds of its own
     assert first["sampled"] != second["sampled"]

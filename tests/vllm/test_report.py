@@ -15,6 +15,8 @@ from tests.sharding.runs import start
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.evaluation.student import evaluate_student
 from trl_bbkd.evaluation.vllm import TrainersVLLM
+from trl_bbkd.host._compat import is_in_parts
+from trl_bbkd.host.engines import gathered
 from trl_bbkd.host.model_files import load_model
 from trl_bbkd.host.sharding import AVERAGES_ON_CPUS
 from trl_bbkd.runs.recipe import load_recipe
@@ -48,7 +50,8 @@ def watched_run(engine: str, path) -> list[float]:
     @contextlib.contextmanager
     def watching(self, model):
         with holding(self, model):
-            state = {name: whole(value) for name, value in model.state_dict().items()}
+            with gathered([each for each in model.parameters() if is_in_parts(each)], is_written=False):
+                state = {name: whole(value).clone() for name, value in model.state_dict().items()}
             if stand_in.LLM.made:
                 seen.append(distance(merged(state), parameters_of(stand_in.LLM.made[0])))
             yield self
@@ -68,6 +71,10 @@ def test_the_report_samples_with_vllm(case, tmp_path, recipe_folder, tiny_model_
     engine, processes, config = CASES[case]
     if processes > 1 and is_torch_version("<", AVERAGES_ON_CPUS):
         pytest.skip("this torch does not average gradients on CPU processes")
+    report_of(engine, processes, config, tmp_path, recipe_folder, tiny_model_dir)
+
+
+def report_of(engine, processes, config, tmp_path, recipe_folder, tiny_model_dir):
     with contextlib.ExitStack() as stack:
         if config["vllm_mode"] == "server":
             config = config | {"vllm_server_base_url": stack.enter_context(serving(tiny_model_dir)).url}

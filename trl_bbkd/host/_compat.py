@@ -339,7 +339,9 @@ def hand_over_and_restore(generation: VLLMGeneration) -> None:
         yield from iterate()
         with torch.no_grad():
             for each, copied in zip(merged, copies, strict=True):
-                each.copy_(copied)
+                # What ZeRO-3 has put away by now is what it was: it merges into what it has gathered, and drops that
+                if each.shape == copied.shape:
+                    each.copy_(copied)
 
     generation._iter_named_params = iterate_and_restore
 
