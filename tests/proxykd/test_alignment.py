@@ -305,6 +305,7 @@ def test_vllm_gets_the_proxy_on_disk_and_the_settings(tmp_path, other_model_dir,
     """vLLM is not there: a module in its place takes down what it is asked for."""
     import sys
     import types
+    from importlib.machinery import ModuleSpec
 
     asked = []
 
@@ -318,7 +319,7 @@ def test_vllm_gets_the_proxy_on_disk_and_the_settings(tmp_path, other_model_dir,
             output = types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=(5, 6))])
             return [output] * len(inputs)
 
-    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: kwargs)
+    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: kwargs, __spec__=ModuleSpec("vllm", None))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     trainer = make_aligner(
         tmp_path,

@@ -13,6 +13,7 @@ from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt
 from ..errors import JudgeError, kind_of
 from ..host._compat import wait_for_each_other
 from .processes import place, shared
+from .vllm import TrainersVLLM
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
@@ -121,14 +122,25 @@ def generate_completion_ids(
     prompt_ids=None,
     progress_bar: str | None = None,
     is_shared: bool = False,
+    vllm: TrainersVLLM | None = None,
 ) -> list[list[list[int]]]:
     """
     [`generate_completions`], as token ids up to and including the token that ends an answer. `progress_bar` is the text
     before a bar of the completions made; `None` shows none. With `is_shared` the processes of a run, all of which call it
-    with the same prompts, share the work.
+    with the same prompts, share the work. `vllm`, which holds the model, samples in its place, on all processes.
     """
     num_samples = num_samples if temperature > 0 else 1
     end_ids = end_token_ids(model, tokenizer, prompts[0])
+    if vllm is not None:
+        return vllm.sample(
+            prompt_token_ids(tokenizer, prompts, chat_template_kwargs) if prompt_ids is None else prompt_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            num_samples=num_samples,
+            end_ids=end_ids,
+            seed=seed,
+        )
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     # Everything is stated, because generate() takes what is left open from the checkpoint's own settings.
@@ -279,6 +291,7 @@ def evaluate_student(
     chat_template_kwargs: dict | None = None,
     by_row: dict[str, list[float]] | None = None,
     progress_bar: str | None = None,
+    vllm: TrainersVLLM | None = None,
 ) -> dict[str, float]:
     """
     Measure a student on held-out teacher rows. The processes of a run share the work, so that all of them must call this; the
@@ -299,6 +312,8 @@ def evaluate_student(
             and of `teacher_nll` (the mean over its tokens).
         progress_bar (`str`, *optional*):
             Text before a bar of the completions made. `None` shows none.
+        vllm ([`~evaluation.vllm.TrainersVLLM`], *optional*):
+            Samples in the model's place.
 
     Returns:
         `dict[str, float]`: for each temperature, such as `t1.0`: the mean of each metric of the judge (`valid@t1.0`),
@@ -316,42 +331,44 @@ def evaluate_student(
     teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
     end_ids = end_token_ids(model, tokenizer, prompts[0])
     prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
-    for temperature in temperatures:
-        at = temperature_name(temperature)
-        grouped = generate_completion_ids(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-            prompt_ids=prompt_ids,
-            progress_bar=None if progress_bar is None else f"{progress_bar}, {at}",
-            is_shared=True,
-        )
-        if not is_main_process:
-            continue
-        samples = [ids for group in grouped for ids in group]
-        sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
-        texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-        pairs = [(str(prompt), text) for prompt, text in zip(sampled_prompts, texts, strict=True)]
-        if sample_metrics is not None:
-            judged = judge(sample_metrics, sampled_prompts, texts)
-            metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
-            if by_row is not None:
-                by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
-            if temperature == 1:
-                first = next(iter(judged.values()))
-                valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
-                metrics[f"distinct_valid@{at}"] = len(valid)
-        elif temperature == 1:
-            metrics[f"distinct_share@{at}"] = len(set(pairs)) / len(pairs)
-        length = sum(map(len, samples)) / len(samples)
-        metrics[f"length@{at}"] = length
-        metrics[f"length_ratio@{at}"] = length / teacher_length
-        metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
+    with contextlib.nullcontext() if vllm is None else vllm.holding(model):
+        for temperature in temperatures:
+            at = temperature_name(temperature)
+            grouped = generate_completion_ids(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed,
+                prompt_ids=prompt_ids,
+                progress_bar=None if progress_bar is None else f"{progress_bar}, {at}",
+                is_shared=True,
+                vllm=vllm,
+            )
+            if not is_main_process:
+                continue
+            samples = [ids for group in grouped for ids in group]
+            sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
+            texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+            pairs = [(str(prompt), text) for prompt, text in zip(sampled_prompts, texts, strict=True)]
+            if sample_metrics is not None:
+                judged = judge(sample_metrics, sampled_prompts, texts)
+                metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
+                if by_row is not None:
+                    by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
+                if temperature == 1:
+                    first = next(iter(judged.values()))
+                    valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
+                    metrics[f"distinct_valid@{at}"] = len(valid)
+            elif temperature == 1:
+                metrics[f"distinct_share@{at}"] = len(set(pairs)) / len(pairs)
+            length = sum(map(len, samples)) / len(samples)
+            metrics[f"length@{at}"] = length
+            metrics[f"length_ratio@{at}"] = length / teacher_length
+            metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
     totals = teacher_nll_by_row(
         model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs, is_shared=True
     )

@@ -19,7 +19,7 @@ def share_backbone(student: PeftModel, head: str) -> PreTrainedModel:
     Since the modules are its own, an adapter, dropout, train or eval mode, gradient checkpointing and a patched forward
     on the one do not show in the other, and neither's `state_dict`, optimizer or DDP wrapper sees the other's adapter.
     Only an in-place change of the base weights would: LoRA makes none, but merging does, for as long as TRL hands merged
-    weights to vLLM.
+    weights to vLLM (see [`~host._compat.hand_over_and_restore`]).
 
     Args:
         student ([`~peft.PeftModel`]):

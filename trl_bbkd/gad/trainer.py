@@ -45,13 +45,14 @@ from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
 from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
 from .stabilizers import without_length_effect
 from .teacher_rows import TeacherRows
+from .vllm import SampledWithVLLM, check_vllm
 from .warmup import TwoStageGAD
 
 
 logger = logging.getLogger(__name__)
 
 
-class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
+class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GRPOTrainer):
     r"""
     Trainer for Generative Adversarial Distillation ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
 
@@ -167,6 +168,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         student_path = model if isinstance(model, str) else model.config._name_or_path
         args = GADConfig(f"{student_path.split('/')[-1]}-GAD") if args is None else copy.copy(args)
         check_sharded_models(args, quantization_config)
+        check_vllm(args)
 
         init_kwargs = dict(args.model_init_kwargs or {})
         init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -222,6 +224,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
             match_embeddings(self._unwrapped_reference(), self._unwrapped_policy())
 
         self._stop_at_the_end_of_a_turn()
+        self._start_vllm()
         student_kwargs = {
             key: init_kwargs[key]
             for key in ("dtype", "attn_implementation", "trust_remote_code", "revision")

@@ -20,10 +20,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -47,6 +49,7 @@ __all__ = [
     "get_callable_name",
     "get_config_model_id",
     "get_tokenizer_config",
+    "hand_over_and_restore",
     "is_async_callable",
     "keep_4bit_weights_differentiable",
     "keep_embeddings_apart",
@@ -57,6 +60,7 @@ __all__ = [
     "shard_by_layers",
     "shard_on_cpus",
     "uploads_through",
+    "vllm_with_weights_of",
     "wait_for_each_other",
     "whole_models",
     "without_backward_of_leaves",
@@ -331,3 +335,68 @@ def wait_for_each_other(model: nn.Module) -> None:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, FSDPModule):
         inner._is_fsdp_managed_module = True
+
+
+# Of TRL's `DistributedBackend`, what is asked about a model of which every process has all
+WHOLE = types.SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None, gather_params=contextlib.nullcontext)
+
+
+def hand_over_and_restore(generation: VLLMGeneration) -> None:
+    """
+    Have TRL hand a student to vLLM whenever it is asked to, and leave it as it was, to the bit.
+
+    Under FSDP2 a forward pass without a backward pass, such as an evaluation's, leaves layers whole, which TRL takes for
+    parts. It merges an adapter into the weights that it stands on, and takes it out again, which rounds each time: they are
+    copied for that long. A discriminator may stand on them too, and so does the student that a killed run goes on with.
+    """
+    iterate = generation._iter_named_params
+
+    def iterate_and_restore() -> Iterator[tuple[str, torch.Tensor]]:
+        model, merged = generation.model, []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        if isinstance(model, PeftModel):
+            merged = [each for name, each in model.named_parameters() if ".base_layer." in name]
+            merged = [each for each in merged if each.is_floating_point()]
+        copies = [each.detach().clone() for each in merged]
+        yield from iterate()
+        with torch.no_grad():
+            for each, copied in zip(merged, copies, strict=True):
+                # What ZeRO-3 has put away by now is what it was: it merges into what it has gathered, and drops that
+                if each.shape == copied.shape:
+                    each.copy_(copied)
+
+    generation._iter_named_params = iterate_and_restore
+
+
+@contextlib.contextmanager
+def vllm_with_weights_of(model: PreTrainedModel | PeftModel, generation: VLLMGeneration) -> Iterator[None]:
+    """
+    Within the block TRL's vLLM is awake and has the weights of a model, which need not be the one it was made for: sharded
+    as that one is, or whole on every process.
+    """
+    kept = {name: getattr(generation, name) for name in ("model", "_dist", "_weight_metadata")}
+    generation.model = model
+    # Precisions may be others than those that a server was told of
+    generation._weight_metadata = None
+    if not any(is_in_parts(parameter) for parameter in model.parameters()):
+        generation._dist = WHOLE
+    sleeps = generation.mode == "colocate" and generation.enable_sleep_mode
+    try:
+        generation.sync_weights()
+        if sleeps:
+            generation.llm.wake_up(tags=["kv_cache"])
+        yield
+        if sleeps:
+            generation.llm.sleep(level=2)
+            generation._llm_weights_sleeping = True
+    finally:
+        for name, value in kept.items():
+            setattr(generation, name, value)
+
+
+def is_in_parts(parameter: torch.Tensor) -> bool:
+    """Whether this process has a part of it alone: of FSDP2, or of ZeRO-3 where nothing has gathered it."""
+    status = getattr(parameter, "ds_status", None)
+    return isinstance(parameter, DTensor) or (status is not None and status.name != "AVAILABLE")

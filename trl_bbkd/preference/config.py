@@ -87,7 +87,7 @@ class PreferenceRoundsConfig(TeacherTextConfig, DPOConfig):
         sample_batch_size (`int`, *optional*, defaults to `32`):
             Samples generated at once. Samples depend on it.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Whether to sample with vLLM, in this process. It needs the extra `vllm` and one process.
+            Whether to sample with vLLM, one in each process. It needs the extra `vllm`.
         vllm_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of `vllm.LLM`, such as `{"gpu_memory_utilization": 0.4}`.
         log_completions (`bool`, *optional*, defaults to `False`):

@@ -93,7 +93,10 @@ class ModelSampler:
 
 
 class VLLMSampler:
-    """Samples with vLLM in this process, from a checkpoint on disk, with the same settings as [`ModelSampler`]."""
+    """
+    Samples with vLLM in this process, from a checkpoint on disk, with the same settings as [`ModelSampler`]. Several
+    processes have one each, on their own device.
+    """
 
     def __init__(
         self,
@@ -109,7 +112,9 @@ class VLLMSampler:
         from vllm import LLM, SamplingParams
 
         self.tokenizer = tokenizer
-        self.llm = LLM(model=path, enable_lora=adapter is not None, **(vllm_kwargs or {}))
+        # It would start processes of its own, and not know which device is this one's
+        own = {"distributed_executor_backend": "external_launcher"} if PartialState().num_processes > 1 else {}
+        self.llm = LLM(model=path, enable_lora=adapter is not None, **own | (vllm_kwargs or {}))
         self.parameters = lambda seed, end: SamplingParams(
             temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=seed, stop_token_ids=[end]
         )

@@ -2,6 +2,7 @@ import copy
 import json
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -115,8 +116,8 @@ class PreferenceRoundsTrainer(TrainedInRounds):
         self._refuse_other_than_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             self._refuse_other_than_dataset("eval_dataset", eval_dataset)
-        if args.use_vllm and args.world_size > 1:
-            raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
+        if args.use_vllm and find_spec("vllm") is None:
+            raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
         refuse_adapter_path(model, self._role)
         refuse_broken_weights(model, self._role)
         refuse_frozen_adapter(peft_config, self._role)
@@ -278,7 +279,9 @@ class PreferenceRoundsTrainer(TrainedInRounds):
 
     def _vllm_sampler(self, model: PreTrainedModel | PeftModel, folder: Path, settings: dict) -> VLLMSampler:
         """A sampler of the model, which vLLM reads from disk."""
-        save_model(model, self.processing_class, folder)
+        if self.accelerator.is_main_process:
+            save_model(model, self.processing_class, folder)
+        self.accelerator.wait_for_everyone()
         base, adapter = str(folder), None
         if isinstance(model, PeftModel):
             base, adapter = model.peft_config["default"].base_model_name_or_path, str(folder)

@@ -176,8 +176,6 @@ def check_alignment(args: ProxyKDConfig, eval_dataset: Dataset | None) -> None:
         raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
     if args.alignment_patience is not None and eval_dataset is None:
         raise ValueError("alignment_patience needs eval_dataset: agreement is measured on held-out rows.")
-    if args.use_vllm and args.world_size > 1:
-        raise ValueError("use_vllm=True samples in one process. Start one, or set it to False.")
 
 
 def check_stage_rows(rows: StageRows, args: ProxyKDConfig) -> None:

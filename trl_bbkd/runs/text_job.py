@@ -20,6 +20,7 @@ from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
 from ..evaluation.student import evaluate_student, evaluate_teacher
+from ..evaluation.vllm import TrainersVLLM
 from ..host._compat import whole_models
 from ..host.engines import gathered
 from ..host.model_files import load_model
@@ -71,8 +72,9 @@ class TextJob(Job):
             self.script_args, self._planned_steps(), len(self.test), self.script_args.seqkd_baseline
         )
         self.held_out_rows = self.test[: self.plan.prompts]
+        self.vllm: TrainersVLLM | None = None
         self.measure = functools.partial(
-            evaluate_student,
+            self._evaluate,
             tokenizer=self.tokenizer,
             rows=self.held_out_rows,
             sample_metrics=self.sample_metrics,
@@ -86,6 +88,10 @@ class TextJob(Job):
         self.measure_briefly = functools.partial(
             self.measure, temperatures=(1.0,), num_samples=self.plan.curve_samples
         )
+
+    def _evaluate(self, model, **settings) -> dict[str, float]:
+        # What samples is known once there is a trainer
+        return evaluate_student(model, vllm=self.vllm, **settings)
 
     def _planned_steps(self) -> int:
         args = self.args
@@ -165,6 +171,8 @@ class TextJob(Job):
         seconds: dict[str, float] = {}
         with self.one_line_errors():
             trainer = self.method.trainer(self)
+        if hasattr(trainer, "vllm_generation") and self.quantization_config is None:
+            self.vllm = TrainersVLLM(trainer.vllm_generation)
         self.open_progress(trainer)
         self.start_card(trainer)
         # Without the student's training there is no report
@@ -239,6 +247,8 @@ class TextJob(Job):
         """Train SeqKD and add what its best checkpoint reaches."""
         if not self.script_args.seqkd_baseline:
             return
+        if self.vllm is not None:
+            self.vllm.outlive_the_trainer()
         gc.collect()
         torch.cuda.empty_cache()
         output_dir = str(Path(self.args.output_dir) / "seqkd")
@@ -316,10 +326,10 @@ class TextJob(Job):
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
+        # vLLM is handed an adapter's student merged, which PEFT's own models can be
+        load = AutoModelForCausalLM.from_pretrained if self.vllm is None else load_model
         with whole_models():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=self.quantization_config, **kwargs
-            )
+            model = load(folder, quantization_config=self.quantization_config, **kwargs)
         return model if self.quantization_config else model.to(self.args.device)
 
 
