@@ -5,7 +5,7 @@ import pytest
 from tests.llkd.helpers import build_encoder, save_student
 from tests.processes import on_processes
 from tests.sharding import test_llkd, test_soft_targets
-from tests.sharding.runs import llkd, proxykd
+from tests.sharding.runs import gad, llkd, proxykd
 
 
 pytest.importorskip("deepspeed")
@@ -44,3 +44,11 @@ def test_llkd_too(stage, tmp_path):
     found = on_processes(2, llkd, stage, student, tmp_path / "two")
     test_llkd.assert_same_run(alone, found[0])
     assert_partitioned(stage, found)
+
+
+def test_another_number_of_processes_is_refused(tiny_model_dir, tmp_path):
+    on_processes(2, gad, "zero2", tiny_model_dir, tmp_path, max_steps=1, save_steps=1)
+    with pytest.raises(
+        AssertionError, match="written by 2 processes.*Resume with --num_processes 2.*FSDP2 resumes with"
+    ):
+        on_processes(1, gad, "zero2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-1"))
