@@ -65,18 +65,46 @@ class Moment(NamedTuple):
         pytest.MonkeyPatch().setattr(self.path, killing)
 
 
-def killed_at(moment: Moment | str, function: Callable, *arguments, **keywords) -> None:
-    """Call a function in a process that kills itself with SIGKILL at the moment."""
+def killed_at(moment: Moment | str, function: Callable, *arguments, processes: int = 1, **keywords) -> None:
+    """Call a function in a process that kills itself with SIGKILL at the moment, or in several of which each does."""
     moment = moment if isinstance(moment, Moment) else Moment(moment)
-    ((code, printed, _),) = _run([{}], moment, functools.partial(function, *arguments, **keywords))
-    assert code == -signal.SIGKILL, f"exit status {code}\n{printed}"
+    ended = _run(_ranks(processes), moment, functools.partial(function, *arguments, **keywords))
+    assert _were_killed(ended), "\n".join(f"exit status {code}\n{printed}" for code, printed, _ in ended)
 
 
 def on_processes(count: int, function: Callable, *arguments, **keywords) -> list[Any]:
     """What a function returns on each process of a distributed run, or on one alone."""
+    return _results(_run(_ranks(count), None, functools.partial(function, *arguments, **keywords)))
+
+
+def killed_until_it_ends(
+    count: int, moment: Moment | str, function: Callable, *arguments, **keywords
+) -> tuple[list[Any], int]:
+    """
+    Call a function on processes that kill themselves at the moment, and again, until it comes to its end before. Returns what
+    it then returns on each process, and how often it was killed.
+    """
+    moment = moment if isinstance(moment, Moment) else Moment(moment)
+    for kills in itertools.count():
+        ended = _run(_ranks(count), moment, functools.partial(function, *arguments, **keywords))
+        if not _were_killed(ended):
+            return _results(ended), kills
+        assert kills < 100, "it never comes to its end"
+    raise AssertionError
+
+
+def _were_killed(ended: list[tuple[int, str, Any]]) -> bool:
+    """Whether one process was. The others may end in an exchange with it first."""
+    return any(code == -signal.SIGKILL for code, *_ in ended)
+
+
+def _ranks(count: int) -> list[dict]:
+    """The environment of each process of a distributed run, or of one alone."""
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
-    ended = _run(ranks, None, functools.partial(function, *arguments, **keywords))
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)] if count > 1 else [{}]
+
+
+def _results(ended: list[tuple[int, str, Any]]) -> list[Any]:
     failed = [
         f"process {rank}: exit status {code}\n{printed}" for rank, (code, printed, _) in enumerate(ended) if code
     ]
@@ -110,7 +138,8 @@ def _run(environments: list[dict], moment: Moment | None, function: Callable) ->
         return [
             (
                 process.exitcode,
-                file.with_suffix(".log").read_text()[-3000:],
+                # One that ended for another's sake may not have begun
+                file.with_suffix(".log").read_text()[-3000:] if file.with_suffix(".log").exists() else "",
                 torch.load(file) if file.exists() else None,
             )
             for process, file in zip(processes, files, strict=True)

@@ -102,6 +102,27 @@ def test_replay_goes_on_where_it_was_saved(tmp_path, filled):
     assert [restored.sample(3) for _ in range(4)] == [replay.sample(3) for _ in range(4)]
 
 
+def test_replay_is_dealt_out_to_other_processes(tmp_path):
+    paths = [tmp_path / str(process) for process in range(2)]
+    for process, path in enumerate(paths):
+        buffer = ReplayBuffer(size=6, seed=process)
+        buffer.add([pair(10 * process + number) for number in range(6)])
+        buffer.save(path)
+    shares = []
+    for process in range(4):
+        buffer = ReplayBuffer(size=6, seed=process)
+        buffer.load_share(paths, process, 4)
+        assert len(buffer) == 3
+        shares += buffer.pairs
+    everything = [pair(10 * process + number) for process in range(2) for number in range(6)]
+    assert sorted(shares) == sorted(everything)
+    alone = ReplayBuffer(size=6, seed=0)
+    alone.load_share(paths, 0, 1)
+    # Twelve pairs, and room for half of them: of both buffers, none twice
+    assert len(alone) == 6 and len({str(each) for each in alone.pairs}) == 6
+    assert {each in everything[:6] for each in alone.pairs} == {True, False}
+
+
 def test_replay_has_random_numbers_of_its_own():
     drawn = []
     for seed in (0, 1):

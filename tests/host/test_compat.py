@@ -25,6 +25,7 @@ OVERRIDDEN = {
     (GRPOTrainer, "_tokenize_prompts"): ["self", "prompts"],
     (Trainer, "_load_from_checkpoint"): ["self", "resume_from_checkpoint", "model"],
     (Trainer, "_load_best_model"): ["self"],
+    (Trainer, "_load_rng_state"): ["self", "checkpoint"],
     (Trainer, "_prepare_for_training"): ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     (Trainer, "_push_from_checkpoint"): ["self", "checkpoint_folder"],
     (Trainer, "_save"): ["self", "output_dir", "state_dict"],
@@ -169,6 +170,13 @@ def test_fused_head_scores_at_the_temperature_asked_for(tiny_model_dir):
         log_probs = forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
         expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         torch.testing.assert_close(log_probs, expected)
+
+
+def test_a_student_is_saved_whole_where_the_plugin_says_so():
+    source = inspect.getsource(Trainer.save_model)
+    assert '"FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)' in source, (
+        "Trainer.save_model asks something else whether it writes a student. Adapt `whole_students`, or none is written."
+    )
 
 
 def test_trainers_upload_through_the_client_of_their_module():

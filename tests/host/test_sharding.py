@@ -41,7 +41,7 @@ def launch(monkeypatch):
     ("changed", "message"),
     [
         ({"FSDP_VERSION": "1"}, "first version is not supported.*fsdp_version: 2"),
-        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "SHARDED_STATE_DICT would save no student.*FULL_STATE_DICT"),
+        ({"FSDP_STATE_DICT_TYPE": "LOCAL_STATE_DICT"}, "FSDP2 has no LOCAL_STATE_DICT.*FULL_STATE_DICT.*or SHARDED"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "there is none. Set `fsdp_offload_params: false`"),
     ],
 )
@@ -68,6 +68,30 @@ def test_processes_that_are_divided_otherwise(args, launch, changed, message):
     with pytest.raises(ValueError, match=message) as error:
         check_sharding(args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"save_only_model": True}, "save_only_model=True asks for nothing else"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "hub_strategy='every_save' would send it"),
+    ],
+)
+def test_checkpoints_in_parts_where_a_whole_student_is_asked_for(tmp_path, launch, config, message):
+    launch(**FSDP2 | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
+    with pytest.raises(
+        ValueError, match=f"has no student that can be loaded, and {message}.*FULL_STATE_DICT"
+    ) as error:
+        check_sharding(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **config))
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_in_parts_with_an_older_torch(args, launch, monkeypatch):
+    launch(**FSDP2 | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
+    check_sharding(args)
+    monkeypatch.setattr("trl_bbkd.host.sharding.SAVES_IN_PARTS", "99")
+    with pytest.raises(ValueError, match="SHARDED_STATE_DICT needs torch 99.*FULL_STATE_DICT"):
+        check_sharding(args)
 
 
 def test_four_bits_that_would_not_be_sharded(args, launch):

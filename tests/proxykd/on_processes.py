@@ -34,8 +34,9 @@ def one_step(make_trainer, student, proxy, output, per_device, accumulation, log
     }
 
 
-def aligned(model, output, per_device) -> dict:
-    trainer = make_aligner(output, model, per_device_train_batch_size=per_device, per_device_eval_batch_size=2)
+def aligned(model, output, per_device, **config) -> dict:
+    batches = {"per_device_train_batch_size": per_device, "per_device_eval_batch_size": 2}
+    trainer = make_aligner(output, model, **batches | config)
     trainer.train()
     return {
         "proxy": weights(trainer._unwrapped()),

@@ -88,6 +88,8 @@ def start(engine: str) -> int:
         os.environ.update(FSDP2)
     if engine == "hsdp":
         os.environ.update(HSDP)
+    if engine == "fsdp2, saved in parts":
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     if engine == "fsdp2, whole":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if engine.startswith("zero"):
@@ -100,13 +102,15 @@ def start(engine: str) -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def gad(engine, model, output_dir, resume=None, lora=False, sequences=16, **config) -> dict:
+def gad(
+    engine, model, output_dir, resume=None, lora=False, sequences=16, trainer_class=FixedSamplesTrainer, **config
+) -> dict:
     processes = start(engine)
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     torch.manual_seed(0)
     settings = {"per_device_train_batch_size": sequences // processes, **GAD_RUN, **config}
     is_shared = settings.get("discriminator") == "shared"
-    trainer = FixedSamplesTrainer(
+    trainer = trainer_class(
         model=model,
         args=make_config(output_dir, **settings),
         train_dataset=Dataset.from_list(ROWS),
@@ -120,6 +124,7 @@ def gad(engine, model, output_dir, resume=None, lora=False, sequences=16, **conf
         for group in each.optimizer.param_groups:
             group["eps"] = EPSILON
     trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
     return found(trainer, engines)
 
 
@@ -203,9 +208,8 @@ def soft_targets(engine, student, proxy, output_dir, make, config) -> dict:
         proxy,
         rows=[row | {"teacher_confidence": 0.02 * number} for number, row in enumerate(make_rows(40))],
         trainer_kwargs={"peft_config": LoraConfig(**LORA) if lora else None},
-        **SOFT_TARGET_RUN,
         per_device_train_batch_size=4 // processes,
-        **config,
+        **SOFT_TARGET_RUN | config,
     )
     shares = {}
     save = stages.save_model

@@ -100,3 +100,11 @@ def test_proxykd_that_aligns_an_adapter(stage, tiny_model_dir, other_model_dir, 
     found = on_processes(2, aligned_proxykd, stage, *models, tmp_path / "two", **adapter)
     test_soft_targets.assert_same_run(alone, found[0])
     assert_partitioned(stage, found)
+
+
+def test_another_number_of_processes_is_refused(tiny_model_dir, tmp_path):
+    on_processes(2, gad, "zero2", tiny_model_dir, tmp_path, max_steps=1, save_steps=1)
+    with pytest.raises(
+        AssertionError, match="written by 2 processes.*Resume with --num_processes 2.*FSDP2 resumes with"
+    ):
+        on_processes(1, gad, "zero2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-1"))

@@ -175,12 +175,14 @@ class CriticTrainer:
 
     def save(self, directory: Path) -> None:
         """Write the trained weights and the optimizer's state to `directory`. Every process takes part."""
+        self.engine.save(directory, save_weights=lambda: self._save_weights(directory))
+
+    def _save_weights(self, directory: Path) -> None:
         weights = self.engine.state_dict()
         if self.accelerator.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             trained = {name for name, parameter in self.critic.named_parameters() if parameter.requires_grad}
             save_file({name: value for name, value in weights.items() if name in trained}, directory / CRITIC_NAME)
-        self.engine.save_optimizer(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what [`~CriticTrainer.save`] wrote."""

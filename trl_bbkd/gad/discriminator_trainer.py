@@ -259,8 +259,7 @@ class DiscriminatorTrainer:
 
     def save(self, directory: Path) -> None:
         """Write the discriminator and its optimizer's state to `directory`. Every process takes part."""
-        self.save_discriminator(directory)
-        self.engine.save_optimizer(directory)
+        self.engine.save(directory, save_weights=lambda: self.save_discriminator(directory))
 
     def save_discriminator(self, directory: Path) -> None:
         """Write the discriminator alone. Every process takes part."""

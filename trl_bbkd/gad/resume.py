@@ -6,9 +6,9 @@ from pathlib import Path
 from peft import PeftModel
 
 from ..host._compat import whole_models
-from ..host.engines import copy_model
+from ..host.engines import begin_optimizer, copy_model
 from ..host.reference import REFERENCE_ADAPTER, copy_adapter_to_reference, read_reference
-from ..host.resume import ResumableRun
+from ..host.resume import ResumableRun, division, state_of
 from ..host.sharding import is_sharded
 from .generation_batch import load_generation_batch, save_generation_batch
 
@@ -52,11 +52,24 @@ class ResumableGAD(ResumableRun):
             next(iter(sampler))
         return sampler
 
-    def _own_file(self, checkpoint: str | Path, name: str) -> Path:
-        """The file that this process alone writes to a checkpoint."""
-        return Path(checkpoint) / f"{name}-{self.accelerator.process_index}.safetensors"
+    def _own_file(self, checkpoint: str | Path, name: str, process: int | None = None) -> Path:
+        """The file that this process alone, or another one, writes to a checkpoint."""
+        process = self.accelerator.process_index if process is None else process
+        return Path(checkpoint) / f"{name}-{process}.safetensors"
+
+    def _check_division(self, checkpoint, found):
+        super()._check_division(checkpoint, found)
+        micro_batches = state_of(checkpoint).global_step * found["gradient_accumulation_steps"]
+        if micro_batches % (found["steps_per_generation"] * found["num_iterations"]):
+            raise ValueError(
+                f"{checkpoint} lies amid a generation batch, of which each process has a part. Resume with its settings "
+                f"({division(found)}), or from a checkpoint at whose step a generation batch ends."
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir):
+        if self.accelerator.is_fsdp2:
+            # While the discriminator learns alone, the student's optimizer has taken no step
+            begin_optimizer(self.optimizer, self.model)
         super()._save_optimizer_and_scheduler(output_dir)
         os.makedirs(output_dir, exist_ok=True)
         save_generation_batch(self._own_file(output_dir, "generation_batch"), self._step, self._buffered_inputs)
@@ -82,16 +95,28 @@ class ResumableGAD(ResumableRun):
         if self.critic_trainer is not None:
             self.critic_trainer.load(Path(checkpoint) / CRITIC_FOLDER)
         if self.discriminator_trainer.replay is not None:
-            self.discriminator_trainer.replay.load(self._own_file(checkpoint, "replay"))
-        self._step, self._buffered_inputs = load_generation_batch(
-            self._own_file(checkpoint, "generation_batch"), self.accelerator.device
-        )
+            self._load_replay(checkpoint, processes=state["run"]["num_processes"])
+        if self._is_divided_alike(Path(checkpoint)):
+            self._step, self._buffered_inputs = load_generation_batch(
+                self._own_file(checkpoint, "generation_batch"), self.accelerator.device
+            )
+        else:
+            # The next micro-batch begins a generation batch
+            self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         self.monitor.load_state(state["monitor"])
         self._warmup_steps = state["warmup_steps"]
         self._in_warmup = state["phase"] == "warmup"
         self.beta = 0.0 if self._in_warmup else self.args.beta
         if not self._in_warmup:
             self._restore_reference(Path(checkpoint).parent / WARMED_UP_STUDENT_FOLDER)
+
+    def _load_replay(self, checkpoint: str, processes: int) -> None:
+        replay, accelerator = self.discriminator_trainer.replay, self.accelerator
+        if processes == accelerator.num_processes:
+            replay.load(self._own_file(checkpoint, "replay"))
+            return
+        files = [self._own_file(checkpoint, "replay", process) for process in range(processes)]
+        replay.load_share(files, accelerator.process_index, accelerator.num_processes)
 
     def _set_reference(self) -> None:
         """Make the student, as it is now, the KL reference, and keep it on disk for a resumed run."""

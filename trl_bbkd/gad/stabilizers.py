@@ -106,8 +106,25 @@ class ReplayBuffer:
         """Restore what [`~ReplayBuffer.save`] wrote."""
         tensors = load_file(path)
         self.generator.set_state(tensors["generator"])
+        self.pairs = self._pairs_of(tensors)
+
+    def load_share(self, paths: list[Path], number: int, count: int) -> None:
+        """
+        Take over one share of what several buffers wrote; of more pairs than there is room for, some at random.
+
+        Args:
+            paths (`list[Path]`):
+                Their files, in the same order for every share.
+            number (`int`), count (`int`):
+                The share's number, from 0, and how many shares there are.
+        """
+        pairs = [pair for path in paths for pair in self._pairs_of(load_file(path))]
+        self.pairs = pairs[number::count]
+        self.pairs = self.sample(self.size)
+
+    def _pairs_of(self, tensors: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int], list[int]]]:
         columns = [
             [row.tolist() for row in tensors[f"{name}_ids"].split(tensors[f"{name}_lengths"].tolist())]
             for name in self.FIELDS
         ]
-        self.pairs = list(zip(*columns, strict=True))
+        return list(zip(*columns, strict=True))

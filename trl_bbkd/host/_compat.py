@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
@@ -63,6 +63,7 @@ __all__ = [
     "vllm_with_weights_of",
     "wait_for_each_other",
     "whole_models",
+    "whole_students",
     "without_backward_of_leaves",
     "without_step",
 ]
@@ -192,6 +193,23 @@ def draws_on_every_process() -> Iterator[None]:
     finally:
         if kept is not None:
             os.environ[name] = kept
+
+
+@contextlib.contextmanager
+def whole_students(accelerator: Accelerator) -> Iterator[None]:
+    """
+    Within the block `save_model` writes a student that FSDP2 shards, although checkpoints have it in parts: of parts alone,
+    transformers writes nothing, without a word.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kept, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kept
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ the student is.
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from ._compat import shard_by_layers
@@ -22,6 +25,7 @@ from ._compat import shard_by_layers
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 ZERO_FOLDER = "zero"
+PARTS_FOLDER = "parts"
 
 
 class Engine:
@@ -97,25 +101,34 @@ class Engine:
         """All weights of the module, whole, on the main process. Every process takes part, and the others get nothing."""
         return whole_state(self.module.state_dict(), self.accelerator)
 
+    def save(self, folder: Path, save_weights: Callable[[], None]) -> None:
+        """
+        Write all that a resumed run needs. Every process takes part.
+
+        Args:
+            folder (`Path`):
+                Where to write the optimizer's state.
+            save_weights (`Callable`):
+                Writes the weights, whole, and what they are of. Every process calls it.
+        """
+        save_weights()
+        state = whole_state(optimizer_tensors(self.optimizer), self.accelerator)
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / OPTIMIZER_NAME)
+
     def load(self, folder: Path, load_weights: Callable[[], None]) -> None:
         """
         Restore what a run left, on whatever number of processes.
 
         Args:
             folder (`Path`):
-                Where [`~Engine.save_optimizer`] wrote.
+                Where [`~Engine.save`] wrote.
             load_weights (`Callable`):
                 Writes the weights into the module, in place, sharded as it is. Every process calls it.
         """
         load_weights()
         restore_optimizer(self.optimizer, load_file(folder / OPTIMIZER_NAME))
-
-    def save_optimizer(self, folder: Path) -> None:
-        """Write the optimizer's state to `folder`. Every process takes part."""
-        state = whole_state(optimizer_tensors(self.optimizer), self.accelerator)
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / OPTIMIZER_NAME)
 
 
 class ShardedEngine(Engine):
@@ -146,6 +159,40 @@ class ShardedEngine(Engine):
     def chunk(self, is_last: bool) -> Iterator[None]:
         # Every chunk's gradient is reduced and scattered: without, each process would keep the whole one
         yield
+
+    @property
+    def _saves_parts(self) -> bool:
+        return self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+    def _trained_weights(self) -> dict[str, torch.Tensor]:
+        parameters = self.module.named_parameters()
+        return {f"weights.{name}": value.detach() for name, value in parameters if value.requires_grad}
+
+    def save(self, folder: Path, save_weights: Callable[[], None]) -> None:
+        if not self._saves_parts:
+            super().save(folder, save_weights)
+            return
+        parts = folder / PARTS_FOLDER
+        if self.accelerator.is_main_process:
+            # All files there are read, also those of more processes that wrote the same checkpoint before
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        state = {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
+        writer = distributed_checkpoint.HuggingFaceStorageWriter(str(parts), save_distributed=True)
+        distributed_checkpoint.save(self._trained_weights() | state, storage_writer=writer)
+
+    def load(self, folder: Path, load_weights: Callable[[], None]) -> None:
+        if not self._saves_parts:
+            super().load(folder, load_weights)
+            return
+        reader = distributed_checkpoint.HuggingFaceStorageReader(str(folder / PARTS_FOLDER))
+        names = [name.removeprefix("optimizer.") for name in reader.read_metadata().state_dict_metadata]
+        state = blank_optimizer_tensors(self.optimizer, [name for name in names if not name.startswith("weights.")])
+        found = self._trained_weights() | {f"optimizer.{name}": value for name, value in state.items()}
+        # In place, each process its own parts
+        distributed_checkpoint.load(found, storage_reader=reader)
+        restore_optimizer(self.optimizer, state)
 
 
 class ZeroEngine(Engine):
@@ -207,7 +254,8 @@ class ZeroEngine(Engine):
         state = self.model._zero3_consolidated_16bit_state_dict()
         return {name: value.cpu() for name, value in (state or {}).items()}
 
-    def save_optimizer(self, folder: Path) -> None:
+    def save(self, folder: Path, save_weights: Callable[[], None]) -> None:
+        save_weights()
         self.model.save_checkpoint(str(folder), tag=ZERO_FOLDER)
 
     def load(self, folder: Path, load_weights: Callable[[], None]) -> None:
@@ -264,6 +312,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
+def blank_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors for what [`optimizer_tensors`] has by these names, to be written over, each sharded as its parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        name: torch.zeros(()) if name.endswith(".step") else torch.zeros_like(parameters[int(name.split(".")[0])])
+        for name in names
+    }
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Give an optimizer over the same parameters the state that [`optimizer_tensors`] read, whole on every process."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -275,6 +332,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
             optimizer.state[parameter][name] = value.cpu()
         else:
             optimizer.state[parameter][name] = part_of(value, parameter)
+
+
+def begin_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """
+    Give the optimizer of a sharded model, if it has taken no step yet, the state that it begins with. PyTorch does so before
+    it saves one, by a step that changes no weight; but Adam counts it.
+    """
+    if optimizer.state:
+        return
+    get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:

@@ -1,15 +1,17 @@
 """A run that can be killed at any moment and goes on: which checkpoint, whose, and whether it was finished."""
 
+import contextlib
 import json
 import logging
 import re
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from datasets import IterableDataset
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from ._compat import be_wrapped_again, keep_precision
+from ._compat import be_wrapped_again, keep_precision, whole_students
 from .preflight import refuse_broken_weights, refuse_no_steps
 from .sharding import is_sharded
 from .typed import MixinBase
@@ -17,6 +19,8 @@ from .typed import MixinBase
 
 logger = logging.getLogger(__name__)
 TRAINER_STATE_NAME = "trainer_state.json"  # the last file of a checkpoint, but for TRL's adaptive entropy
+# Settings that divide the rows of a step among processes and micro-batches, and leave which rows they are
+DIVISION = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -50,7 +54,54 @@ def differences(found: dict, wanted: dict) -> str:
     )
 
 
-def _state_of(checkpoint: str) -> TrainerState:
+def rows_together(run: dict) -> dict:
+    """A description of a run with the rows of all processes in a step, in place of how they are divided."""
+    at_once = run["num_processes"] * run["per_device_train_batch_size"]
+    together = {f"rows in all {name}": at_once * run[name] for name in DIVISION[2:] if name in run}
+    return {name: value for name, value in run.items() if name not in DIVISION} | together
+
+
+def refuse_other_engine(checkpoint: str | Path, trainer: Trainer) -> None:
+    """
+    Refuse a checkpoint whose optimizer this run could not load: Trainer leaves out a file it does not know, without a word.
+
+    Raises:
+        ValueError: Names the engine that can go on.
+    """
+    checkpoint = Path(checkpoint)
+    found, own = _engine_of(checkpoint), "DDP"
+    if trainer.is_deepspeed_enabled:
+        own = "DeepSpeed"
+    elif trainer.is_fsdp_enabled:
+        own = f"FSDP ({trainer.accelerator.state.fsdp_plugin.state_dict_type.name})"
+    if found != own:
+        raise ValueError(
+            f"{checkpoint} was written under {found}, and {own} cannot read its optimizer's state. Resume under {found}, or begin "
+            f"a new run from its student: model_name_or_path={checkpoint}."
+        )
+    processes = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if found == "DeepSpeed" and processes != trainer.accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint} was written by {processes} processes, and DeepSpeed keeps an optimizer's state in a file for each of "
+            f"them. Resume with --num_processes {processes}, or begin a new run from its student: "
+            f"model_name_or_path={checkpoint}. FSDP2 resumes with any number."
+        )
+
+
+def _engine_of(checkpoint: Path) -> str:
+    """By the files of the student's optimizer; plain data parallelism writes what one process does."""
+    if any(checkpoint.glob("global_step*")):
+        return "DeepSpeed"
+    if (checkpoint / "optimizer_0").is_dir():
+        return "FSDP (SHARDED_STATE_DICT)"
+    return "FSDP (FULL_STATE_DICT)" if (checkpoint / "optimizer.bin").is_file() else "DDP"
+
+
+def division(run: dict) -> str:
+    return ", ".join(f"{name}={run[name]}" for name in DIVISION if name in run)
+
+
+def state_of(checkpoint: str | Path) -> TrainerState:
     return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
 
 
@@ -139,12 +190,7 @@ class ResumableRun(FinishedCheckpoints):
             resume_from_checkpoint = str(checkpoint)
         if resume_from_checkpoint:
             refuse_broken_weights(resume_from_checkpoint, "checkpoint")
-            found = self._read_state(Path(resume_from_checkpoint)).get("run", {})
-            differing = differences(found, self._describe_run())
-            if differing:
-                raise ValueError(
-                    f"{resume_from_checkpoint} belongs to another run ({differing}). Resume with its settings."
-                )
+            self._check_run(Path(resume_from_checkpoint))
             return resume_from_checkpoint
         found = last_finished_checkpoint(self.args.output_dir)
         if found is not None and not self._has_begun:
@@ -153,6 +199,39 @@ class ResumableRun(FinishedCheckpoints):
                 "Choose another output_dir, delete them, or go on with that run: resume_from_checkpoint=True."
             )
         return None
+
+    def _check_run(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another run, or of this one where it cannot be divided anew."""
+        found, own = self._read_state(checkpoint)["run"], self._describe_run()
+        refuse_other_engine(checkpoint, self)
+        differing = differences(found, own)
+        if not differing:
+            return
+        if differences(rows_together(found), rows_together(own)):
+            advice = "Resume with its settings."
+            if found["num_processes"] != own["num_processes"]:
+                advice += (
+                    " With another number of processes, keep per_device_train_batch_size × processes × "
+                    "gradient_accumulation_steps."
+                )
+            raise ValueError(f"{checkpoint} belongs to another run ({differing}). {advice}")
+        self._check_division(checkpoint, found)
+
+    def _check_division(self, checkpoint: Path, found: dict) -> None:
+        """Refuse to divide a run anew where its rows would be others, or what a process keeps for itself cannot be dealt out."""
+        reason = None
+        if found["rows"] is None:
+            reason = "a stream is divided among processes as it is read"
+        elif self.args.train_sampling_strategy not in ("random", "sequential"):
+            reason = f"train_sampling_strategy={self.args.train_sampling_strategy!r} orders rows by the batch of one process"
+        if reason is not None:
+            raise ValueError(
+                f"{checkpoint} was written with {division(found)}, and cannot go on with {division(self._describe_run())}: {reason}. "
+                "Resume with its settings."
+            )
+
+    def _is_divided_alike(self, checkpoint: Path) -> bool:
+        return division(self._read_state(checkpoint)["run"]) == division(self._describe_run())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
@@ -165,7 +244,7 @@ class ResumableRun(FinishedCheckpoints):
         if checkpoint is not None and self._has_taken_all_steps(checkpoint):
             return self._finished_before(checkpoint)
         self._has_begun = True
-        self._epochs_before = 0 if checkpoint is None else int(_state_of(checkpoint).epoch)
+        self._epochs_before = 0 if checkpoint is None else int(state_of(checkpoint).epoch)
         be_wrapped_again(self)
         output = super().train(checkpoint, *args, **kwargs)
         refuse_no_steps(self.state.global_step, type(self).__name__)
@@ -176,11 +255,11 @@ class ResumableRun(FinishedCheckpoints):
         steps = self.args.max_steps
         if steps <= 0:
             *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return _state_of(checkpoint).global_step >= steps
+        return state_of(checkpoint).global_step >= steps
 
     def _finished_before(self, checkpoint: str) -> TrainOutput:
         """Bring back what `train` left."""
-        self.state = _state_of(checkpoint)
+        self.state = state_of(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         # By its name, because the run may have been moved
         best = str(Path(checkpoint).with_name(Path(best).name)) if best else None
@@ -198,3 +277,22 @@ class ResumableRun(FinishedCheckpoints):
         if self.accelerator.is_main_process:
             logger.warning(f"{self._training_name}: finished before, in {checkpoint}; not run again.")
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # A push saves by an internal call too
+        is_checkpoint = _internal_call and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR)
+        with contextlib.nullcontext() if is_checkpoint else whole_students(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+
+    def _load_rng_state(self, checkpoint):
+        processes = None if checkpoint is None else self._read_state(Path(checkpoint))["run"]["num_processes"]
+        if processes in (None, self.accelerator.num_processes):
+            super()._load_rng_state(checkpoint)
+            return
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"{self._training_name}: {checkpoint} was written by {processes} processes, and goes on with "
+                f"{self.accelerator.num_processes}. What is random is drawn anew."
+            )
+        # Not as at the beginning, which would draw the same again
+        set_seed(self.args.seed + self.state.global_step, device_specific=True)

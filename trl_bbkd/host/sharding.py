@@ -14,6 +14,7 @@ from ._compat import shard_on_cpus
 
 
 AVERAGES_ON_CPUS = "2.13"  # the first torch that was tried and does; 2.8 does not
+SAVES_IN_PARTS = "2.13"  # the first torch that was tried and writes parts as safetensors; 2.8 does it by other names
 
 
 def check_sharding(args: TrainingArguments, *quantization: BitsAndBytesConfig | None) -> None:
@@ -135,14 +136,35 @@ def _refuse_fsdp(settings: dict[str, str], args: TrainingArguments) -> None:
             "FSDP's first version is not supported. Take the second: `fsdp_version: 2`, as in "
             "recipes/accelerate_configs/fsdp2.yaml."
         )
-    if settings["state_dict_type"] != "FULL_STATE_DICT":
+    if settings["state_dict_type"] == "SHARDED_STATE_DICT":
+        _refuse_checkpoints_in_parts(args)
+    elif settings["state_dict_type"] != "FULL_STATE_DICT":
         raise ValueError(
-            f"FSDP with {settings['state_dict_type']} would save no student that can be loaded. Take "
-            "`fsdp_state_dict_type: FULL_STATE_DICT`, as in recipes/accelerate_configs/fsdp2.yaml."
+            f"FSDP2 has no {settings['state_dict_type']}. Take `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+            "recipes/accelerate_configs/fsdp2.yaml, or SHARDED_STATE_DICT."
         )
     if settings["offload"] == "true" and args.use_cpu:
         raise ValueError(
             "FSDP offloads to the CPU what is on a GPU, and there is none. Set `fsdp_offload_params: false`."
+        )
+
+
+def _refuse_checkpoints_in_parts(args: TrainingArguments) -> None:
+    """Refuse what needs a whole student in a checkpoint. The final one is whole."""
+    reason = None
+    if args.save_only_model:
+        reason = "save_only_model=True asks for nothing else"
+    elif args.push_to_hub and args.hub_strategy != "end":
+        reason = f"hub_strategy={str(args.hub_strategy.value)!r} would send it"
+    elif is_torch_version("<", SAVES_IN_PARTS):
+        raise ValueError(
+            f"SHARDED_STATE_DICT needs torch {SAVES_IN_PARTS}; this is {torch.__version__}. Update torch, or take "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`, as in recipes/accelerate_configs/fsdp2.yaml."
+        )
+    if reason is not None:
+        raise ValueError(
+            f"A checkpoint with SHARDED_STATE_DICT has no student that can be loaded, and {reason}. Leave that out, or take "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`, as in recipes/accelerate_configs/fsdp2.yaml."
         )
 
 

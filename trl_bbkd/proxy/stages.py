@@ -19,7 +19,7 @@ from ..host._compat import beside_another_trainer, keep_4bit_weights_differentia
 from ..host.model_files import load_model, save_model
 from ..host.model_paths import base_of_adapter, checkpoint_fingerprint
 from ..host.preflight import refuse_no_steps
-from ..host.resume import checkpoints, last_finished_checkpoint
+from ..host.resume import checkpoints, last_finished_checkpoint, refuse_other_engine
 from ..host.sharding import check_sharding
 from ..seqkd.trainer import SHARED_ARGUMENTS, sft_rows
 from ..soft_targets.caching import model_fingerprint, rows_fingerprint, tokenizer_fingerprint
@@ -196,6 +196,8 @@ class ProxyStages:
         if trainer.accelerator.device.type == "cpu":
             keep_4bit_weights_differentiable(trainer.model)
         checkpoint = last_finished_checkpoint(folder)
+        if checkpoint is not None:
+            refuse_other_engine(checkpoint, trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         refuse_no_steps(trainer.state.global_step, "The proxy's training")
         # Of a model in parts, on every process
