@@ -323,6 +323,7 @@ def alignment(engine, proxy, output_dir, lora=False, stops=False, **config) -> d
         trainer.train()
     except KeyboardInterrupt:
         return None
+    trainer.save_model(str(Path(output_dir) / "saved"))
     with trainer._whole() as model:
         weights = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".ref." not in name}
     folders = [Path(output_dir) / f"round-{number}" / "samples" for number in (1, 2)]
@@ -335,5 +336,5 @@ def alignment(engine, proxy, output_dir, lora=False, stops=False, **config) -> d
         "samples": [
             line["proxy_ids"] for folder in folders for file in sorted(folder.iterdir()) for line in read_samples(file)
         ],
-        "resumed at": trainer._initial_global_step,
+        "resumed at": getattr(trainer, "_initial_global_step", None),
     }
