@@ -281,6 +281,13 @@ class TestAccelerateConfig:
         with pytest.raises(argparse.ArgumentTypeError, match="ddp, fsdp2, hsdp, zero2, zero3"):
             find_accelerate_config("zero9")
 
+    def test_machines_that_have_no_address(self, recipe, capfd):
+        for words in (["--accelerate_config", "hsdp"], ["--num_machines", "2"]):
+            with pytest.raises(SystemExit) as stopped:
+                main(["train", str(recipe), *words])
+            assert stopped.value.code == 2
+            assert "2 machines need an address to meet at. Add --main_process_ip" in capfd.readouterr().err
+
     def test_it_reaches_the_training_process(self, recipe, tmp_path, monkeypatch, capfd):
         config = {
             "compute_environment": "LOCAL_MACHINE",

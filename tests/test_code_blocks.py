@@ -232,6 +232,7 @@ TESTED = {
     },
     "docs/multi_gpu.md": {
         "# Two adapters on one frozen base": whole_recipe,
+        "trl-bbkd train my.yaml --accelerate_config hsdp --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500": "tests/sharding/test_launch.py::test_two_machines",
         "trl-bbkd train my.yaml --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3": parsed,
         "# Samples come from a server": whole_recipe,
     },

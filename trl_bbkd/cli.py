@@ -237,6 +237,7 @@ def _launch(recipe_file: str, arguments: list[str]) -> None:
     launch_parser.error = exit_with_error  # without pages of usage
     launch_flags, overrides = check_recipe(find_recipe(recipe_file), arguments, launch_parser._option_string_actions)
     launch_arguments = launch_parser.parse_args([*launch_flags, "--module", "trl_bbkd", recipe_file, *overrides])
+    _refuse_machines_without_address(launch_arguments)
     try:
         launch_command(launch_arguments)
     except subprocess.CalledProcessError as error:
@@ -247,6 +248,23 @@ def _launch(recipe_file: str, arguments: list[str]) -> None:
         exit_with_error(one_line(error) + advice)
     except ValueError as error:
         exit_with_error(one_line(error))
+
+
+def _refuse_machines_without_address(arguments: argparse.Namespace) -> None:
+    """The launcher would wait for a machine of no name."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    if arguments.config_file is None:
+        machines, address = arguments.num_machines, arguments.main_process_ip
+    else:
+        config = load_config_from_file(arguments.config_file)
+        machines = arguments.num_machines or getattr(config, "num_machines", 1)
+        address = arguments.main_process_ip or getattr(config, "main_process_ip", None)
+    if (machines or 1) > 1 and not address:
+        exit_with_error(
+            f"{machines} machines need an address to meet at. Add --main_process_ip, the first machine's, and --machine_rank; on one "
+            "machine --num_machines 1."
+        )
 
 
 def init_recipe(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 import pytest
 from accelerate.utils import is_torch_version
 
+from tests.code_blocks import code, commands
 from tests.processes import free_port, on_processes
 from tests.sharding.runs import slow_but
 from trl_bbkd.cli import main
@@ -16,6 +17,7 @@ from trl_bbkd.runs.shipped import ACCELERATE_CONFIGS, recipes_folder
 pytestmark = pytest.mark.skipif(
     is_torch_version("<", AVERAGES_ON_CPUS), reason="this torch does not average gradients on CPU processes"
 )
+PAGE = "docs/multi_gpu.md"
 SMALL = (
     "--mixed_precision no --max_steps 2 --per_device_train_batch_size 8 --discriminator_batch_size 16 --warmup_steps 0 "
     "--eval_prompts 4 --eval_samples 1 --seqkd_baseline false --save_strategy no --disable_tqdm true"
@@ -99,10 +101,14 @@ def test_a_recipe_is_trained(name, tmp_path, request):
 
 @pytest.mark.slow
 def test_two_machines(tmp_path):
-    """Each has its own launcher, and they meet at the first one's address."""
-    meeting = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    arguments = command(tmp_path, "hsdp", [*FOUR_PROCESSES, *meeting])
-    on_processes(2, machine, arguments)
+    """As the page says: each has its own launcher, and they meet at the first one's address."""
+    (line,) = (words for text in code(PAGE, "bash") for words in commands(text) if "--machine_rank" in words)
+    assert line[:4] == ["trl-bbkd", "train", "my.yaml", "--accelerate_config"]
+    here = {"--main_process_ip": "127.0.0.1", "--main_process_port": str(free_port())}
+    documented = dict(zip(line[3::2], line[4::2], strict=True)) | here
+    name, _ = documented.pop("--accelerate_config"), documented.pop("--machine_rank")
+    meeting = [word for option in documented.items() for word in option]
+    on_processes(2, machine, command(tmp_path, name, [*FOUR_PROCESSES, *meeting]))
     assert_trained(tmp_path, "hsdp", 4)
 
 

@@ -131,3 +131,14 @@ def test_refused_before_anything_is_loaded(config, message, tiny_model_dir, othe
         make_kd_trainer(
             tmp_path, tiny_model_dir, proxy, trainer_kwargs={"quantization_config": quantization}, **config
         )
+
+
+def test_a_proxy_in_4_bits_is_refused_where_it_would_be_sharded(
+    tiny_model_dir, other_model_dir, tmp_path, monkeypatch
+):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    four_bits = {"quantization_config": {"load_in_4bit": True}}
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    with pytest.raises(ValueError, match="stored as uint8 are not sharded by FSDP2"):
+        make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, proxy_model_init_kwargs=four_bits)

@@ -211,7 +211,7 @@ class Plan:
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=model.storage_of_4bit)
             for phase in phases
             for model in phase.models
-            if model.is_4bit
+            if model.is_4bit and not model.is_whole
         ]
         return why_not_sharded(engine, *quantization) or load_method(self.recipe.method).why_not_sharded(self.recipe)
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data.teacher_data import answer_text, check_teacher_data
 from ..errors import ProxyModelError, TeacherDataError
@@ -23,6 +30,14 @@ TRAINING_STAGES = {"warmup", "align"}  # those that train the proxy
 NO_VIRTUAL_TOKENS = (
     "soft targets and their loss are computed in the model below the adapter, without its virtual tokens"
 )
+
+
+def quantization_of_training(args: ProxyConfig) -> BitsAndBytesConfig | None:
+    """How a proxy that learns is quantised, if `proxy_model_init_kwargs` of a recipe say so."""
+    given = (args.proxy_model_init_kwargs or {}).get("quantization_config")
+    if not TRAINING_STAGES & {*args.stages} or given is None:
+        return None
+    return BitsAndBytesConfig.from_dict(given) if isinstance(given, dict) else given
 
 
 def base_of_proxy(path: str) -> str | None:

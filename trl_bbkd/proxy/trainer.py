@@ -34,7 +34,14 @@ from ..soft_targets.head import vocabulary_size
 from ..soft_targets.rows import soft_target_rows
 from ..soft_targets.store import read_description
 from ..soft_targets.trainer import SoftTargetTrainer
-from .checks import check_enough_rows, check_models, check_proxy, check_shared_vocabulary, check_tokens
+from .checks import (
+    check_enough_rows,
+    check_models,
+    check_proxy,
+    check_shared_vocabulary,
+    check_tokens,
+    quantization_of_training,
+)
 from .config import ProxyConfig
 from .stages import ProxyStages
 
@@ -126,7 +133,7 @@ class ProxyTargetTrainer(SoftTargetTrainer):
             args = self._config_type(f"{student_path.split('/')[-1]}-{self._name.replace('-', '')}")
         require_config(args, self._config_type, type(self).__name__)
         args = copy.copy(args)
-        check_sharding(args, quantization_config)
+        check_sharding(args, quantization_config, quantization_of_training(args))
         if not isinstance(train_dataset, Dataset):
             raise TeacherDataError(
                 f"{self._name} {self._why_no_stream}: it needs a `Dataset`, not {_kind(train_dataset)}."
