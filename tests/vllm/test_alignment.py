@@ -5,7 +5,7 @@ from peft import LoraConfig
 
 from tests.gad.helpers import no_model_is_loaded
 from tests.processes import on_processes
-from tests.proxykd.helpers import LORA, make_aligner
+from tests.proxykd.helpers import LORA, make_aligner, make_rows
 
 from . import stand_in
 
@@ -16,6 +16,7 @@ def aligned(model, output, per_device, use_vllm, lora=False) -> dict:
     trainer = make_aligner(
         output,
         model,
+        rows=make_rows(12),
         per_device_train_batch_size=per_device,
         per_device_eval_batch_size=2,
         use_vllm=use_vllm,
