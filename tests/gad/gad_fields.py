@@ -4,6 +4,7 @@ from accelerate import ParallelismConfig
 
 
 ACTS = "acts"
+BIASED = "differs: refused beside vLLM's importance-sampling correction, which it would bias"
 STUDENT_ONLY = "differs: the student's; the discriminator has fields of its own"
 ADVERSARIAL = "differs: in the adversarial stage; the warm-up is cross-entropy"
 SHARDING = "differs: shards the discriminator and the critic too; FSDP2, ZeRO-2 and ZeRO-3"
@@ -142,12 +143,12 @@ INHERITED = {
     "generation_batch_size": ACTS,
     "steps_per_generation": ACTS,
     "temperature": "differs: not of the warm-up's cross-entropy, which is at 1",
-    "top_p": ACTS,
-    "top_k": ACTS,
-    "min_p": ACTS,
+    "top_p": BIASED,
+    "top_k": BIASED,
+    "min_p": BIASED,
     "generation_kwargs": "differs: max_new_tokens and its like are refused, because the teacher's answers are not cut there",
     "chat_template_kwargs": ACTS,
-    "repetition_penalty": ACTS,
+    "repetition_penalty": BIASED,
     "cache_implementation": ACTS,
     **dict.fromkeys(
         (

@@ -1,12 +1,18 @@
 """Contracts with TRL and transformers: each seam that is overridden or called keeps its signature."""
 
+import contextlib
 import inspect
+import re
+import types
 
 import pytest
+import torch
 import transformers
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl.generation import vllm_client, vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_bbkd.host import _compat
 
@@ -16,6 +22,16 @@ OVERRIDDEN = {
     (GRPOTrainer, "_compute_loss"): ["self", "model", "inputs"],
     (GRPOTrainer, "_generate"): ["self", "prompts"],
     (GRPOTrainer, "_generate_and_score_completions"): ["self", "inputs"],
+    (GRPOTrainer, "_generate_single_turn"): [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    (VLLMGeneration, "_iter_named_params"): ["self"],
+    (VLLMGeneration, "sync_weights"): ["self"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
     (GRPOTrainer, "get_eval_dataloader"): ["self", "eval_dataset"],
@@ -155,7 +171,6 @@ def test_private_names_exist(name):
 
 
 def test_fused_head_scores_at_the_temperature_asked_for(tiny_model_dir):
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -188,3 +203,33 @@ def test_trainers_upload_through_the_client_of_their_module():
         transformers.trainer.hf_api().upload_folder(folder_path="x")
     assert calls == [{"folder_path": "x"}]
     assert "upload_folder" not in vars(transformers.trainer.hf_api())
+
+
+def test_vllm_seams():
+    source = inspect.getsource(GRPOTrainer)
+    for line in (
+        "self.vllm_generation = VLLMGeneration(",
+        "if self.state.global_step != self._last_loaded_step:",
+        'output["importance_sampling_ratio"] = vllm_importance_sampling_ratio',
+    ):
+        assert line in source, f"GRPOTrainer no longer has {line!r}: read its new body, and adapt gad/vllm.py."
+    source = inspect.getsource(vllm_generation)
+    for name in ("_dist", "_weight_metadata", "_llm_weights_sleeping", "model", "llm", "vllm_client"):
+        assert f"self.{name} = " in source, f"VLLMGeneration has no {name} now. Adapt `vllm_with_weights_of`."
+    asked = set(re.findall(r"self\._dist\.(\w+)", source))
+    assert asked <= set(vars(_compat.WHOLE)), "VLLMGeneration asks its backend for more. Adapt `_compat.WHOLE`."
+    assert {"prompts", "n", "temperature", "top_p", "max_tokens", "logprobs", "generation_kwargs"} <= set(
+        inspect.signature(vllm_client.VLLMClient.generate).parameters
+    ), "TRL's client takes other settings. Adapt evaluation/vllm.py."
+
+
+def test_vllm_is_told_anew_what_the_weights_of_another_student_are():
+    """A server reads as many bytes as it was told; afterwards the trainer's student is known again."""
+    told = []
+    generation = types.SimpleNamespace(model="student", _dist="sharded", _weight_metadata="told", mode="server")
+    generation.sync_weights = lambda: told.append((generation.model, generation._dist, generation._weight_metadata))
+    other = torch.nn.Linear(1, 1)
+    with contextlib.suppress(KeyError), _compat.vllm_with_weights_of(other, generation):
+        raise KeyError
+    assert told == [(other, _compat.WHOLE, None)]
+    assert (generation.model, generation._dist, generation._weight_metadata) == ("student", "sharded", "told")

@@ -5,6 +5,7 @@ It has what makes a mistake show: the weights that are handed over are all that 
 log-probabilities are those of its own model.
 """
 
+import copy
 import importlib
 import socket
 import sys
@@ -17,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig
@@ -52,6 +54,12 @@ class Logprob(NamedTuple):
 class Completion(NamedTuple):
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
+
+
+class LoRARequest(NamedTuple):
+    name: str
+    number: int
+    path: str
 
 
 class RequestOutput(NamedTuple):
@@ -118,8 +126,12 @@ class LLM:
         pass
 
     @torch.no_grad()
-    def generate(self, prompts, sampling_params=None, use_tqdm=False) -> list[RequestOutput]:
+    def generate(self, prompts, sampling_params=None, use_tqdm=False, lora_request=None) -> list[RequestOutput]:
         assert not self.asleep, self.asleep
+        if lora_request is not None:
+            assert self.settings["enable_lora"]
+            adapted = PeftModel.from_pretrained(copy.deepcopy(self.weights.model), lora_request.path)
+            self.weights.model = adapted.merge_and_unload()
         prompts = [prompt["prompt_token_ids"] for prompt in prompts]
         each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
         requests = [
@@ -199,6 +211,8 @@ def connect_to_trainer(init_info: dict) -> socket.socket:
 MODULES = {
     "vllm": {"LLM": LLM, "RequestOutput": RequestOutput, "SamplingParams": SamplingParams, "__version__": VERSION},
     "vllm.sampling_params": {"StructuredOutputsParams": dict},
+    "vllm.lora": {},
+    "vllm.lora.request": {"LoRARequest": LoRARequest},
     "vllm.utils": {},
     "vllm.utils.network_utils": {"get_ip": lambda: "127.0.0.1"},
     "vllm.distributed": {},

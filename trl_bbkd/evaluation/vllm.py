@@ -62,7 +62,9 @@ class TrainersVLLM:
         sample = self._from_server if self.generation.mode == "server" else self._from_devices
         return sample(prompt_ids, seeds, settings, end_ids)
 
-    def _from_server(self, prompt_ids, seeds, settings, end_ids):
+    def _from_server(
+        self, prompt_ids: list[list[int]], seeds: list[int], settings: dict[str, Any], end_ids: list[int]
+    ) -> list[list[list[int]]]:
         def ask(ids: list[int], seed: int) -> list[list[int]]:
             more = {"seed": seed, "stop_token_ids": end_ids}
             client = self.generation.vllm_client
@@ -76,7 +78,9 @@ class TrainersVLLM:
             broadcast_object_list(found)
         return found[0]
 
-    def _from_devices(self, prompt_ids, seeds, settings, end_ids):
+    def _from_devices(
+        self, prompt_ids: list[list[int]], seeds: list[int], settings: dict[str, Any], end_ids: list[int]
+    ) -> list[list[list[int]]]:
         from vllm import SamplingParams
 
         (rank, processes), divides = place(), self.generation.tensor_parallel_size

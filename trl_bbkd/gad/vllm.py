@@ -21,7 +21,6 @@ class SampledWithVLLM(MixinBase):
     use_vllm: bool
     vllm_generation: VLLMGeneration
     vllm_importance_sampling_mode: str
-    _discriminator_only_steps: int
 
     def _start_vllm(self) -> None:
         if self.use_vllm:
