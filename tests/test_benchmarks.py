@@ -89,7 +89,16 @@ def commands(text):
 
 PAGES = [
     DOCS / name
-    for name in ("results.md", "performance.md", "gad.md", "proxykd.md", "bayeskd.md", "llkd.md", "gpu/h100.md")
+    for name in (
+        "results.md",
+        "performance.md",
+        "gad.md",
+        "proxykd.md",
+        "bayeskd.md",
+        "llkd.md",
+        "multi_gpu.md",
+        "gpu/h100.md",
+    )
 ]
 TOLD = [(page.stem, *found) for page in [*PAGES, *DOCS.glob("results/*.md")] for found in commands(page.read_text())]
 

@@ -193,3 +193,21 @@ def test_another_engine(files, message, tiny_model_dir, tmp_path):
         path.touch()
     with pytest.raises(ValueError, match=message):
         make_gad(tmp_path, tiny_model_dir).train(str(tmp_path / "checkpoint-1"))
+
+
+def test_what_is_random_is_drawn_anew(tiny_model_dir, tmp_path, monkeypatch, caplog):
+    """Of two processes each has left its own random numbers, and one begins."""
+    make_gad(tmp_path, tiny_model_dir).train()
+    state = tmp_path / "checkpoint-2" / "gad_state.json"
+    divided = {'"num_processes": 1': '"num_processes": 2', '_train_batch_size": 8': '_train_batch_size": 4'}
+    text = state.read_text()
+    for own, other in divided.items():
+        assert own in text
+        text = text.replace(own, other)
+    state.write_text(text)
+    seeds = []
+    monkeypatch.setattr("trl_bbkd.host.resume.set_seed", lambda *args, **kwargs: seeds.append((args, kwargs)))
+    resumed = make_gad(tmp_path, tiny_model_dir)
+    resumed.train(str(tmp_path / "checkpoint-2"))
+    assert seeds == [((resumed.args.seed + 2,), {"device_specific": True})]
+    assert "was written by 2 processes, and goes on with 1. What is random is drawn anew." in caplog.text
