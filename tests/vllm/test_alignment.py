@@ -21,6 +21,7 @@ def aligned(model, output, per_device, use_vllm, lora=False) -> dict:
         per_device_eval_batch_size=2,
         use_vllm=use_vllm,
         num_rounds=1,
+        sample_batch_size=1,
         # As good as greedy, so that it does not matter who samples
         sample_temperature=1e-4,
         trainer_kwargs={"peft_config": LoraConfig(**LORA)} if lora else None,

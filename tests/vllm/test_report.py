@@ -62,14 +62,14 @@ def watched_run(engine: str, path) -> list[float]:
     def generate(*args, **kwargs):
         raise AssertionError("transformers samples")
 
-    trainers = []
+    students = []
 
     def initialised(self, *args, **kwargs):
-        trainers.append(weakref.ref(self))
         init(self, *args, **kwargs)
+        students.append(weakref.ref(self.model))
 
     def train_seqkd(*args, **kwargs):
-        assert trainers[0]() is None, "vLLM holds on to GAD's trainer while SeqKD trains"
+        assert students[0]() is None, "vLLM holds on to GAD's student while SeqKD trains"
         return seqkd(*args, **kwargs)
 
     init, seqkd = GADTrainer.__init__, text_job.train_seqkd
