@@ -101,5 +101,5 @@ def test_keys_of_the_guides_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     keys = {key for code in re.findall(r"`([^`]+)`", text) for key in re.findall(r"\b([a-z_]+): ", code)}
     keys |= set(re.findall(r"--(\w+) ", " ".join(re.findall(r"trl-bbkd train my.yaml (.*)", page.read_text()))))
-    keys -= {"accelerate_config", "num_processes"}  # the launcher's
+    keys -= {"accelerate_config", "fsdp_state_dict_type", "num_processes"}  # the launcher's
     assert len(keys) > 4 and keys - known == set()
