@@ -103,6 +103,7 @@ def test_keys_of_the_guides_exist(page):
     keys |= set(re.findall(r"--(\w+) ", " ".join(re.findall(r"trl-bbkd train my.yaml (.*)", page.read_text()))))
     keys -= {
         "accelerate_config",
+        "fsdp_state_dict_type",
         "num_processes",
         "machine_rank",
         "main_process_ip",

@@ -74,8 +74,8 @@ def same(found, expected, path=""):
     ("run", "checkpoints"),
     [
         pytest.param(gad_run, 3, id="GAD"),
-        pytest.param(proxykd_run, 9, id="Proxy-KD", marks=pytest.mark.slow),
-        pytest.param(bayeskd_run, 9, id="Bayes-KD", marks=pytest.mark.slow),
+        pytest.param(proxykd_run, 7, id="Proxy-KD", marks=pytest.mark.slow),
+        pytest.param(bayeskd_run, 7, id="Bayes-KD", marks=pytest.mark.slow),
         pytest.param(llkd_run, 5, id="LLKD", marks=pytest.mark.slow),
     ],
 )

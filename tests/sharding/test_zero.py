@@ -107,4 +107,4 @@ def test_another_number_of_processes_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(
         AssertionError, match="written by 2 processes.*Resume with --num_processes 2.*FSDP2 resumes with"
     ):
-        on_processes(1, gad, "zero2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-1"))
+        on_processes(4, gad, "zero2", tiny_model_dir, tmp_path, resume=str(tmp_path / "checkpoint-1"))
