@@ -32,11 +32,17 @@ from trl_bbkd.seqkd.trainer import CurveCallback, curve, train_seqkd
 
 
 NGRAM = 4
-ARMS = ("gad", "seqkd", "seqkd_x2")  # the last one: twice the steps
+SEQKD_ARMS = ("seqkd", "seqkd_x2")  # the second: twice the steps
+GAD_ARMS = {
+    "gad": {},
+    **{f"anchor_{weight}": {"sft_weight": weight} for weight in (0.03, 0.1, 0.3, 1.0)},
+    **{f"entropy_{share}": {"discriminator_entropy": share} for share in (0.3, 1.0)},
+    "anchor_0.3_entropy_0.3": {"sft_weight": 0.3, "discriminator_entropy": 0.3},
+}
 
 
 def parse_args(argv=None):
-    parser = evidence_parser(__doc__, "output/real_text", ARMS)
+    parser = evidence_parser(__doc__, "output/real_text", (*GAD_ARMS, *SEQKD_ARMS))
     parser.set_defaults(arms=["gad", "seqkd"])
     parser.add_argument("--student", required=True, help="checkpoint of the student")
     parser.add_argument("--teacher", required=True, help="checkpoint of the teacher, used as judge only")
@@ -182,7 +188,7 @@ class Measure:
         return metrics
 
 
-def gad_config(args, seed: int, output_dir: Path) -> GADConfig:
+def gad_config(args, seed: int, output_dir: Path, **settings) -> GADConfig:
     steps = args.discriminator_warmup_steps + args.adversarial_steps
     return GADConfig(
         output_dir=str(output_dir),
@@ -206,6 +212,7 @@ def gad_config(args, seed: int, output_dir: Path) -> GADConfig:
         discriminator_max_grad_norm=1.0,
         discriminator_batch_size=(args.prompts_per_step + 1) * args.num_generations,
         **evidence_arguments(seed),
+        **settings,
     )
 
 
@@ -226,14 +233,14 @@ def train_sft(student: str, args, seed, dataset, tokenizer, output_dir, steps, l
     )
 
 
-def train_gad(student: Path, args, seed, rows, tokenizer, measure, output_dir) -> list[dict]:
+def train_gad(student: Path, args, seed, rows, tokenizer, measure, output_dir, settings) -> list[dict]:
     """GAD from the shared checkpoint; its last student is kept."""
     callbacks = []
     if args.curve_points > 0:
         callbacks = [CurveCallback(lambda model: measure.all(model, 1, seed), points=args.curve_points)]
     trainer = GADTrainer(
         model=str(student),
-        args=gad_config(args, seed, output_dir),
+        args=gad_config(args, seed, output_dir, **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -252,8 +259,9 @@ def train_arm(args, arm: str, runs: KeptRuns, train_rows, dataset, tokenizer, va
         rows = dataset.select(range(args.sft_rows or len(dataset)))
         train_sft(args.student, args, seed, rows, tokenizer, warmed, args.sft_steps, args.sft_learning_rate)
         return []
-    if arm == "gad":
-        return train_gad(warmed, args, seed, train_rows[args.sft_rows or 0 :], tokenizer, validation, output_dir)
+    if arm in GAD_ARMS:
+        rows = train_rows[args.sft_rows or 0 :]
+        return train_gad(warmed, args, seed, rows, tokenizer, validation, output_dir, GAD_ARMS[arm])
     # Its own seed, or SeqKD would meet the rows in the order of the shared start
     steps, rate = 2 * steps if arm == "seqkd_x2" else steps, args.seqkd_learning_rate
     sft = train_sft(str(warmed), args, 1000 + seed, dataset, tokenizer, output_dir, steps, rate, validation)

@@ -73,6 +73,15 @@ ARMS = {
     "gate": {"policy_min_accuracy": 0.6, "discriminator_max_accuracy": 0.8},
     "group std, floor": {"scale_rewards": "group", "group_std_floor": 2.0},
     "length control": {"length_control": True},
+    # Warm-up throughout: cross-entropy, for as many steps
+    "SFT alone": {"warmup_epochs": 1, "num_train_epochs": 1, "discriminator_updates_per_batch": 0},
+    "anchor 0.03": {"sft_weight": 0.03},
+    "anchor 0.1": {"sft_weight": 0.1},
+    "anchor 0.3": {"sft_weight": 0.3},
+    "anchor 1": {"sft_weight": 1.0},
+    "anchor 0.1, frozen D": {"sft_weight": 0.1, "discriminator_learning_rate": 0.0},
+    "entropy 0.3": {"discriminator_entropy": 0.3},
+    "entropy 1": {"discriminator_entropy": 1.0},
 }
 COLUMNS = STUDENT_COLUMNS | {
     "teacher NLL": ("teacher_nll", "{:.3f}"),
@@ -195,6 +204,7 @@ class Experiment:
             processing_class=self.tokenizer,
         )
         trainer.train()
+        build.save_model(trainer.model, self.tokenizer, self.folder / "students" / name)
         log = [entry for entry in trainer.state.log_history if "discriminator/accuracy" in entry]
         return self.measure(trainer.model) | {
             "accuracy": log[-1]["discriminator/accuracy"],

@@ -5,7 +5,7 @@ from trl import GRPOConfig
 
 from ..data.config import KeywordArguments
 from ..data.messages import REASONING_HELP, ReasoningPolicy, check_reasoning
-from .config_checks import check_choices, refuse_without_effect
+from .config_checks import check_bounds, check_choices, refuse_without_effect
 
 
 @dataclass
@@ -47,6 +47,9 @@ class GADConfig(GRPOConfig):
             Learning rate of the student during warm-up. `None` takes `learning_rate`.
         discriminator_only_steps (`int`, *optional*, defaults to `10`):
             Optimizer steps at the start of warm-up in which only the discriminator learns; at most half of warm-up.
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight, in the adversarial stage, of the cross-entropy on the teacher's answers (mean over their tokens), added
+            to the student's loss (ours: the paper drops it after warm-up). It keeps the likelihood of the teacher's text.
 
         > Parameters that control the discriminator
 
@@ -92,6 +95,10 @@ class GADConfig(GRPOConfig):
             `"sequence"`: the score is one reward for the whole answer. `"token"` (ours, `"likelihood"` head only): each
             token is rewarded with what it adds to the score; with `"group"`, the advantage of a token is the reward
             still to come against that of the group.
+        discriminator_entropy (`float`, *optional*, defaults to `0.0`):
+            Share `c` of the student's own log-likelihood that is taken off the reward (ours, `"likelihood"` head only):
+            `log p_D - c log p_student` in place of `log p_D`, whose optimum is a student that writes only the likeliest.
+            At 1 the student approaches the discriminator's distribution (reverse KL).
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount of `"gae"`.
         lam (`float`, *optional*, defaults to `0.95`):
@@ -176,6 +183,10 @@ class GADConfig(GRPOConfig):
         default=10,
         metadata={"help": "Optimizer steps at the start of warm-up in which only the discriminator learns."},
     )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy on the teacher's answers in the adversarial stage."},
+    )
 
     # Discriminator
     discriminator: str | None = field(
@@ -253,6 +264,12 @@ class GADConfig(GRPOConfig):
             "to the score (`likelihood` head only)."
         },
     )
+    discriminator_entropy: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the student's own log-likelihood that is taken off the reward (`likelihood` head only)."
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount of generalized advantage estimation."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
     critic: Literal["copy", "trunk"] | None = field(
@@ -304,7 +321,7 @@ class GADConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        self._check_bounds()
+        check_bounds(self)
         refuse_without_effect(self)
         check_reasoning(self.reasoning)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -442,40 +459,3 @@ class GADConfig(GRPOConfig):
                 f"pairs per process draws {past} past ones. Set it to several times {past}, or lower "
                 "discriminator_replay_ratio."
             )
-
-    def _check_bounds(self):
-        minimum = {
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "steps_per_generation": 1,
-            "num_iterations": 1,
-            "num_generations_eval": 1,
-            "max_completion_length": 1,
-            "max_steps": -1,
-            "learning_rate": 0,
-            "warmup_learning_rate": 0,
-            "discriminator_only_steps": 0,
-            "discriminator_updates_per_batch": 0,
-            "discriminator_learning_rate": 0,
-            "discriminator_warmup_learning_rate": 0,
-            "discriminator_weight_decay": 0,
-            "discriminator_sft_weight": 0,
-            "discriminator_batch_size": 1,
-            "max_prompt_length": 1,
-            "gamma": 0,
-            "lam": 0,
-            "critic_learning_rate": 0,
-            "discriminator_replay_size": 0,
-            "group_std_floor": 0,
-        }
-        for name, bound in minimum.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}.")
-        for name in ("temperature", "discriminator_max_grad_norm", "critic_max_grad_norm", "cliprange_value"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("gamma", "lam"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}.")

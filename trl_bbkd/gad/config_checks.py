@@ -38,7 +38,7 @@ CHOICES = {
 # Own settings that act only beside another one
 IDLE = {
     "advantage_estimator='gae'": ("gamma", "lam", "critic_learning_rate", "critic_max_grad_norm", "cliprange_value"),
-    "discriminator_head='likelihood'": ("discriminator_likelihood_reduction",),
+    "discriminator_head='likelihood'": ("discriminator_likelihood_reduction", "discriminator_entropy"),
     "discriminator_replay_size": ("discriminator_replay_ratio",),
     "warmup_epochs": ("warmup_learning_rate", "discriminator_warmup_learning_rate"),
 }
@@ -83,6 +83,54 @@ def refuse_without_effect(config) -> None:
             value = getattr(config, name)
             if not acts[needed] and value != type(config).__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value!r} has no effect without {needed}. Set both or neither.")
+
+
+def check_bounds(config) -> None:
+    """
+    Args:
+        config ([`~config.GADConfig`]):
+            As it was given.
+
+    Raises:
+        ValueError: a number is below what a field can be, or above it.
+    """
+    minimum = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "num_iterations": 1,
+        "num_generations_eval": 1,
+        "max_completion_length": 1,
+        "max_steps": -1,
+        "learning_rate": 0,
+        "warmup_learning_rate": 0,
+        "discriminator_only_steps": 0,
+        "discriminator_updates_per_batch": 0,
+        "discriminator_learning_rate": 0,
+        "discriminator_warmup_learning_rate": 0,
+        "discriminator_weight_decay": 0,
+        "discriminator_sft_weight": 0,
+        "sft_weight": 0,
+        "discriminator_entropy": 0,
+        "discriminator_batch_size": 1,
+        "max_prompt_length": 1,
+        "gamma": 0,
+        "lam": 0,
+        "critic_learning_rate": 0,
+        "discriminator_replay_size": 0,
+        "group_std_floor": 0,
+    }
+    for name, bound in minimum.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}.")
+    for name in ("temperature", "discriminator_max_grad_norm", "critic_max_grad_norm", "cliprange_value"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}.")
+    for name in ("gamma", "lam"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}.")
 
 
 def check_choices(config) -> None:

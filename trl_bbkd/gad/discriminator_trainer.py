@@ -6,10 +6,17 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from ..host.engines import make_engine
+from ..host.engines import gathered, make_engine, whole
 from .config import GADConfig
 from .discriminator import Discriminator, collate_responses
-from .objectives import bradley_terry_loss, cross_entropy_loss, group_std, loss_and_score_gradients, pair_accuracy
+from .objectives import (
+    bradley_terry_loss,
+    cross_entropy_loss,
+    group_std,
+    loss_and_score_gradients,
+    pair_accuracy,
+    scaled_log_likelihoods,
+)
 from .stabilizers import ReplayBuffer
 
 
@@ -170,6 +177,32 @@ class DiscriminatorTrainer:
                     tokens[row - num_teacher, :length] = token_scores[start : start + length]
         teacher, student = scores.split([num_teacher, len(pairs.student_ids)])
         return PairScores(teacher, student, tokens)
+
+    def less_student_likelihood(
+        self, scores: PairScores, pairs: PairBatch, student_log_probs: torch.Tensor
+    ) -> PairScores:
+        """
+        Scores as a reward that has `discriminator_entropy` of the student's own log-likelihood taken off.
+
+        Args:
+            scores ([`PairScores`]):
+                Of a likelihood head.
+            pairs ([`PairBatch`]):
+                What was scored.
+            student_log_probs (`torch.Tensor` of shape `(B, T)`):
+                The student's log-probabilities of its samples' tokens, right-padded with zeros.
+        """
+        lengths = torch.tensor([len(ids) for ids in pairs.student_ids], device=student_log_probs.device)
+        own = self.args.discriminator_entropy * scaled_log_likelihoods(
+            student_log_probs, lengths, self._likelihood_scale(), self.args.discriminator_likelihood_reduction
+        )
+        tokens = None if scores.student_tokens is None else scores.student_tokens - own
+        return scores._replace(student=scores.student - own.sum(dim=1), student_tokens=tokens)
+
+    def _likelihood_scale(self) -> float:
+        scale = self.discriminator.likelihood_scale.detach()
+        with gathered([scale], is_written=False):
+            return whole(scale).item()
 
     def measure(self, pairs: PairBatch, scores: PairScores) -> dict[str, float]:
         """Metrics of already scored pairs, averaged over processes."""

@@ -108,3 +108,23 @@ def group_std(student_scores: torch.Tensor, prompt_index: torch.Tensor, num_prom
     squares = (student_scores - means[prompt_index]) ** 2
     variances = torch.zeros_like(counts).index_add_(0, prompt_index, squares) / counts
     return variances.sqrt().mean()
+
+
+def scaled_log_likelihoods(
+    log_probs: torch.Tensor, lengths: torch.Tensor, scale: float, reduction: str
+) -> torch.Tensor:
+    """
+    What each token would add to the score of a likelihood head, were the student its language model.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            The student's log-probability of each token of its samples, in nats, 0 on padding.
+        lengths (`torch.Tensor` of shape `(B,)`):
+            Tokens of each sample.
+        scale (`float`), reduction (`str`):
+            The head's learned scale, and `"sum"` or `"mean"` over the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: in units of the score.
+    """
+    return scale * log_probs / (lengths[:, None] if reduction == "mean" else 1)

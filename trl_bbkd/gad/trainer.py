@@ -351,12 +351,12 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
             are_new = torch.tensor(self._are_new, device=self.accelerator.device)
             self._measure_teacher_nll(output | teacher | {"teacher_mask": teacher["teacher_mask"] & are_new[:, None]})
             return output
-        updates, metrics = self._estimate_advantages(output, self._rewards, self._scores.student_tokens)
+        updates, metrics = self._estimate_advantages(output, self._rewards, self._evidence.student_tokens)
         self._log_metrics("train", metrics)
         output.update(updates)
         if self._policy_is_held:
             output["policy_is_held"] = torch.ones((), device=self.accelerator.device)
-        if self._in_warmup:
+        if self._in_warmup or self.args.sft_weight > 0:
             output.update(self._teacher_tensors(inputs))
         return output
 
@@ -388,7 +388,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
     def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
         log_extra(TEACHER_COMPLETION, teacher_completion)
-        return self._scores.student.tolist()
+        return self._evidence.student.tolist()
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         pairs = self._collect_pairs(inputs, completion_ids_list)
@@ -398,6 +398,10 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
                 f"The discriminator's scores are not finite at step {self.state.global_step}. Lower "
                 "discriminator_learning_rate or discriminator_max_grad_norm, and resume from the last checkpoint."
             )
+        self._evidence = self._scores
+        if self.args.discriminator_entropy > 0:
+            own = self._own_log_probs(pairs)
+            self._evidence = self.discriminator_trainer.less_student_likelihood(self._scores, pairs, own)
         # TRL drops a column named `completion`: pass the teacher's answer under another name
         own = [{name: value for name, value in row.items() if name not in INTERNAL_COLUMNS} for row in inputs]
         inputs = [{**row, TEACHER_COMPLETION: row["completion"]} for row in own]
@@ -477,15 +481,16 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
             self._train_critic(inputs)
         if "policy_is_held" in inputs:
             return self._no_loss()
-        if "teacher_ids" not in inputs:
-            loss = super()._compute_loss(model, inputs)
-            if self.model.training:
-                # Kept, because TRL forgets its metrics whenever it logs
-                self.monitor.entropy = self._metrics["train"]["entropy"][-1]
-            return loss
-        if self.state.global_step < self._discriminator_only_steps:
-            return self._no_loss()
-        return self._sft_loss(model, inputs)
+        if self.model.training and self._in_warmup:
+            if self.state.global_step < self._discriminator_only_steps:
+                return self._no_loss()
+            return self._sft_loss(model, inputs)
+        anchor = self._anchor(model, inputs) if "teacher_ids" in inputs else 0.0
+        loss = super()._compute_loss(model, inputs)
+        if self.model.training:
+            # Kept, because TRL forgets its metrics whenever it logs
+            self.monitor.entropy = self._metrics["train"]["entropy"][-1]
+        return loss + anchor
 
     def _train_critic(self, inputs: dict[str, torch.Tensor]) -> None:
         # With mask_truncated_completions there may be no token at all

@@ -5,10 +5,12 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..host._compat import pad, without_backward_of_leaves
+from ..host._compat import pad, without_backward_of_leaves, without_step
 from ..host.typed import MixinBase
+from .discriminator_trainer import PairBatch
 from .monitor import TrainingMonitor
 
 
@@ -17,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 class TwoStageGAD(MixinBase):
     """
-    The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's loss in the first
-    (section 2.2 of arXiv 2511.10643).
+    The part of [`GADTrainer`] that decides which stage a generation batch belongs to, and the student's likelihoods: its loss
+    in the first stage (section 2.2 of arXiv 2511.10643), which may stay in the second.
     """
 
     # The trainer's of TRL, set again
@@ -142,6 +144,43 @@ class TwoStageGAD(MixinBase):
             return loss
         self._log_metrics("train", {"aux_loss": self.accelerator.gather(aux_loss.detach()).mean().item()})
         return loss + self.router_aux_loss_coef * aux_loss / self.current_gradient_accumulation_steps
+
+    def _anchor(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Add the gradient of `sft_weight` times the cross-entropy on the teacher's answers to what the adversarial loss is
+        about to bring: one after the other, so that the activations of only one are there at a time.
+
+        Returns:
+            `torch.Tensor`: The weighted cross-entropy, without gradient.
+        """
+        with without_step(self.accelerator, model):
+            loss = self.args.sft_weight * self._sft_loss(model, inputs)
+            # As transformers does of a trainer's own loss
+            is_zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_zero else {}))
+        return loss.detach()
+
+    @torch.no_grad()
+    def _own_log_probs(self, pairs: PairBatch) -> torch.Tensor:
+        """The student's log-probabilities of its samples' tokens at temperature 1, `(B, T)`, right-padded with zeros."""
+        device = self.accelerator.device
+        prompts = [torch.tensor(pairs.prompt_ids[index], device=device) for index in pairs.prompt_index]
+        answers = [torch.tensor(ids, device=device) for ids in pairs.student_ids]
+        pad_id = self._tokenizer.pad_token_id
+        ids = [pad(prompts, pad_id, padding_side="left"), pad(answers, pad_id, padding_side="right")]
+        masks = [
+            pad([torch.ones_like(each) for each in side], 0, padding_side=padding_side)
+            for side, padding_side in ((prompts, "left"), (answers, "right"))
+        ]
+        with self._sft_temperature():
+            log_probs, *_ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat(ids, dim=1),
+                torch.cat(masks, dim=1),
+                logits_to_keep=ids[1].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
+        return log_probs * masks[1]
 
     def training_step(self, *args, **kwargs):
         with without_backward_of_leaves(self.accelerator):

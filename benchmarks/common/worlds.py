@@ -1,0 +1,171 @@
+"""The two worlds of the score-board: rows, a start at SeqKD's plateau, and a judge that trains nothing."""
+
+import functools
+import random
+from pathlib import Path
+
+import real_text
+import tinyworld_ablations
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import tinyworld
+from trl_bbkd import GADConfig
+from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.evaluation.diversity import distinct_ngrams
+from trl_bbkd.evaluation.student import generate_completions, teacher_nll
+
+
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
+
+
+class World:
+    """
+    What arms are trained and measured on.
+
+    Attributes:
+        train ([`~datasets.Dataset`]): Tokenised rows.
+        held_out (`dict[str, list[dict]]`): Rows of `validation`, by which settings are chosen, and `test`.
+        num_samples (`int`): Of a held-out prompt at each temperature.
+        samples_a_prompt (`int`): With which every arm has as many samples of training prompts in all as GAD.
+    """
+
+    def start(self, seed: int) -> Path:
+        """A student that SeqKD has trained until it gains little more; made once."""
+        raise NotImplementedError
+
+    def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
+        raise NotImplementedError
+
+    def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
+        """The judge's verdict on each text; more is better."""
+        raise NotImplementedError
+
+    def diversity(self, groups: list[list[str]]) -> float:
+        """Of each prompt's samples."""
+        raise NotImplementedError
+
+    def measure(self, student: Path, split: str, seed: int) -> dict:
+        """Samples and verdicts at each temperature, the NLL of the teacher's answers, and how long samples are."""
+        model = AutoModelForCausalLM.from_pretrained(student)
+        rows = self.held_out[split]
+        prompts = [row["prompt"] for row in rows]
+        found: dict = {"nll": teacher_nll(model, self.tokenizer, rows), "texts": {}, "quality": {}}
+        for temperature in TEMPERATURES:
+            groups = generate_completions(
+                model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                temperature=temperature,
+                num_samples=self.num_samples,
+                batch_size=256,
+                seed=1000 + seed,
+            )
+            verdicts = iter(
+                self.quality(
+                    [prompt for prompt in prompts for _ in range(self.num_samples)],
+                    [text for group in groups for text in group],
+                )
+            )
+            found["texts"][str(temperature)] = groups
+            found["quality"][str(temperature)] = [[next(verdicts) for _ in group] for group in groups]
+        lengths = [len(text) for group in found["texts"]["1.0"] for text in group]
+        answers = self.tokenizer.batch_decode([row["teacher_ids"] for row in rows], skip_special_tokens=True)
+        found["length_ratio"] = sum(lengths) / self.num_samples / sum(map(len, answers))
+        return found
+
+
+class Tinyworld(World):
+    """Counting to 49; the judge is exact, and diversity the share of different answers to a prompt."""
+
+    max_new_tokens, num_samples, samples_a_prompt = tinyworld.ANSWER_TOKENS, 8, 8
+    # Of the discriminator of docs/results/gad.md's second table, which has not memorised the answers
+    BASE_STEPS, DISCRIMINATOR_STEPS = 1500, 800
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        experiment = self.experiment(0)
+        self.tokenizer, self.train = experiment.tokenizer, experiment.train
+        test = experiment.test
+        known = {row["prompt"] for row in [*self.train, *test]}
+        validation = tinyworld.tokenized(Dataset.from_list(self.new_rows(len(test), known)), self.tokenizer)
+        self.held_out = {"validation": validation.to_list(), "test": test}
+
+    def experiment(self, seed: int) -> tinyworld_ablations.Experiment:
+        return tinyworld_ablations.Experiment(self.folder, seed, self.BASE_STEPS, self.DISCRIMINATOR_STEPS)
+
+    def new_rows(self, count: int, known: set[str]) -> list[dict]:
+        rng, prompts = random.Random(1), {}
+        while len(prompts) < count:
+            prompt = tinyworld.world.make_prompt(rng)
+            if prompt not in known:
+                prompts[prompt] = " " + tinyworld.world.sample_answer(prompt, rng)
+        return [{"prompt": prompt, "completion": answer} for prompt, answer in prompts.items()]
+
+    def start(self, seed: int) -> Path:
+        self.experiment(seed).run([])
+        return self.folder / f"seed{seed}" / "seqkd"
+
+    def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
+        discriminator = str(self.folder / f"seed{seed}" / "discriminator")
+        common = tinyworld_ablations.COMMON | {"discriminator": discriminator}
+        return tinyworld_ablations.config(folder, seed, **common | settings)
+
+    def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
+        return tinyworld.world.judge(prompts, texts)["valid"]
+
+    def diversity(self, groups: list[list[str]]) -> float:
+        return sum(len(set(group)) / len(group) for group in groups) / len(groups)
+
+
+class Stories(World):
+    """Stories of 15 M parameters told by 260 k; the judge is the teacher's likelihood, diversity that of words' 4-grams."""
+
+    num_samples, samples_a_prompt = 2, 2
+
+    def __init__(self, folder: Path, student: str, teacher: str, data: str):
+        self.folder, self.student = folder, student
+        self.args = real_text.parse_args(["--student", student, "--teacher", teacher, "--data", data])
+        self.max_new_tokens = self.args.max_completion_length
+        self.tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
+        self.judge_tokenizer = AutoTokenizer.from_pretrained(teacher)
+        self.judge = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+        train, validation, test = real_text.split_rows(data, self.args.test_prompts, self.args.validation_prompts)
+        tokenize = functools.partial(
+            tokenize_teacher_data, tokenizer=self.tokenizer, max_completion_length=self.max_new_tokens
+        )
+        self.train = tokenize(Dataset.from_list(train))[0]
+        self.held_out = {
+            name: tokenize(Dataset.from_list(rows))[0].to_list()
+            for name, rows in (("validation", validation), ("test", test))
+        }
+
+    def start(self, seed: int) -> Path:
+        folder = self.folder / f"seed{seed}" / "seqkd"
+        if not (folder / "config.json").is_file():
+            args = self.args
+            real_text.train_sft(
+                self.student,
+                args,
+                seed,
+                self.train,
+                self.tokenizer,
+                folder,
+                args.sft_steps,
+                args.sft_learning_rate,
+            )
+        return folder
+
+    def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
+        return real_text.gad_config(self.args, seed, folder, **settings)
+
+    def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
+        """Less the nats a character."""
+        nlls = real_text.judge_nlls(self.judge, self.judge_tokenizer, prompts, texts)
+        return [-nll / max(len(text), 1) for nll, text in zip(nlls, texts, strict=True)]
+
+    def diversity(self, groups: list[list[str]]) -> float:
+        draws = list(zip(*groups, strict=True))
+        return sum(distinct_ngrams(draw) for draw in draws) / len(draws)

@@ -1,0 +1,270 @@
+"""
+What to train: every text-only method from one start, SeqKD at its plateau, in two worlds.
+
+Every arm samples and trains on as many answers as GAD, with settings chosen by as many trials on validation rows. A student is
+then compared with the start at equal temperature and, over a sweep of temperatures, at equal diversity. `docs/results.md` has the
+tables.
+
+    python benchmarks/scoreboard.py tinyworld
+    python benchmarks/scoreboard.py stories --student stories260K --teacher stories15M-fp16 --data stories15M_generations.jsonl
+
+Each arm runs in a process of its own, whose memory is measured. What is finished is kept in `output_dir` and not run again;
+`--table` only prints what is there.
+"""
+
+import json
+import math
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+
+from common.arguments import parser
+from common.tables import markdown
+
+from trl_bbkd.evaluation.diversity import difference_at_equal_diversity, jackknife
+
+
+START = "SeqKD at its plateau"
+SFT, GAD = "sft", "gad"
+# Kind of training, and the settings that are tried
+ARMS = {
+    "SeqKD, as many answers more": (SFT, [{"learning_rate": rate} for rate in (3e-4, 1e-3, 2e-3)]),
+    "GAD": (GAD, [{"learning_rate": rate} for rate in ("low", "middle", "high")]),
+    "GAD, token credit": (
+        GAD,
+        [{"learning_rate": rate, "discriminator_credit": "token"} for rate in ("low", "middle", "high")],
+    ),
+    "GAD, anchored": (GAD, [{"learning_rate": "middle", "sft_weight": weight} for weight in (0.1, 0.3, 1.0)]),
+    "GAD, less own likelihood": (
+        GAD,
+        [{"learning_rate": "middle", "discriminator_entropy": share} for share in (0.1, 0.3, 1.0)],
+    ),
+}
+RATES = {
+    "tinyworld": {"low": 1e-3, "middle": 2e-3, "high": 4e-3},
+    "stories": {"low": 7.5e-5, "middle": 1.5e-4, "high": 3e-4},
+}
+
+
+def parse_args(argv=None):
+    found = parser(__doc__)
+    found.add_argument("world", choices=sorted(RATES))
+    found.add_argument("--output_dir", default="output/scoreboard")
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    found.add_argument("--table", action="store_true", help="print the table of what has been run")
+    for name in ("student", "teacher", "data"):
+        found.add_argument(f"--{name}", help="of the stories, as for real_text.py")
+    return found.parse_args(argv)
+
+
+def make_world(args):
+    from common.worlds import Stories, Tinyworld
+
+    folder = Path(args.output_dir) / args.world
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.world == "tinyworld":
+        return Tinyworld(folder)
+    return Stories(folder, args.student, args.teacher, args.data)
+
+
+# Trainings
+
+
+def train_gad(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
+    from trl_bbkd import GADTrainer
+
+    trainer = GADTrainer(
+        model=str(start),
+        args=world.gad_config(folder, seed, **settings),
+        train_dataset=world.train,
+        processing_class=world.tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+
+
+def train_sft(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
+    """With as many answers a step as GAD has samples; its own order of rows."""
+    from trl_bbkd.seqkd.trainer import train_seqkd
+
+    args = world.gad_config(folder, 1000 + seed)
+    train_seqkd(
+        str(start),
+        args,
+        world.train,
+        world.tokenizer,
+        measure=lambda model: {},
+        is_better=lambda new, best: True,
+        output_dir=str(folder),
+        max_steps=args.max_steps,
+        learning_rate=settings["learning_rate"],
+    )
+
+
+TRAININGS = {SFT: train_sft, GAD: train_gad}
+
+
+def in_own_process(function, *arguments) -> None:
+    """In a process whose memory is its own."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"{function.__name__}{arguments[1:]} ended with status {process.exitcode}.")
+
+
+def train(args, arm: str, number: int, seed: int) -> None:
+    """Train an arm's student with its `number`-th settings, and keep what that took."""
+    world = make_world(args)
+    kind, grid = ARMS[arm]
+    settings = {
+        key: RATES[args.world].get(value, value) if key == "learning_rate" else value
+        for key, value in grid[number].items()
+    }
+    folder = run_folder(args, arm, number, seed)
+    start = world.start(seed)
+    began, held = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    TRAININGS[kind](world, start, folder, seed, settings)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+    write(folder / "training.json", {"settings": settings, "seconds": time.perf_counter() - began, "MiB": used / 1024})
+
+
+def measure(args, students: dict[Path, Path], split: str, seed: int) -> None:
+    """Of each student's folder, the file that its samples and verdicts are written to."""
+    world = make_world(args)
+    for folder, path in students.items():
+        found = world.measure(folder, split, seed)
+        found["diversity"] = {t: world.diversity(groups) for t, groups in found["texts"].items()}
+        write(path, found)
+
+
+def write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n")
+
+
+def run_folder(args, arm: str, number: int, seed: int) -> Path:
+    return Path(args.output_dir) / args.world / f"seed{seed}" / arm.replace(", ", "_").replace(" ", "-") / str(number)
+
+
+def trained(args, arm: str, number: int, seed: int) -> Path:
+    folder = run_folder(args, arm, number, seed)
+    if not (folder / "training.json").is_file():
+        in_own_process(train, args, arm, number, seed)
+    return folder
+
+
+def measured(args, folder: Path, split: str, seed: int) -> dict:
+    path = folder / f"{split}-{seed}.json"
+    if not path.is_file():
+        in_own_process(measure, args, {folder: path}, split, seed)
+    return json.loads(path.read_text())
+
+
+# Comparisons
+
+
+def start_of(args, seed: int) -> Path:
+    folder = Path(args.output_dir) / args.world / f"seed{seed}" / "seqkd"
+    if not (folder / "config.json").is_file():
+        in_own_process(make_start, args, seed)
+    return folder
+
+
+def make_start(args, seed: int) -> None:
+    make_world(args).start(seed)
+
+
+def curve(world, found: dict, prompts) -> list[tuple[float, float]]:
+    """Diversity and quality at each temperature, of some prompts."""
+    points = []
+    for temperature, groups in found["texts"].items():
+        verdicts = found["quality"][temperature]
+        quality = statistics.fmean(value for number in prompts for value in verdicts[number])
+        points.append((world.diversity([groups[number] for number in prompts]), quality))
+    return points
+
+
+def against(world, own: dict, other: dict) -> tuple[float, float]:
+    """How much better at equal diversity, and the standard error over prompts."""
+    return jackknife(
+        lambda prompts: difference_at_equal_diversity(curve(world, own, prompts), curve(world, other, prompts)),
+        len(own["texts"]["1.0"]),
+    )
+
+
+def choose(args, world, arm: str) -> int:
+    """The settings that are best at equal diversity on validation rows, of seed 0."""
+    start = measured(args, start_of(args, 0), "validation", 0)
+    gains = []
+    for number in range(len(ARMS[arm][1])):
+        found = measured(args, trained(args, arm, number, 0), "validation", 0)
+        prompts = range(len(found["texts"]["1.0"]))
+        gain = difference_at_equal_diversity(curve(world, found, prompts), curve(world, start, prompts))
+        gains.append(-math.inf if math.isnan(gain) else gain)
+        print(f"{arm}, {ARMS[arm][1][number]}: {gains[-1]:+.4f} at equal diversity on validation rows", flush=True)
+    return max(range(len(gains)), key=gains.__getitem__)
+
+
+def row(world, arm: str, found: list[dict], starts: list[dict], training: list[dict]) -> list:
+    def at_1(each: dict) -> float:
+        return statistics.fmean(value for verdicts in each["quality"]["1.0"] for value in verdicts)
+
+    cells = [arm, f"{statistics.fmean(map(at_1, found)):.3f}", ", ".join(f"{at_1(each):.3f}" for each in found)]
+    if arm == START:
+        cells += ["", ""]
+    else:
+        gains = [against(world, own, start) for own, start in zip(found, starts, strict=True)]
+        error = math.sqrt(sum(error**2 for _, error in gains)) / len(gains)
+        cells += [
+            f"{statistics.fmean(gain for gain, _ in gains):+.3f} ± {error:.3f}",
+            ", ".join(f"{gain:+.3f}" for gain, _ in gains),
+        ]
+    cells += [
+        f"{statistics.fmean(each['diversity']['1.0'] for each in found):.3f}",
+        f"{statistics.fmean(each['nll'] for each in found):.3f}",
+        f"{statistics.fmean(each['length_ratio'] for each in found):.3f}",
+    ]
+    if training:
+        settings = ", ".join(
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in training[0]["settings"].items()
+        )
+        return [
+            *cells,
+            f"{statistics.fmean(each['seconds'] for each in training):.0f}",
+            f"{max(each['MiB'] for each in training):.0f}",
+            settings,
+        ]
+    return [*cells, "", "", ""]
+
+
+HEADER = [
+    "arm", "quality, T=1.0", "of each seed", "at equal diversity, minus SeqKD", "of each seed", "diversity, T=1.0", "teacher NLL",
+    "length ratio", "seconds", "MiB", "chosen settings",
+]  # fmt: skip
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    world = make_world(args)
+    starts = [measured(args, start_of(args, seed), "test", seed) for seed in args.seeds]
+    rows = [row(world, START, starts, starts, [])]
+    for arm in args.arms:
+        if args.table and not run_folder(args, arm, 0, 0).is_dir():
+            continue
+        number = choose(args, world, arm)
+        folders = [trained(args, arm, number, seed) for seed in args.seeds]
+        found = [measured(args, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]
+        training = [json.loads((folder / "training.json").read_text()) for folder in folders]
+        rows.append(row(world, arm, found, starts, training))
+        text = markdown(HEADER, rows) + "\n"
+        print(text, flush=True)
+        (world.folder / "table.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
