@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .llkd.config import LLKDConfig
     from .llkd.pseudo_labels import pseudo_label
     from .llkd.trainer import LLKDTrainer
+    from .preferencekd.config import PreferenceKDConfig
+    from .preferencekd.trainer import PreferenceKDTrainer
     from .proxykd.alignment_config import ProxyAlignmentConfig
     from .proxykd.alignment_trainer import ProxyAlignmentTrainer
     from .proxykd.config import ProxyKDConfig
@@ -36,6 +38,8 @@ __all__ = [
     "LLKDDataCollator",
     "LLKDMixin",
     "LLKDTrainer",
+    "PreferenceKDConfig",
+    "PreferenceKDTrainer",
     "ProxyAlignmentConfig",
     "ProxyAlignmentTrainer",
     "ProxyKDConfig",
@@ -57,6 +61,8 @@ _LAZY_NAMES = {
     "LLKDDataCollator": ".selection.collator",
     "LLKDMixin": ".selection.mixin",
     "LLKDTrainer": ".llkd.trainer",
+    "PreferenceKDConfig": ".preferencekd.config",
+    "PreferenceKDTrainer": ".preferencekd.trainer",
     "ProxyAlignmentConfig": ".proxykd.alignment_config",
     "ProxyAlignmentTrainer": ".proxykd.alignment_trainer",
     "ProxyKDConfig": ".proxykd.config",

@@ -206,6 +206,14 @@ class PreferenceRoundsTrainer(DPOTrainer):
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
         return teacher_over_sample(shard, samples)
 
+    def _before_first_round(self) -> list[dict]:
+        """What a method trains before the first round, with its log."""
+        return []
+
+    def _keeps(self, number: int) -> bool:
+        """Whether the model is kept as it is after round `number`. Where no round is better, the first is gone back to."""
+        return number > 0 or self._patience is not None
+
     # Rounds
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -221,21 +229,20 @@ class PreferenceRoundsTrainer(DPOTrainer):
         """
         self.rounds = self._disk.finished()
         # The model in memory has learned since, and goes on from a round on disk
-        if self._run is None or not self.rounds or self.rounds[-1]["round"] == 0:
+        if self._run is None or not self.rounds or not self._keeps(self.rounds[-1]["round"]):
             self._check_run()
-        if self.rounds and self.rounds[-1]["round"] > 0:
+        if self.rounds and self._keeps(self.rounds[-1]["round"]):
             self._load_round(self.rounds[-1]["round"])
         if not self.rounds:
-            self._finish_round(0, self._measure(), [], 0.0)
+            started = time.perf_counter()
+            log = self._before_first_round()
+            self._finish_round(0, self._measure(), log, time.perf_counter() - started if log else 0.0)
         for number in range(len(self.rounds), self.args.num_rounds + 1):
             if self._has_converged():
                 break
             started = time.perf_counter()
             self._begin_round(number)
-            checkpoint = last_finished_checkpoint(self.args.output_dir)
-            super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-            refuse_no_steps(self.state.global_step, f"Round {number}")
-            log = self.state.log_history
+            log = self._train_on_rows(f"Round {number}", *args, **kwargs)
             self._finish_round(number, self._measure(), log, time.perf_counter() - started)
         self.args.output_dir = str(self._disk.output_dir)
         if self.best_round != self.rounds[-1]["round"]:
@@ -243,6 +250,13 @@ class PreferenceRoundsTrainer(DPOTrainer):
         if self.args.should_save:
             save_model(self._unwrapped(), self.processing_class, self._disk.output_dir)
         self.accelerator.wait_for_everyone()
+
+    def _train_on_rows(self, name: str, *args, **kwargs) -> list[dict]:
+        """Train on `train_dataset` in `args.output_dir`, from its last checkpoint if there is one. The log comes back."""
+        checkpoint = last_finished_checkpoint(self.args.output_dir)
+        super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        refuse_no_steps(self.state.global_step, name)
+        return self.state.log_history
 
     @property
     def best_round(self) -> int:
@@ -360,8 +374,7 @@ class PreferenceRoundsTrainer(DPOTrainer):
         entry = {"round": number, **metrics, "seconds": seconds}
         self.rounds.append(entry)
         if self.args.should_save:
-            # The first one is gone back to where no round is better
-            if number > 0 or self._patience is not None:
+            if self._keeps(number):
                 save_model(self._unwrapped(), self.processing_class, self._disk.model(number))
             self._disk.finish(self._run, self.rounds, log)
             self._disk.clear(number, self.best_round)

@@ -1,0 +1,466 @@
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from ..data.splitting import input_key
+from ..errors import TeacherDataError
+from ..host._compat import get_callable_name, print_prompt_completions_sample
+from ..host.model_files import adapter_of
+from ..host.preflight import refuse_prompt_learning, require_config, require_model
+from ..hub.student import StudentHubMixin
+from ..preference.trainer import SAME_WHEN_RESUMED, SAMPLES_FOLDER, PreferenceRoundsTrainer
+from ..proxy.agreement import teacher_agreement
+from ..soft_targets.head import check_head
+from .collator import ANSWER, PairsAndAnswers
+from .config import OVERLAP, SELF, TEACHER, PreferenceKDConfig
+from .judges import FunctionJudge, Judge, Judged, JudgeFunction, OverlapJudge
+from .pairs import preferred_pairs
+from .rounds import (
+    CANDIDATES_FILE,
+    PAIRS_FILE,
+    SCORES_FOLDER,
+    forget_parts,
+    judged_in_blocks,
+    keep_table,
+    kept_table,
+    round_report,
+)
+
+
+logger = logging.getLogger(__name__)
+
+OWN_SETTINGS = (
+    "warmup_epochs",
+    "warmup_learning_rate",
+    "warmup_steps",
+    "num_generations",
+    "judge",
+    "overlap_metric",
+    "judge_question",
+    "pairing",
+    "pair_margin",
+    "pair_max_length_ratio",
+    "samples_from",
+)
+
+
+class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
+    r"""
+    Trainer for preference distillation: DPO on a student's own samples, of which a judge that sees the teacher's answer
+    tells the better from the worse (RefEval, [arXiv 2602.16802](https://huggingface.co/papers/2602.16802)), or on the
+    teacher's answer over a sample (SODA, [arXiv 2604.03873](https://huggingface.co/papers/2604.03873)).
+
+    The student learns from the teacher's answers first (`warmup_epochs`). Then, in each of `num_rounds` rounds, it answers
+    the prompts of the round's share of rows, `num_generations` times each; `judge` scores the samples; and DPO, with the NLL
+    of the teacher's answers, trains on pairs of them. The reference of a round is the student as it was when the round began.
+
+    `train` goes through warm-up and rounds. In `output_dir` it leaves the student, and a folder a round with its samples,
+    scores and pairs as Parquet files. A run that was stopped goes on by itself, with the samples and scores it had.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_bbkd import PreferenceKDConfig, PreferenceKDTrainer
+
+    trainer = PreferenceKDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        args=PreferenceKDConfig(output_dir="student", judge="overlap"),
+        train_dataset=load_dataset("json", data_files="teacher.jsonl", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student, as in [`~trl.DPOTrainer`].
+        args ([`PreferenceKDConfig`], *optional*):
+            Configuration. If `None`, the defaults are used.
+        train_dataset ([`~datasets.Dataset`]):
+            Teacher text in TRL's prompt-completion format, standard or conversational: `completion` is the teacher's answer
+            to `prompt`. Rows may share a prompt.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out teacher text in the same format, of which the NLL and the student's agreement with the teacher's tokens
+            are measured before and after every round.
+        judge (`Callable[[list, list[str], list[str]], list[float]]`, *optional*):
+            A function `(prompts, candidates, teacher_answers) -> scores` with one entry a candidate, instead of
+            `args.judge`. The higher the score, the better the candidate.
+        processing_class, callbacks, quantization_config, peft_config:
+            As in [`~trl.DPOTrainer`].
+
+    Raises:
+        TypeError: If `model` is no model, `args` another trainer's configuration, or `processing_class` no tokenizer.
+        TeacherDataError: If the teacher text breaks the contract, or there are fewer rows than rounds.
+        ImportError: If the judge needs a package that is not installed.
+        ValueError: If `output_dir` holds another run; otherwise as in [`~preference.trainer.PreferenceRoundsTrainer`].
+    """
+
+    _tag_names = ["trl", "trl-bbkd", "preferencekd"]
+    _name = "PreferenceKD"
+    _card_settings = ("judge", "num_generations", "num_rounds", "warmup_epochs", "sft_weight")
+    _paper = {
+        "title": "References Improve LLM Alignment in Non-Verifiable Domains",
+        "id": "2602.16802",
+        # docstyle-ignore
+        "citation": """@inproceedings{shi2026references,
+    title        = {{References Improve LLM Alignment in Non-Verifiable Domains}},
+    author       = {Kejian Shi and Yixin Liu and Peifeng Wang and Alexander R. Fabbri and Shafiq Joty and Arman Cohan},
+    year         = 2026,
+    booktitle    = {International Conference on Learning Representations},
+    eprint       = {arXiv:2602.16802},
+}""",
+    }
+    _role = "student"
+    _training_name = "preference"
+    _same_when_resumed = (*SAME_WHEN_RESUMED, *OWN_SETTINGS)
+
+    args: PreferenceKDConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: PreferenceKDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        judge: JudgeFunction | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        require_model(model, type(self).__name__)
+        if args is None:
+            path = model if isinstance(model, str) else model.config._name_or_path
+            args = PreferenceKDConfig(f"{path.split('/')[-1]}-PreferenceKD")
+        require_config(args, PreferenceKDConfig, type(self).__name__)
+        if judge is not None:
+            args = with_judge(args, f"{get_callable_name(judge)}()")
+        self._judge_function = judge
+        check_judge(args, judge)
+        refuse_prompt_learning(adapter_of(model) or peft_config, "student", "its samples are of token ids alone")
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        check_head(self.model)
+        self.data_collator = PairsAndAnswers(self.data_collator)
+        self._warms_up = False
+        self._answer_length = 1.0  # mean length of the teacher's answers that are trained on, in tokens
+        self._references: dict[str, list[str]] | None = None
+
+    # Run
+
+    def check_output_dir(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        Find what a stopped run has left in `output_dir`, with which `train` goes on by itself.
+
+        Returns:
+            `str`: the file that says what it is made from; `None` for a new run.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        if self._run is None:
+            self._check_run()
+        path = self._disk.output_dir / self._disk.run_file
+        return str(path) if path.is_file() else None
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
+    ) -> TrainOutput:
+        """
+        Go through the warm-up and the rounds that are not finished yet.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Ignored: a run in `output_dir` goes on by itself.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]: with the optimizer steps of all of them.
+
+        Raises:
+            ValueError: `output_dir` holds such a training of another model, or with other rows or settings.
+            TeacherDataError: a round has no pair to train on.
+        """
+        self.card  # noqa: B018  an example of the teacher's rows, while there are no others
+        super().train(resume_from_checkpoint, *args, **kwargs)
+        self.train_dataset = self._teacher_rows
+        log = self.log_history
+        self.state.log_history = log
+        self.state.global_step = self.state.max_steps = max((line["step"] for line in log), default=0)
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As in [`~hub.student.StudentHubMixin`]. A round's checkpoints have none: they are no student to be used."""
+        if Path(self.args.output_dir) == self._disk.output_dir:
+            super().create_model_card(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A round's checkpoints stay here."""
+
+    # Warm-up
+
+    def _keeps(self, number: int) -> bool:
+        return number > 0 or self.args.warmup_epochs > 0
+
+    def _before_first_round(self) -> list[dict]:
+        if self.args.should_save:
+            self._disk.begin(self._run)
+        if self.args.samples_from == "base":
+            for number in range(1, self.args.num_rounds + 1):
+                self._candidates(self._shard(number), self._disk.folder(number), number)
+        if self.args.warmup_epochs == 0:
+            return []
+        set_seed(self.args.seed)
+        self.train_dataset = self._teacher_rows.select_columns(["prompt_ids", "teacher_ids"])
+        self._answer_length = mean(map(len, self.train_dataset["teacher_ids"]))
+        self._warms_up = True
+        with self._warmup_arguments():
+            log = self._train_on_rows("The warm-up")
+        self._warms_up = False
+        return log
+
+    @contextlib.contextmanager
+    def _warmup_arguments(self) -> Iterator[None]:
+        own = {
+            "output_dir": str(self._disk.folder(0)),
+            "num_train_epochs": self.args.warmup_epochs,
+            "max_steps": -1,
+            "learning_rate": self.args.warmup_learning_rate,
+        }
+        of_a_round = {name: getattr(self.args, name) for name in own}
+        vars(self.args).update(own)
+        yield
+        vars(self.args).update(of_a_round)
+
+    # Pairs
+
+    def _shard(self, number: int) -> Dataset:
+        return self._teacher_rows.shard(self.args.num_rounds, number - 1, contiguous=True)
+
+    def _pairs(self, shard: Dataset, folder: Path, number: int) -> Dataset:
+        pairs = kept_table(folder / PAIRS_FILE)
+        if pairs is None:
+            pairs = self._make_pairs(shard, folder, number)
+            keep_table(pairs, folder / PAIRS_FILE)
+            forget_parts(folder / SAMPLES_FOLDER, folder / SCORES_FOLDER)
+        if len(pairs) == 0:
+            raise TeacherDataError(
+                f"Round {number} has no pair: no two samples of a prompt differ enough for judge={self.args.judge!r}. Raise "
+                "sample_temperature or num_generations, or lower pair_margin."
+            )
+        if self.args.log_completions and self.accelerator.is_main_process:
+            self._print_pairs(pairs, number)
+        self._answer_length = mean(map(len, pairs["teacher_ids"]))
+        # Whether a judge has drawn random numbers or the pairs were there already
+        set_seed(self.args.seed + number)
+        needs_answers = self.args.judge != TEACHER and self.args.sft_weight > 0
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids"] + ["teacher_ids"] * needs_answers
+        return pairs.select_columns(columns)
+
+    def _make_pairs(self, shard: Dataset, folder: Path, number: int) -> Dataset:
+        rows = self._judged_rows(shard, self._candidates(shard, folder, number))
+        if self.args.judge == TEACHER:
+            scores = None
+            pairs = [teacher_pair(row, each) for row in rows for each in range(len(row.candidates))]
+        else:
+            judge = self._judge(rows, folder, number)
+            scores = judged_in_blocks(folder / SCORES_FOLDER, rows, judge, self.args.judge_batch_size)
+            pairs = [pair for row, found in zip(rows, scores, strict=True) for pair in self._pairs_of(row, found)]
+        table = {
+            "prompt": [row.prompt for row in rows],
+            "teacher": [row.references[0] for row in rows],
+            "candidates": [row.candidates for row in rows],
+            "candidate_ids": [row.candidate_ids for row in rows],
+        }
+        keep_table(
+            Dataset.from_dict(table if scores is None else {**table, "scores": scores}), folder / CANDIDATES_FILE
+        )
+        return Dataset.from_list(pairs) if pairs else Dataset.from_dict({"teacher_ids": []})
+
+    def _candidates(self, shard: Dataset, folder: Path, number: int) -> list[list[list[int]]]:
+        """Token ids of the student's samples of each row."""
+        count = self.args.num_generations
+        rows = shard.select([row for row in range(len(shard)) for _ in range(count)])
+        ids = self._sample(rows, folder, number)
+        return [ids[start : start + count] for start in range(0, len(ids), count)]
+
+    def _judged_rows(self, shard: Dataset, candidates: list[list[list[int]]]) -> list[Judged]:
+        decode = self.processing_class.batch_decode
+        own = decode(list(shard["teacher_ids"]), skip_special_tokens=True)
+        rows = zip(shard["prompt"], shard["prompt_ids"], shard["teacher_ids"], own, candidates, strict=True)
+        return [
+            Judged(
+                prompt=prompt,
+                candidates=decode(samples, skip_special_tokens=True),
+                references=list(dict.fromkeys([answer, *self._answers_to(prompt)])),
+                prompt_ids=prompt_ids,
+                candidate_ids=samples,
+                teacher_ids=teacher_ids,
+            )
+            for prompt, prompt_ids, teacher_ids, answer, samples in rows
+        ]
+
+    def _answers_to(self, prompt: str | list[dict]) -> list[str]:
+        """All answers of the teacher to a prompt, of whichever round."""
+        if self._references is None:
+            texts = self.processing_class.batch_decode(
+                list(self._teacher_rows["teacher_ids"]), skip_special_tokens=True
+            )
+            self._references = {}
+            for other, text in zip(self._teacher_rows["prompt"], texts, strict=True):
+                self._references.setdefault(input_key(other), []).append(text)
+        return self._references[input_key(prompt)]
+
+    def _judge(self, rows: list[Judged], folder: Path, number: int) -> Judge:
+        """The judge of round `number`, for these rows."""
+        if self._judge_function is not None:
+            return FunctionJudge(self._judge_function)
+        return OverlapJudge(self.args.overlap_metric)
+
+    def _pairs_of(self, row: Judged, scores: list[float]) -> list[dict[str, Any]]:
+        args = self.args
+        numbers = preferred_pairs(
+            scores,
+            [len(ids) for ids in row.candidate_ids],
+            every=args.pairing == "margin",
+            margin=args.pair_margin,
+            max_length_ratio=args.pair_max_length_ratio,
+        )
+        return [
+            {
+                "prompt": row.prompt,
+                "chosen": row.candidates[better],
+                "rejected": row.candidates[worse],
+                "teacher": row.references[0],
+                "chosen_score": scores[better],
+                "rejected_score": scores[worse],
+                "prompt_ids": row.prompt_ids,
+                "chosen_ids": row.candidate_ids[better],
+                "rejected_ids": row.candidate_ids[worse],
+                "teacher_ids": row.teacher_ids,
+            }
+            for better, worse in numbers
+        ]
+
+    def _print_samples(self, rows: list[dict], ids: list[list[int]], number: int) -> None:
+        """The pairs that are made of them are printed."""
+
+    def _print_pairs(self, pairs: Dataset, number: int) -> None:
+        shown = pairs[: self.args.num_completions_to_print]
+        scores = {name: shown[name] for name in ("chosen_score", "rejected_score") if name in shown}
+        print_prompt_completions_sample(
+            shown["prompt"],
+            shown["chosen"],
+            scores,
+            None,
+            number,
+            extra={name: shown[name] for name in ("rejected", "teacher")},
+        )
+
+    # Loss
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, "teacher_ids"]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if self._warms_up:
+            return self._answers_nll(model, inputs)
+        answers = {name.removeprefix(ANSWER): value for name, value in inputs.items() if name.startswith(ANSWER)}
+        pairs = {name: value for name, value in inputs.items() if not name.startswith(ANSWER)}
+        loss = super()._compute_loss(model, pairs, return_outputs)
+        return loss + self.args.sft_weight * self._answers_nll(model, answers) if answers else loss
+
+    def _answers_nll(self, model, answers: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels = answers["input_ids"].masked_fill(answers["completion_mask"] == 0, -100)
+        log_probs = model(
+            input_ids=answers["input_ids"],
+            attention_mask=answers["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        ).log_probs
+        # A mean over tokens that is the same however the batch is divided between devices and accumulation steps
+        nll = -log_probs.sum(dim=1).mean() / self._answer_length
+        self._metrics["train"]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
+        return nll
+
+    # Report
+
+    @property
+    def round_reports(self) -> list[dict[str, Any]]:
+        """
+        What each finished round trained on: `prompts`, `samples` and `pairs`, counted; `score`, the mean over the samples, and
+        over the pairs `chosen_score`, `rejected_score`, `chosen_length` and `rejected_length`; and `examples`, some pairs.
+        """
+        folders = {entry["round"]: self._disk.folder(entry["round"]) for entry in self.rounds if entry["round"] > 0}
+        return [
+            {"round": number, **round_report(kept_table(folder / CANDIDATES_FILE), kept_table(folder / PAIRS_FILE))}
+            for number, folder in folders.items()
+        ]
+
+    def _measured(self, rows: list[dict]) -> dict[str, float]:
+        return teacher_agreement(
+            self._unwrapped(),
+            rows,
+            self.accelerator,
+            self.args.per_device_eval_batch_size,
+            self._tokenizer.pad_token_id,
+        )
+
+
+def teacher_pair(row: Judged, sample: int) -> dict[str, Any]:
+    """The teacher's answer over a sample."""
+    return {
+        "prompt": row.prompt,
+        "chosen": row.references[0],
+        "rejected": row.candidates[sample],
+        "teacher": row.references[0],
+        "prompt_ids": row.prompt_ids,
+        "chosen_ids": row.teacher_ids,
+        "rejected_ids": row.candidate_ids[sample],
+        "teacher_ids": row.teacher_ids,
+    }
+
+
+def with_judge(args: PreferenceKDConfig, name: str) -> PreferenceKDConfig:
+    """A configuration whose judge is a function of this name."""
+    args = copy.copy(args)
+    args.judge = name
+    losses = args.own_losses()
+    args.loss_type, args.loss_weights = list(losses), list(losses.values())
+    return args
+
+
+def check_judge(args: PreferenceKDConfig, function: JudgeFunction | None) -> None:
+    """
+    Refuse a judge that will not be able to judge, before anything is loaded.
+
+    Raises:
+        TypeError: it is no function.
+        ImportError: it needs a package that is not installed.
+        ValueError: no such judge.
+    """
+    if function is not None and not callable(function):
+        raise TypeError(f"judge is {function!r}, which cannot be called: hand in a function, or set args.judge.")
+    if args.judge == OVERLAP:
+        OverlapJudge(args.overlap_metric)
