@@ -16,10 +16,12 @@ from tests.conftest import SENTENCES
 from tests.gad.helpers import FixedSamplesTrainer, make_config
 from tests.llkd.helpers import make_rows as make_llkd_rows
 from tests.llkd.helpers import make_trainer as make_llkd_trainer
-from tests.proxykd.helpers import LORA, ON_CPU, make_kd_trainer, make_rows
+from tests.proxykd.helpers import LORA, ON_CPU, make_aligner, make_kd_trainer, make_rows
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.evaluation.student import generate_completion_ids
+from trl_bbkd.preference.sampling import read_samples
 from trl_bbkd.proxy import stages
+from trl_bbkd.proxykd.alignment_trainer import ProxyAlignmentTrainer
 from trl_bbkd.proxykd.config import ProxyKDConfig
 from trl_bbkd.seqkd.trainer import train_seqkd
 
@@ -55,6 +57,15 @@ SOFT_TARGET_RUN = {
 PROXYKD_RUN = {"stages": ["warmup", "cache", "distil"], "warmup_share": 0.5, "alignment_share": 0.0}
 PROXYKD_RUN |= {"distil_on_all_rows": True}
 BAYESKD_RUN = {"posterior_sampling": "expected"}
+# Two rounds of three steps each
+ALIGNMENT_RUN = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1.5,
+    "learning_rate": 3e-3,
+    "adam_epsilon": EPSILON,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 # In the warm-up whole pools are kept, more than a forward pass takes
 LLKD_RUN = SOFT_TARGET_RUN | {"selection_warmup_steps": 2}
 ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(12)]
@@ -256,3 +267,54 @@ def seqkd(engine, student, output_dir, lora=False) -> dict:
         peft_config=LoraConfig(**LORA) if lora else None,
     )
     return {"best_step": result.best_step, "curve": result.curve, "share": shares[-1]}
+
+
+def alignment(engine, proxy, output_dir, lora=False, stops=False, **config) -> dict | None:
+    """
+    Rounds whose steps are of 8 rows, in micro-batches of 4: TRL's NLL is a mean over the tokens of one. What `stops` does so
+    in the last step of the second round.
+    """
+    processes = start(engine)
+    shares: dict[str, list[float]] = {"proxy": [], "reference": []}
+    found_units: dict[str, list[int]] = {"proxy": [], "reference": []}
+
+    class MeasuringTrainer(ProxyAlignmentTrainer):
+        def _keep(self, number):
+            if number:
+                for name, model in (("proxy", self.model), ("reference", self.ref_model)):
+                    if model is not None:
+                        shares[name].append(share(model))
+                        found_units[name].append(units(model))
+            super()._keep(number)
+
+        def training_step(self, *arguments, **keywords):
+            if stops and len(self.rounds) == 2 and self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*arguments, **keywords)
+
+    trainer = make_aligner(
+        output_dir,
+        proxy,
+        rows=make_rows(36),
+        trainer_class=MeasuringTrainer,
+        trainer_kwargs={"peft_config": LoraConfig(**LORA) if lora else None},
+        **ALIGNMENT_RUN | {"gradient_accumulation_steps": 2 // processes} | config,
+    )
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        return None
+    with trainer._whole() as model:
+        weights = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".ref." not in name}
+    folders = [Path(output_dir) / f"round-{number}" / "samples" for number in (1, 2)]
+    return {
+        "weights": weights,
+        "shares": shares,
+        "units": found_units,
+        "log": [entry for entry in trainer.log_history if "loss" in entry],
+        "rounds": [{key: entry[key] for key in ("round", "top1_agreement", "nll")} for entry in trainer.rounds],
+        "samples": [
+            line["proxy_ids"] for folder in folders for file in sorted(folder.iterdir()) for line in read_samples(file)
+        ],
+        "resumed at": trainer._initial_global_step,
+    }

@@ -4,8 +4,8 @@ import pytest
 
 from tests.llkd.helpers import build_encoder, save_student
 from tests.processes import on_processes
-from tests.sharding import test_llkd, test_soft_targets
-from tests.sharding.runs import llkd, proxykd
+from tests.sharding import test_alignment, test_llkd, test_soft_targets
+from tests.sharding.runs import alignment, llkd, proxykd
 
 
 pytest.importorskip("deepspeed")
@@ -44,3 +44,17 @@ def test_llkd_too(stage, tmp_path):
     found = on_processes(2, llkd, stage, student, tmp_path / "two")
     test_llkd.assert_same_run(alone, found[0])
     assert_partitioned(stage, found)
+
+
+@pytest.mark.parametrize("variant", test_alignment.VARIANTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_alignment_and_its_resumption(stage, variant, other_model_dir, tmp_path):
+    config = test_alignment.VARIANTS[variant]
+    (alone,) = on_processes(1, alignment, "single", other_model_dir, tmp_path / "one", **config)
+    for stops in (True, False):
+        found = on_processes(2, alignment, stage, other_model_dir, tmp_path / "two", stops=stops, **config)
+    assert found[0]["resumed at"] == 2
+    test_alignment.assert_same_run(alone, found[0])
+    for result in found:
+        shares = [*result["shares"]["proxy"], *result["shares"]["reference"]]
+        assert shares == pytest.approx([0.5 if stage == "zero3" else 1.0] * len(shares), abs=0.02)

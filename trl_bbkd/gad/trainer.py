@@ -202,7 +202,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, StudentHubMixin, GRPOTrainer):
         elif reward_processing_classes is not None:
             reward_processing_classes = [None, reward_processing_classes]
 
-        with references_sharded_like_students():
+        with references_sharded_like_students(GRPOTrainer):
             super().__init__(
                 model=model,
                 reward_funcs=[self.discriminator_score, *reward_funcs],

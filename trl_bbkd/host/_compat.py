@@ -6,6 +6,7 @@ Tested with TRL 1.16. When TRL moves, `tests/host/test_compat.py` names what cha
 
 import contextlib
 import copy
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,6 @@ from transformers import PreTrainedModel, Trainer
 from transformers import trainer as transformers_trainer
 from transformers.integrations import deepspeed as transformers_deepspeed
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from trl.trainer import grpo_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -197,13 +197,18 @@ def shard_by_layers(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def references_sharded_like_students() -> Iterator[None]:
+def references_sharded_like_students(trainer: type[Trainer]) -> Iterator[None]:
     """
-    Within the block GRPO's KL reference is sharded layer by layer under FSDP2, as the student is.
+    Within the block the reference of a trainer of TRL is sharded layer by layer under FSDP2, as the student is.
 
     TRL makes one unit of it: its forward pass gathers the whole model on every device.
+
+    Args:
+        trainer (`type`):
+            `GRPOTrainer` or `DPOTrainer`.
     """
-    original = grpo_trainer.prepare_fsdp
+    module: Any = sys.modules[trainer.__module__]
+    original = module.prepare_fsdp
 
     def shard(model: Any, accelerator: Accelerator) -> nn.Module:
         if accelerator.is_fsdp2:
@@ -212,11 +217,11 @@ def references_sharded_like_students() -> Iterator[None]:
             model.set_reshard_after_forward(True)
         return original(model, accelerator)
 
-    grpo_trainer.prepare_fsdp = shard
+    module.prepare_fsdp = shard
     try:
         yield
     finally:
-        grpo_trainer.prepare_fsdp = original
+        module.prepare_fsdp = original
 
 
 @contextlib.contextmanager

@@ -54,7 +54,30 @@ def _state_of(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME)
 
 
-class ResumableRun(MixinBase):
+class FinishedCheckpoints(MixinBase):
+    """
+    Makes a trainer write checkpoints of which every process can tell whether they were written to their end, and read them
+    in the precision that it trains in. It stands before a TRL trainer among the bases of a class.
+    """
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            # A run that is resumed writes over later checkpoints: not finished, from now until the end
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The file that marks a checkpoint as finished comes next: every process must have written its own by then
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with keep_precision(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class ResumableRun(FinishedCheckpoints):
     """
     Makes a trainer refuse to mix two runs in one `output_dir`, and resume from checkpoints that were written to their
     end.
@@ -175,19 +198,3 @@ class ResumableRun(MixinBase):
         if self.accelerator.is_main_process:
             logger.warning(f"{self._training_name}: finished before, in {checkpoint}; not run again.")
         return TrainOutput(self.state.global_step, 0.0, {})
-
-    def _save_checkpoint(self, model, trial):
-        if self.args.should_save:
-            # A run that is resumed writes over later checkpoints: not finished, from now until the end
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        # The file that marks a checkpoint as finished comes next: every process must have written its own by then
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with keep_precision(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)

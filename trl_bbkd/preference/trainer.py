@@ -4,7 +4,6 @@ import shutil
 import time
 from pathlib import Path
 
-from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import (
@@ -15,12 +14,11 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
-from trl import DPOTrainer
 
 from ..data.teacher_data import tokenize_as_configured
 from ..errors import StageError, TeacherDataError
-from ..host._compat import keep_4bit_weights_differentiable, keep_precision, print_prompt_completions_sample
-from ..host.model_files import load_weights, save_model
+from ..host._compat import print_prompt_completions_sample
+from ..host.model_files import save_model
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
     refuse_broken_weights,
@@ -30,12 +28,11 @@ from ..host.preflight import (
     refuse_too_few_rows,
     require_tokenizer,
 )
-from ..host.reference import add_reference_adapter, copy_adapter_to_reference
 from ..host.resume import differences, last_finished_checkpoint
-from ..host.sharding import refuse_sharding
-from ..soft_targets.caching import model_fingerprint, rows_fingerprint
+from ..soft_targets.caching import rows_fingerprint
 from ..soft_targets.rows import soft_target_rows
 from .config import PreferenceRoundsConfig
+from .model import TrainedInRounds, check_model
 from .pairs import teacher_over_sample
 from .rounds import RoundsOnDisk
 from .sampling import ModelSampler, VLLMSampler, sample_completions
@@ -61,7 +58,7 @@ SAME_WHEN_RESUMED = (
 )
 
 
-class PreferenceRoundsTrainer(DPOTrainer):
+class PreferenceRoundsTrainer(TrainedInRounds):
     r"""
     What trainers share that prefer the teacher's answers over a model's own, round by round.
 
@@ -90,7 +87,8 @@ class PreferenceRoundsTrainer(DPOTrainer):
 
     Raises:
         TeacherDataError: If the teacher text breaks the contract, or there are fewer rows than rounds.
-        ValueError: Under DeepSpeed or FSDP; if `output_dir` holds another run.
+        ValueError: If the run is to be sharded in a way that cannot work (see [`~host.sharding.check_sharding`]), or with a
+            model in memory; if `output_dir` holds another run.
     """
 
     _role: str  # what the model is, also the name of its folders: "proxy"
@@ -113,9 +111,7 @@ class PreferenceRoundsTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = copy.copy(args)
-        refuse_sharding(
-            args, type(self).__name__, "its reference is a second model whose weights are replaced every round"
-        )
+        check_model(model, args, quantization_config, self._role)
         self._refuse_other_than_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             self._refuse_other_than_dataset("eval_dataset", eval_dataset)
@@ -147,25 +143,18 @@ class PreferenceRoundsTrainer(DPOTrainer):
             )
         self._teacher_rows = rows
         self._held_out = self._rows_to_measure(eval_dataset, processing_class, args)
-        in_memory = not isinstance(model, str) and not isinstance(model, PeftModel) and peft_config is None
         super().__init__(
-            model=model,
-            # TRL would read the reference from disk, whatever the weights in memory
-            ref_model=copy.deepcopy(model) if in_memory else None,
-            args=args,
-            train_dataset=rows,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            model,
+            args,
+            rows,
+            RoundsOnDisk(args.output_dir, self._training_name, self._role),
+            processing_class,
+            callbacks,
+            quantization_config,
+            peft_config,
         )
         # For callbacks that generate from its prompts
         self.eval_dataset = eval_dataset
-        if isinstance(self.model, PeftModel):
-            add_reference_adapter(self.model)
-        if self.accelerator.device.type == "cpu":
-            keep_4bit_weights_differentiable(self.model)
-        self._disk = RoundsOnDisk(args.output_dir, self._training_name, self._role)
         self.rounds: list[dict] = []
         self._run: dict | None = None
 
@@ -206,13 +195,14 @@ class PreferenceRoundsTrainer(DPOTrainer):
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
         return teacher_over_sample(shard, samples)
 
-    def _before_first_round(self) -> list[dict]:
-        """What a method trains before the first round, with its log."""
-        return []
+    @property
+    def _learns_first(self) -> bool:
+        """Whether `_before_first_round` trains the model."""
+        return False
 
-    def _keeps(self, number: int) -> bool:
-        """Whether the model is kept as it is after round `number`. Where no round is better, the first is gone back to."""
-        return number > 0 or self._patience is not None
+    def _before_first_round(self) -> list[dict]:
+        """What a method does before the first round; the log of what it trains comes back."""
+        return []
 
     # Rounds
 
@@ -229,27 +219,27 @@ class PreferenceRoundsTrainer(DPOTrainer):
         """
         self.rounds = self._disk.finished()
         # The model in memory has learned since, and goes on from a round on disk
-        if self._run is None or not self.rounds or not self._keeps(self.rounds[-1]["round"]):
+        of_the_handed_in = 0 if self._learns_first else 1
+        has_learned = len(self.rounds) > of_the_handed_in or self._is_sharded
+        if self._run is None or not has_learned:
             self._check_run()
-        if self.rounds and self._keeps(self.rounds[-1]["round"]):
-            self._load_round(self.rounds[-1]["round"])
+        if self.rounds:
+            self._round = self.rounds[-1]["round"]
+        if len(self.rounds) > of_the_handed_in:
+            self._go_back(len(self.rounds) - 1, self._teacher_rows)
         if not self.rounds:
-            started = time.perf_counter()
-            log = self._before_first_round()
-            self._finish_round(0, self._measure(), log, time.perf_counter() - started if log else 0.0)
+            started = time.perf_counter() if self._learns_first else None
+            self._end_round(0, self._before_first_round(), started)
         for number in range(len(self.rounds), self.args.num_rounds + 1):
             if self._has_converged():
                 break
             started = time.perf_counter()
             self._begin_round(number)
-            log = self._train_on_rows(f"Round {number}", *args, **kwargs)
-            self._finish_round(number, self._measure(), log, time.perf_counter() - started)
+            self._end_round(number, self._train_on_rows(f"Round {number}", *args, **kwargs), started)
         self.args.output_dir = str(self._disk.output_dir)
         if self.best_round != self.rounds[-1]["round"]:
-            self._load_round(self.best_round)
-        if self.args.should_save:
-            save_model(self._unwrapped(), self.processing_class, self._disk.output_dir)
-        self.accelerator.wait_for_everyone()
+            self._go_back(self.best_round, self._teacher_rows)
+        self._write(self._disk.output_dir)
 
     def _train_on_rows(self, name: str, *args, **kwargs) -> list[dict]:
         """Train on `train_dataset` in `args.output_dir`, from its last checkpoint if there is one. The log comes back."""
@@ -269,21 +259,10 @@ class PreferenceRoundsTrainer(DPOTrainer):
         return self._patience is not None and self.rounds[-1]["round"] - self.best_round >= self._patience
 
     def _begin_round(self, number: int) -> None:
-        set_seed(self.args.seed + number)
         folder = self._disk.folder(number)
         self.args.output_dir = str(folder)
-        self._set_reference()
-        # Adam's moments are those of the round
-        self.optimizer = self.lr_scheduler = None
         shard = self._teacher_rows.shard(self.args.num_rounds, number - 1, contiguous=True)
-        self.train_dataset = self._pairs(shard, folder, number)
-
-    def _set_reference(self) -> None:
-        """Make the model as it is now the reference."""
-        if self.ref_model is None:
-            copy_adapter_to_reference(self._unwrapped())
-        else:
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._unwrapped().state_dict())
+        self._begin(number, lambda: self._pairs(shard, folder, number))
 
     def _sample(self, shard: Dataset, folder: Path, number: int) -> list[list[int]]:
         rows = shard.select_columns(["prompt", "completion", "prompt_ids"]).to_list()
@@ -293,30 +272,31 @@ class PreferenceRoundsTrainer(DPOTrainer):
             "top_p": self.args.sample_top_p,
         }
         sampler: ModelSampler | VLLMSampler
-        if self.args.use_vllm:
-            sampler = self._vllm_sampler(folder / SAMPLER_FOLDER, settings)
-        else:
-            settings["batch_size"] = self.args.sample_batch_size
-            sampler = ModelSampler(self._unwrapped(), self.processing_class, **settings)
         # Far apart, so that no two files of a run have the same seed
         seed = (self.args.seed * 1000 + number) * 1_000_000
-        # The model's own mixed precision comes with its first training: every round is to sample alike
-        with self.accelerator.autocast():
-            ids = sample_completions(
-                folder / SAMPLES_FOLDER, rows, sampler, self.args.sample_batch_size, seed, self._role
-            )
-        del sampler  # and with it the memory of vLLM
+        with self._whole() as model:
+            if self.args.use_vllm:
+                sampler = self._vllm_sampler(model, folder / SAMPLER_FOLDER, settings)
+            else:
+                settings["batch_size"] = self.args.sample_batch_size
+                sampler = ModelSampler(model, self.processing_class, **settings)
+            # The model's own mixed precision comes with its first training: every round is to sample alike
+            with self.accelerator.autocast():
+                ids = sample_completions(
+                    folder / SAMPLES_FOLDER, rows, sampler, self.args.sample_batch_size, seed, self._role
+                )
+            del sampler, model  # and with them the memory of vLLM
         shutil.rmtree(folder / SAMPLER_FOLDER, ignore_errors=True)
         if self.args.log_completions and self.accelerator.is_main_process:
             self._print_samples(rows, ids, number)
         return ids
 
-    def _vllm_sampler(self, folder: Path, settings: dict) -> VLLMSampler:
-        """A sampler of the model as it is now, which vLLM reads from disk."""
-        save_model(self._unwrapped(), self.processing_class, folder)
+    def _vllm_sampler(self, model: PreTrainedModel | PeftModel, folder: Path, settings: dict) -> VLLMSampler:
+        """A sampler of the model, which vLLM reads from disk."""
+        save_model(model, self.processing_class, folder)
         base, adapter = str(folder), None
-        if isinstance(self.model, PeftModel):
-            base, adapter = self.model.peft_config["default"].base_model_name_or_path, str(folder)
+        if isinstance(model, PeftModel):
+            base, adapter = model.peft_config["default"].base_model_name_or_path, str(folder)
         return VLLMSampler(base, self.processing_class, adapter=adapter, vllm_kwargs=self.args.vllm_kwargs, **settings)
 
     def _print_samples(self, rows: list[dict], ids: list[list[int]], number: int) -> None:
@@ -370,12 +350,17 @@ class PreferenceRoundsTrainer(DPOTrainer):
         rows = self._held_out if rows is None else rows
         return {} if rows is None else self._measured(rows)
 
+    def _end_round(self, number: int, log: list[dict], started: float | None = None) -> None:
+        # The first one is gone back to where no round is better
+        if number > 0 or self._patience is not None or self._learns_first or self._is_sharded:
+            self._keep(number)
+        metrics = self._measure()
+        self._finish_round(number, metrics, log, 0.0 if started is None else time.perf_counter() - started)
+
     def _finish_round(self, number: int, metrics: dict[str, float], log: list[dict], seconds: float) -> None:
         entry = {"round": number, **metrics, "seconds": seconds}
         self.rounds.append(entry)
         if self.args.should_save:
-            if self._keeps(number):
-                save_model(self._unwrapped(), self.processing_class, self._disk.model(number))
             self._disk.finish(self._run, self.rounds, log)
             self._disk.clear(number, self.best_round)
         self.accelerator.wait_for_everyone()
@@ -388,16 +373,14 @@ class PreferenceRoundsTrainer(DPOTrainer):
         """The logs of all finished rounds, as one: steps are counted through."""
         return self._disk.log_history(self.rounds)
 
-    def _load_round(self, number: int) -> None:
-        load_weights(self._unwrapped(), self._disk.model(number))
-
     def _check_run(self) -> None:
         keys = soft_target_rows(self._teacher_rows, self.processing_class, self.args.chat_template_kwargs)["row_key"]
         self._run = {
-            self._role: model_fingerprint(self._unwrapped()),
+            self._role: self._fingerprint(),
             "rows": rows_fingerprint(keys),
             "num_processes": self.accelerator.num_processes,
             "adapter": self._adapter(),
+            "sharded by": self.accelerator.distributed_type.value if self._is_sharded else None,
             **{name: getattr(self.args, name) for name in self._same_when_resumed},
         }
         found = self._disk.run()
@@ -413,13 +396,6 @@ class PreferenceRoundsTrainer(DPOTrainer):
             return None
         config = self.model.peft_config["default"].to_dict()
         return json.dumps({key: config.get(key) for key in ("peft_type", "r", "lora_alpha", "use_dora")}, default=str)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with keep_precision(self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _unwrapped(self) -> PreTrainedModel | PeftModel:
-        return self.accelerator.unwrap_model(self.model)
 
 
 def _with_room(rows: Dataset, args: PreferenceRoundsConfig) -> Dataset:

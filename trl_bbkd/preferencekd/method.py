@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..runs.held_models import HeldModel, Phase, longest_row, reference_of, rows_of_a_step, student_of
+from ..runs.held_models import Phase, longest_row, reference_of, rows_of_a_step, student_of
 from ..runs.method import Method
 
 

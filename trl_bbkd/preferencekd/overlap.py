@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 UNSPACED_SCRIPTS = ("BOPOMOFO", "CJK", "HIRAGANA", "KATAKANA", "KHMER", "LAO", "MYANMAR", "THAI", "TIBETAN")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _stands_alone(character: str) -> bool:
     in_word = unicodedata.category(character)[0] in "LMN"
     return not in_word or unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS)
@@ -31,7 +31,8 @@ def units(text: str) -> list[str]:
     """
     found: list[str] = []
     for part in unicodedata.normalize("NFKC", text).casefold().split():
-        for alone, characters in itertools.groupby(part, _stands_alone):
+        for alone, group in itertools.groupby(part, _stands_alone):
+            characters = list(group)
             found += characters if alone else ["".join(characters)]
     return found
 

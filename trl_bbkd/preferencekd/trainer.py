@@ -21,9 +21,9 @@ from ..host.preflight import refuse_prompt_learning, require_config, require_mod
 from ..hub.student import StudentHubMixin
 from ..preference.trainer import SAME_WHEN_RESUMED, SAMPLES_FOLDER, PreferenceRoundsTrainer
 from ..proxy.agreement import teacher_agreement
-from ..soft_targets.head import check_head
+from ..soft_targets.head import check_head, check_partitioned_head
 from .collator import ANSWER, PairsAndAnswers
-from .config import OVERLAP, SELF, TEACHER, PreferenceKDConfig
+from .config import OVERLAP, TEACHER, PreferenceKDConfig
 from .judges import FunctionJudge, Judge, Judged, JudgeFunction, OverlapJudge
 from .pairs import preferred_pairs
 from .rounds import (
@@ -126,6 +126,7 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
     _same_when_resumed = (*SAME_WHEN_RESUMED, *OWN_SETTINGS)
 
     args: PreferenceKDConfig
+    data_collator: Any
 
     def __init__(
         self,
@@ -159,11 +160,14 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_head(self.model)
-        self.data_collator = PairsAndAnswers(self.data_collator)
+        (check_partitioned_head if self._is_sharded else check_head)(self.model)
         self._warms_up = False
         self._answer_length = 1.0  # mean length of the teacher's answers that are trained on, in tokens
         self._references: dict[str, list[str]] | None = None
+
+    def _make(self, **arguments) -> None:
+        super()._make(**arguments)
+        self.data_collator = PairsAndAnswers(self.data_collator)
 
     # Run
 
@@ -182,9 +186,7 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         path = self._disk.output_dir / self._disk.run_file
         return str(path) if path.is_file() else None
 
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
         Go through the warm-up and the rounds that are not finished yet.
 
@@ -217,16 +219,19 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
 
     # Warm-up
 
-    def _keeps(self, number: int) -> bool:
-        return number > 0 or self.args.warmup_epochs > 0
+    @property
+    def _learns_first(self) -> bool:
+        return self.args.warmup_epochs > 0
 
     def _before_first_round(self) -> list[dict]:
         if self.args.should_save:
             self._disk.begin(self._run)
         if self.args.samples_from == "base":
+            if self._is_sharded:
+                self._keep(0)
             for number in range(1, self.args.num_rounds + 1):
                 self._candidates(self._shard(number), self._disk.folder(number), number)
-        if self.args.warmup_epochs == 0:
+        if not self._learns_first:
             return []
         set_seed(self.args.seed)
         self.train_dataset = self._teacher_rows.select_columns(["prompt_ids", "teacher_ids"])
@@ -246,9 +251,11 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
             "learning_rate": self.args.warmup_learning_rate,
         }
         of_a_round = {name: getattr(self.args, name) for name in own}
-        vars(self.args).update(own)
+        for name, value in own.items():
+            setattr(self.args, name, value)
         yield
-        vars(self.args).update(of_a_round)
+        for name, value in of_a_round.items():
+            setattr(self.args, name, value)
 
     # Pairs
 
@@ -419,13 +426,9 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         ]
 
     def _measured(self, rows: list[dict]) -> dict[str, float]:
-        return teacher_agreement(
-            self._unwrapped(),
-            rows,
-            self.accelerator,
-            self.args.per_device_eval_batch_size,
-            self._tokenizer.pad_token_id,
-        )
+        batch_size, pad_id = self.args.per_device_eval_batch_size, self._tokenizer.pad_token_id
+        with self._whole() as model:
+            return teacher_agreement(model, rows, self.accelerator, batch_size, pad_id)
 
 
 def teacher_pair(row: Judged, sample: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from ..host.preflight import refuse_prompt_learning, require_config, require_mod
 from ..preference.trainer import SAME_WHEN_RESUMED, PreferenceRoundsTrainer
 from ..proxy.agreement import teacher_agreement
 from ..proxy.checks import NO_VIRTUAL_TOKENS
-from ..soft_targets.head import check_head
+from ..soft_targets.head import check_head, check_partitioned_head
 from .alignment_config import ProxyAlignmentConfig
 
 
@@ -39,8 +39,8 @@ class ProxyAlignmentTrainer(PreferenceRoundsTrainer):
     Raises:
         TypeError: If `model` is no model, `args` another trainer's configuration, or `processing_class` no tokenizer.
         TeacherDataError: If the teacher text breaks the contract, or there are fewer rows than rounds.
-        ValueError: Under DeepSpeed or FSDP; if `alignment_patience` has nothing to measure on; if `output_dir` holds
-            another run.
+        ValueError: If the run is to be sharded in a way that cannot work (see [`~host.sharding.check_sharding`]), or with a
+            proxy in memory; if `alignment_patience` has nothing to measure on; if `output_dir` holds another run.
     """
 
     _tag_names = ["trl", "trl-bbkd", "proxykd"]
@@ -81,17 +81,13 @@ class ProxyAlignmentTrainer(PreferenceRoundsTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_head(self.model)
+        (check_partitioned_head if self._is_sharded else check_head)(self.model)
 
     @property
     def _patience(self) -> int | None:
         return self.args.alignment_patience
 
     def _measured(self, rows: list[dict]) -> dict[str, float]:
-        return teacher_agreement(
-            self._unwrapped(),
-            rows,
-            self.accelerator,
-            self.args.per_device_eval_batch_size,
-            self._tokenizer.pad_token_id,
-        )
+        batch_size, pad_id = self.args.per_device_eval_batch_size, self._tokenizer.pad_token_id
+        with self._whole() as model:
+            return teacher_agreement(model, rows, self.accelerator, batch_size, pad_id)

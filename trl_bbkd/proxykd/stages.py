@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from ..host._compat import beside_another_trainer
+from ..host.sharding import is_sharded
 from ..proxy.stage_folder import finish_stage, finished_stage
 from ..proxy.stages import ProxyStages, release_memory, store_metrics
 from ..soft_targets.caching import store_targets
@@ -69,6 +71,15 @@ class ProxyKDStages(ProxyStages):
         learning_rate = args.alignment_learning_rate or args.proxy_learning_rate
         if args.preference_weight == 0:
             return self._fine_tune(rows, folder, learning_rate, args.alignment_epochs, [])
+        with beside_another_trainer():
+            return self._aligned(rows, folder, learning_rate)
+
+    def _aligned(self, rows: Dataset, folder: Path, learning_rate: float) -> tuple[list[dict], list[dict]]:
+        args = self.args
+        arguments = self._proxy_arguments()
+        if is_sharded(args):
+            # An adapter is loaded again for each round
+            arguments["model_init_kwargs"] = self._init_kwargs()
         trainer = ProxyAlignmentTrainer(
             model=self._trainable_proxy(),
             args=ProxyAlignmentConfig(
@@ -88,7 +99,7 @@ class ProxyKDStages(ProxyStages):
                 use_vllm=args.use_vllm,
                 vllm_kwargs=args.vllm_kwargs,
                 log_completions=args.log_completions,
-                **self._proxy_arguments(),
+                **arguments,
             ),
             train_dataset=rows,
             eval_dataset=self.held_out,

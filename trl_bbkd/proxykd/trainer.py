@@ -6,7 +6,6 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import TeacherDataError
-from ..host.sharding import is_sharded
 from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import ProxyKDConfig
 from .stage_rows import StageRows, split_rows
@@ -173,12 +172,6 @@ def check_alignment(args: ProxyKDConfig, eval_dataset: Dataset | None) -> None:
     """
     if "align" not in args.stages:
         return
-    if is_sharded(args) and args.preference_weight > 0:
-        raise ValueError(
-            "The stage 'align' does not prefer the teacher's answers under FSDP or DeepSpeed yet. Leave it out "
-            "(stages: [warmup, cache, distil], alignment_share: 0.0), align by NLL alone (preference_weight: 0.0), or launch with "
-            "plain data parallelism (--accelerate_config ddp)."
-        )
     if args.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm=True needs vLLM: pip install 'trl-bbkd[vllm]'.")
     if args.alignment_patience is not None and eval_dataset is None:
