@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from .bayeskd.config import BayesKDConfig
     from .bayeskd.trainer import BayesKDTrainer
     from .data.teacher_data import load_teacher_data
+    from .discriminator.model import Discriminator
     from .errors import DistillationError
     from .gad.config import GADConfig
-    from .gad.discriminator import Discriminator
     from .gad.trainer import GADTrainer
     from .llkd.config import LLKDConfig
     from .llkd.pseudo_labels import pseudo_label
@@ -53,7 +53,7 @@ __all__ = [
 _LAZY_NAMES = {
     "BayesKDConfig": ".bayeskd.config",
     "BayesKDTrainer": ".bayeskd.trainer",
-    "Discriminator": ".gad.discriminator",
+    "Discriminator": ".discriminator.model",
     "DistillationError": ".errors",
     "GADConfig": ".gad.config",
     "GADTrainer": ".gad.trainer",

@@ -20,6 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
+from ..discriminator.embeddings import match_embeddings
+from ..discriminator.model import Discriminator
+from ..discriminator.stabilizers import without_length_effect
+from ..discriminator.trainer import DiscriminatorTrainer, PairBatch, PairScores
 from ..errors import DivergedError
 from ..evaluation.means import EvaluationMeans
 from ..evaluation.student import SampleMetrics, judge, with_one_end, without_router_logits
@@ -37,13 +41,9 @@ from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .config import GADConfig
 from .critic import CriticTrainer, build_critic
-from .discriminator import Discriminator
 from .discriminator_setup import check_sharded_models, resolve_discriminator, start_discriminator
-from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
-from .embeddings import match_embeddings
 from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
 from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
-from .stabilizers import without_length_effect
 from .teacher_rows import TeacherRows
 from .warmup import TwoStageGAD
 

@@ -1,10 +1,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.config import KeywordArguments
 from ..preference.config import REFUSED, PreferenceRoundsConfig
 
 
-TEACHER, OVERLAP, SELF = "teacher", "overlap", "self"
+TEACHER, OVERLAP, SELF, DISCRIMINATOR = "teacher", "overlap", "self", "discriminator"
 LAST = "the student of the last round is kept. Leave it out."
 AT_THE_END = "the student goes to the Hub when all rounds are done. Leave it out."
 
@@ -42,7 +43,8 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
         judge (`str`, *optional*, defaults to `"overlap"`):
             What tells better samples from worse ones. `"overlap"`: how much of the teacher's answer a sample has.
             `"self"`: the student, as it is when the round begins, compares two samples and is shown the teacher's answer.
-            A path or Hub id: that model does. `"teacher"`: nothing, the teacher's answer is preferred over each sample. In a
+            A path or Hub id: that model does. `"discriminator"`: a model that learns, each round, to tell the teacher's answers
+            from the round's samples. `"teacher"`: nothing, the teacher's answer is preferred over each sample. In a
             recipe also a function, as `path/to/file.py:function`; in Python, `judge=` of the trainer.
         overlap_metric (`str`, *optional*, defaults to `"rouge_l"`):
             `"rouge_l"`, `"bleu"` or `"chrf"`. The last two need the extra `overlap`.
@@ -51,6 +53,34 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
             says (`"match"`).
         judge_batch_size (`int`, *optional*, defaults to `32`):
             Prompts judged at once, and kept on disk together.
+
+        > Parameters that control the discriminator of `judge="discriminator"`
+
+        discriminator (`str`, *optional*):
+            Checkpoint that it starts from, with the student's tokenizer: a path, a Hub id or a discriminator on disk. `None`
+            takes the student's.
+        discriminator_head (`str`, *optional*, defaults to `"scalar"`):
+            `"scalar"` or `"likelihood"`, as in [`~gad.config.GADConfig`].
+        discriminator_likelihood_reduction (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` or `"mean"` of the token log-probabilities of the likelihood head.
+        discriminator_epochs (`int`, *optional*, defaults to `1`):
+            Epochs over a round's samples, in batches of `per_device_train_batch_size` prompts.
+        discriminator_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Learning rate of its AdamW optimizer, constant.
+        discriminator_weight_decay (`float`, *optional*, defaults to `0.01`):
+            Weight decay.
+        discriminator_max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Gradient norm that its gradient is clipped to.
+        discriminator_batch_size (`int`, *optional*):
+            Sequences per device in one forward pass. Changes memory, not results. `None` takes
+            `per_device_train_batch_size`.
+        discriminator_sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the NLL of the teacher's answers in its loss. It needs the likelihood head.
+        discriminator_lora_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of [`~peft.LoraConfig`]. When set, it is trained as a LoRA adapter.
+
+        > Parameters that control which pairs are made
+
         pairing (`str`, *optional*, defaults to `"best_worst"`):
             `"best_worst"`: a prompt's best sample is preferred over its worst. `"margin"`: every sample over every other
             that scores less by more than `pair_margin`.
@@ -64,6 +94,7 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
             warm-up. It needs `judge="teacher"`.
     """
 
+    _VALID_DICT_FIELDS = PreferenceRoundsConfig._VALID_DICT_FIELDS + ["discriminator_lora_kwargs"]
     _refused = REFUSED | {
         **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), LAST),
         **dict.fromkeys(("hub_strategy", "hub_always_push"), AT_THE_END),
@@ -95,7 +126,7 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
         default=OVERLAP,
         metadata={
             "help": "What tells better samples from worse ones: `overlap`, `self`, a path or Hub id of a model, "
-            "`path/to/file.py:function`, or `teacher`, whose answer is preferred over each sample."
+            "`discriminator`, `path/to/file.py:function`, or `teacher`, whose answer is preferred over each sample."
         },
     )
     overlap_metric: Literal["rouge_l", "bleu", "chrf"] = field(
@@ -121,6 +152,43 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
         metadata={"help": "Whether the student samples as the round begins, or as it is before the warm-up."},
     )
 
+    # Discriminator
+    discriminator: str | None = field(
+        default=None, metadata={"help": "Checkpoint the discriminator starts from. If `None`, the student's."}
+    )
+    discriminator_head: Literal["scalar", "likelihood"] = field(
+        default="scalar", metadata={"help": "What the discriminator's score is made of, as in GAD."}
+    )
+    discriminator_likelihood_reduction: Literal["sum", "mean"] = field(
+        default="sum", metadata={"help": "Sum or mean of the token log-probabilities of the likelihood head."}
+    )
+    discriminator_epochs: int = field(
+        default=1, metadata={"help": "Epochs of the discriminator over a round's samples."}
+    )
+    discriminator_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Learning rate of the discriminator, constant."}
+    )
+    discriminator_weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of the discriminator's optimizer."}
+    )
+    discriminator_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradient norm the discriminator's gradient is clipped to."}
+    )
+    discriminator_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences per device in one forward pass of the discriminator. If `None`, "
+            "`per_device_train_batch_size`."
+        },
+    )
+    discriminator_sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the NLL of the teacher's answers in the discriminator's loss."}
+    )
+    discriminator_lora_kwargs: KeywordArguments | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `peft.LoraConfig`: train the discriminator as a LoRA adapter."},
+    )
+
     def own_losses(self) -> dict[str, float]:
         # TRL's NLL is that of the preferred answer, which is the teacher's with this judge alone
         if self.judge == TEACHER:
@@ -133,7 +201,7 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
             raise ValueError("preference_weight=0.0 leaves SFT alone. Raise it, or take TRL's SFTTrainer.")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}.")
-        for name in ("num_generations", "judge_batch_size"):
+        for name in ("num_generations", "judge_batch_size", "discriminator_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.judge != TEACHER and self.num_generations < 2:
@@ -144,6 +212,10 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
         if self.samples_from == "base" and self.judge != TEACHER:
             raise ValueError(
                 "samples_from='base' needs judge='teacher': a judge tells between the student's own samples. Set it to 'round'."
+            )
+        if self.discriminator_sft_weight > 0 and self.discriminator_head != "likelihood":
+            raise ValueError(
+                "discriminator_sft_weight > 0 trains the discriminator as a language model: set discriminator_head='likelihood'."
             )
         if self.pair_margin < 0:
             raise ValueError(f"pair_margin must be at least 0, got {self.pair_margin}.")

@@ -1,6 +1,5 @@
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -10,35 +9,26 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.trainer_utils import TrainOutput
 
-from ..data.splitting import input_key
-from ..errors import TeacherDataError
-from ..host._compat import get_callable_name, print_prompt_completions_sample
+from ..host._compat import get_callable_name
 from ..host.model_files import adapter_of
 from ..host.preflight import refuse_prompt_learning, require_config, require_model
 from ..hub.student import StudentHubMixin
-from ..preference.trainer import SAME_WHEN_RESUMED, SAMPLES_FOLDER, PreferenceRoundsTrainer
+from ..preference.trainer import SAME_WHEN_RESUMED
 from ..proxy.agreement import teacher_agreement
 from ..soft_targets.head import check_head, check_partitioned_head
 from .collator import ANSWER, PairsAndAnswers
-from .config import OVERLAP, TEACHER, PreferenceKDConfig
-from .judges import FunctionJudge, Judge, Judged, JudgeFunction, OverlapJudge
-from .pairs import preferred_pairs
-from .rounds import (
-    CANDIDATES_FILE,
-    PAIRS_FILE,
-    SCORES_FOLDER,
-    forget_parts,
-    judged_in_blocks,
-    keep_table,
-    kept_table,
-    round_report,
-)
+from .config import PreferenceKDConfig
+from .judged_rounds import JudgedRounds, check_judge
+from .judges import JudgeFunction
 
-
-logger = logging.getLogger(__name__)
 
 OWN_SETTINGS = (
     "warmup_epochs",
@@ -52,10 +42,19 @@ OWN_SETTINGS = (
     "pair_margin",
     "pair_max_length_ratio",
     "samples_from",
+    "discriminator",
+    "discriminator_head",
+    "discriminator_likelihood_reduction",
+    "discriminator_epochs",
+    "discriminator_learning_rate",
+    "discriminator_weight_decay",
+    "discriminator_max_grad_norm",
+    "discriminator_sft_weight",
+    "discriminator_lora_kwargs",
 )
 
 
-class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
+class PreferenceKDTrainer(StudentHubMixin, JudgedRounds):
     r"""
     Trainer for preference distillation: DPO on a student's own samples, of which a judge that sees the teacher's answer
     tells the better from the worse (RefEval, [arXiv 2602.16802](https://huggingface.co/papers/2602.16802)), or on the
@@ -148,7 +147,7 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         if judge is not None:
             args = with_judge(args, f"{get_callable_name(judge)}()")
         self._judge_function = judge
-        check_judge(args, judge)
+        check_judge(args, judge, model, processing_class)
         refuse_prompt_learning(adapter_of(model) or peft_config, "student", "its samples are of token ids alone")
         super().__init__(
             model=model,
@@ -162,8 +161,6 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         )
         (check_partitioned_head if self._is_sharded else check_head)(self.model)
         self._warms_up = False
-        self._answer_length = 1.0  # mean length of the teacher's answers that are trained on, in tokens
-        self._references: dict[str, list[str]] | None = None
 
     def _make(self, **arguments) -> None:
         super()._make(**arguments)
@@ -257,131 +254,6 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         for name, value in of_a_round.items():
             setattr(self.args, name, value)
 
-    # Pairs
-
-    def _shard(self, number: int) -> Dataset:
-        return self._teacher_rows.shard(self.args.num_rounds, number - 1, contiguous=True)
-
-    def _pairs(self, shard: Dataset, folder: Path, number: int) -> Dataset:
-        pairs = kept_table(folder / PAIRS_FILE)
-        if pairs is None:
-            pairs = self._make_pairs(shard, folder, number)
-            keep_table(pairs, folder / PAIRS_FILE)
-            forget_parts(folder / SAMPLES_FOLDER, folder / SCORES_FOLDER)
-        if len(pairs) == 0:
-            raise TeacherDataError(
-                f"Round {number} has no pair: no two samples of a prompt differ enough for judge={self.args.judge!r}. Raise "
-                "sample_temperature or num_generations, or lower pair_margin."
-            )
-        if self.args.log_completions and self.accelerator.is_main_process:
-            self._print_pairs(pairs, number)
-        self._answer_length = mean(map(len, pairs["teacher_ids"]))
-        # Whether a judge has drawn random numbers or the pairs were there already
-        set_seed(self.args.seed + number)
-        needs_answers = self.args.judge != TEACHER and self.args.sft_weight > 0
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"] + ["teacher_ids"] * needs_answers
-        return pairs.select_columns(columns)
-
-    def _make_pairs(self, shard: Dataset, folder: Path, number: int) -> Dataset:
-        rows = self._judged_rows(shard, self._candidates(shard, folder, number))
-        if self.args.judge == TEACHER:
-            scores = None
-            pairs = [teacher_pair(row, each) for row in rows for each in range(len(row.candidates))]
-        else:
-            judge = self._judge(rows, folder, number)
-            scores = judged_in_blocks(folder / SCORES_FOLDER, rows, judge, self.args.judge_batch_size)
-            pairs = [pair for row, found in zip(rows, scores, strict=True) for pair in self._pairs_of(row, found)]
-        table = {
-            "prompt": [row.prompt for row in rows],
-            "teacher": [row.references[0] for row in rows],
-            "candidates": [row.candidates for row in rows],
-            "candidate_ids": [row.candidate_ids for row in rows],
-        }
-        keep_table(
-            Dataset.from_dict(table if scores is None else {**table, "scores": scores}), folder / CANDIDATES_FILE
-        )
-        return Dataset.from_list(pairs) if pairs else Dataset.from_dict({"teacher_ids": []})
-
-    def _candidates(self, shard: Dataset, folder: Path, number: int) -> list[list[list[int]]]:
-        """Token ids of the student's samples of each row."""
-        count = self.args.num_generations
-        rows = shard.select([row for row in range(len(shard)) for _ in range(count)])
-        ids = self._sample(rows, folder, number)
-        return [ids[start : start + count] for start in range(0, len(ids), count)]
-
-    def _judged_rows(self, shard: Dataset, candidates: list[list[list[int]]]) -> list[Judged]:
-        decode = self.processing_class.batch_decode
-        own = decode(list(shard["teacher_ids"]), skip_special_tokens=True)
-        rows = zip(shard["prompt"], shard["prompt_ids"], shard["teacher_ids"], own, candidates, strict=True)
-        return [
-            Judged(
-                prompt=prompt,
-                candidates=decode(samples, skip_special_tokens=True),
-                references=list(dict.fromkeys([answer, *self._answers_to(prompt)])),
-                prompt_ids=prompt_ids,
-                candidate_ids=samples,
-                teacher_ids=teacher_ids,
-            )
-            for prompt, prompt_ids, teacher_ids, answer, samples in rows
-        ]
-
-    def _answers_to(self, prompt: str | list[dict]) -> list[str]:
-        """All answers of the teacher to a prompt, of whichever round."""
-        if self._references is None:
-            texts = self.processing_class.batch_decode(
-                list(self._teacher_rows["teacher_ids"]), skip_special_tokens=True
-            )
-            self._references = {}
-            for other, text in zip(self._teacher_rows["prompt"], texts, strict=True):
-                self._references.setdefault(input_key(other), []).append(text)
-        return self._references[input_key(prompt)]
-
-    def _judge(self, rows: list[Judged], folder: Path, number: int) -> Judge:
-        """The judge of round `number`, for these rows."""
-        if self._judge_function is not None:
-            return FunctionJudge(self._judge_function)
-        return OverlapJudge(self.args.overlap_metric)
-
-    def _pairs_of(self, row: Judged, scores: list[float]) -> list[dict[str, Any]]:
-        args = self.args
-        numbers = preferred_pairs(
-            scores,
-            [len(ids) for ids in row.candidate_ids],
-            every=args.pairing == "margin",
-            margin=args.pair_margin,
-            max_length_ratio=args.pair_max_length_ratio,
-        )
-        return [
-            {
-                "prompt": row.prompt,
-                "chosen": row.candidates[better],
-                "rejected": row.candidates[worse],
-                "teacher": row.references[0],
-                "chosen_score": scores[better],
-                "rejected_score": scores[worse],
-                "prompt_ids": row.prompt_ids,
-                "chosen_ids": row.candidate_ids[better],
-                "rejected_ids": row.candidate_ids[worse],
-                "teacher_ids": row.teacher_ids,
-            }
-            for better, worse in numbers
-        ]
-
-    def _print_samples(self, rows: list[dict], ids: list[list[int]], number: int) -> None:
-        """The pairs that are made of them are printed."""
-
-    def _print_pairs(self, pairs: Dataset, number: int) -> None:
-        shown = pairs[: self.args.num_completions_to_print]
-        scores = {name: shown[name] for name in ("chosen_score", "rejected_score") if name in shown}
-        print_prompt_completions_sample(
-            shown["prompt"],
-            shown["chosen"],
-            scores,
-            None,
-            number,
-            extra={name: shown[name] for name in ("rejected", "teacher")},
-        )
-
     # Loss
 
     def _set_signature_columns_if_needed(self):
@@ -411,38 +283,10 @@ class PreferenceKDTrainer(StudentHubMixin, PreferenceRoundsTrainer):
         self._metrics["train"]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
         return nll
 
-    # Report
-
-    @property
-    def round_reports(self) -> list[dict[str, Any]]:
-        """
-        What each finished round trained on: `prompts`, `samples` and `pairs`, counted; `score`, the mean over the samples, and
-        over the pairs `chosen_score`, `rejected_score`, `chosen_length` and `rejected_length`; and `examples`, some pairs.
-        """
-        folders = {entry["round"]: self._disk.folder(entry["round"]) for entry in self.rounds if entry["round"] > 0}
-        return [
-            {"round": number, **round_report(kept_table(folder / CANDIDATES_FILE), kept_table(folder / PAIRS_FILE))}
-            for number, folder in folders.items()
-        ]
-
     def _measured(self, rows: list[dict]) -> dict[str, float]:
         batch_size, pad_id = self.args.per_device_eval_batch_size, self._tokenizer.pad_token_id
         with self._whole() as model:
             return teacher_agreement(model, rows, self.accelerator, batch_size, pad_id)
-
-
-def teacher_pair(row: Judged, sample: int) -> dict[str, Any]:
-    """The teacher's answer over a sample."""
-    return {
-        "prompt": row.prompt,
-        "chosen": row.references[0],
-        "rejected": row.candidates[sample],
-        "teacher": row.references[0],
-        "prompt_ids": row.prompt_ids,
-        "chosen_ids": row.teacher_ids,
-        "rejected_ids": row.candidate_ids[sample],
-        "teacher_ids": row.teacher_ids,
-    }
 
 
 def with_judge(args: PreferenceKDConfig, name: str) -> PreferenceKDConfig:
@@ -452,18 +296,3 @@ def with_judge(args: PreferenceKDConfig, name: str) -> PreferenceKDConfig:
     losses = args.own_losses()
     args.loss_type, args.loss_weights = list(losses), list(losses.values())
     return args
-
-
-def check_judge(args: PreferenceKDConfig, function: JudgeFunction | None) -> None:
-    """
-    Refuse a judge that will not be able to judge, before anything is loaded.
-
-    Raises:
-        TypeError: it is no function.
-        ImportError: it needs a package that is not installed.
-        ValueError: no such judge.
-    """
-    if function is not None and not callable(function):
-        raise TypeError(f"judge is {function!r}, which cannot be called: hand in a function, or set args.judge.")
-    if args.judge == OVERLAP:
-        OverlapJudge(args.overlap_metric)

@@ -1,14 +1,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from ..host.engines import make_engine
-from .config import GADConfig
-from .discriminator import Discriminator, collate_responses
+from .model import Discriminator, collate_responses
 from .objectives import bradley_terry_loss, cross_entropy_loss, group_std, loss_and_score_gradients, pair_accuracy
 from .stabilizers import ReplayBuffer
 
@@ -94,6 +93,25 @@ class PairScores(NamedTuple):
     student_tokens: torch.Tensor | None = None
 
 
+class DiscriminatorSettings(Protocol):
+    """What a method's configuration says of its discriminator: see [`~gad.config.GADConfig`]."""
+
+    seed: int
+    gradient_checkpointing: bool
+    per_device_train_batch_size: int
+    discriminator_loss: str
+    discriminator_learning_rate: float
+    discriminator_warmup_learning_rate: float | None
+    discriminator_weight_decay: float
+    discriminator_max_grad_norm: float
+    discriminator_updates_per_batch: int
+    discriminator_batch_size: int | None
+    discriminator_sft_weight: float
+    discriminator_credit: str
+    discriminator_replay_size: int
+    discriminator_replay_ratio: float
+
+
 class DiscriminatorTrainer:
     """
     Scores pairs with the discriminator and takes its optimizer's steps.
@@ -101,7 +119,7 @@ class DiscriminatorTrainer:
     Args:
         discriminator ([`Discriminator`]):
             The model to train. Wrapped for the current device and processes.
-        args ([`GADConfig`]):
+        args ([`DiscriminatorSettings`]):
             Its `discriminator_*` fields, `gradient_checkpointing` and `per_device_train_batch_size` are used.
         accelerator ([`~accelerate.Accelerator`]):
             The student trainer's accelerator.
@@ -109,7 +127,9 @@ class DiscriminatorTrainer:
             Padding id of the tokenizer.
     """
 
-    def __init__(self, discriminator: Discriminator, args: GADConfig, accelerator: Accelerator, pad_token_id: int):
+    def __init__(
+        self, discriminator: Discriminator, args: DiscriminatorSettings, accelerator: Accelerator, pad_token_id: int
+    ):
         if args.gradient_checkpointing:
             discriminator.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.args = args
