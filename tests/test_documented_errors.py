@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from trl import DatasetMixtureConfig, GRPOConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.conftest import build_tokenizer
 from trl_bbkd.data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from trl_bbkd.errors import TeacherDataError
-from trl_bbkd.host.sharding import refuse_sharding
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -115,15 +114,3 @@ def test_files(tmp_path, monkeypatch, name, content):
     with pytest.raises(TeacherDataError) as error:
         load("data" if name.startswith("data/") else name)
     check_quoted(str(error.value).replace(str(tmp_path), "/home/me"))
-
-
-@pytest.mark.parametrize("method", ["ProxyAlignmentTrainer"])
-def test_sharding(monkeypatch, method):
-    """The message of a launch with FSDP, as `accelerate` announces it."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    args = GRPOConfig("out", use_cpu=True, bf16=False, report_to="none")
-    with pytest.raises(ValueError, match="does not support FSDP yet") as error:
-        refuse_sharding(args, method, "REASON")
-    before, after = str(error.value).split("REASON")
-    text = " ".join((DOCS / "multi_gpu.md").read_text(encoding="utf-8").replace("\n> ", " ").split())
-    assert before in text and after in text

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import transformers
 from transformers import Trainer
+from transformers.trainer_callback import CallbackHandler
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from trl_bbkd.host import _compat
@@ -131,6 +132,20 @@ def test_the_adapter_that_dpo_takes_for_its_reference_is_ours():
     assert f'"{REFERENCE_ADAPTER}" in ref_model_unwrapped.peft_config' in inspect.getsource(
         DPOTrainer._compute_loss
     ), "DPOTrainer finds its reference adapter under another name. Adapt trl_bbkd/host/reference.py."
+
+
+def test_references_are_sharded_by_the_name_that_is_replaced():
+    for trainer in (GRPOTrainer, DPOTrainer):
+        assert "prepare_fsdp(self.ref_model, self.accelerator)" in inspect.getsource(trainer.__init__), (
+            f"{trainer.__name__} shards its reference by another name. Adapt references_sharded_like_students."
+        )
+
+
+def test_what_a_trainer_that_is_made_anew_takes_over():
+    source = inspect.getsource(Trainer.__init__)
+    assert "self.callback_handler = CallbackHandler(" in source, "Adapt TrainedInRounds._make_anew."
+    parameters = inspect.signature(CallbackHandler.__init__).parameters
+    assert {"callbacks", "model", "optimizer", "lr_scheduler"} <= parameters.keys(), "Adapt TrainedInRounds._release."
 
 
 @pytest.mark.parametrize("name", _compat.__all__)

@@ -15,6 +15,7 @@ from tests.conftest import build_tokenizer
 from tests.hub_server import TOKEN, HubServer
 from tests.processes import ROOT, killed_at, on_processes
 from tests.recipes import RESUME, command_line, never, run_recipe, saved, without_times
+from tests.sharding.runs import start
 from trl_bbkd.__main__ import main
 from trl_bbkd.errors import RecipeError
 from trl_bbkd.llkd.trainer import LLKDTrainer
@@ -194,11 +195,23 @@ class TestRun:
             run(load_recipe(write_recipe(data, "other/student", finished)))
 
 
-def test_a_sharded_recipe_is_refused_before_it_measures(tmp_path, data, student, monkeypatch):
-    recipe = load_recipe(write_recipe(data, student, tmp_path / "out"))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="measures the student before it learns.*--accelerate_config ddp"):
-        run(recipe)
+def run_sharded(recipe):
+    start("fsdp2")
+    run(load_recipe(recipe))
+
+
+def test_a_sharded_recipe_measures_the_student_before_it_learns_too(tmp_path, finished, data, student):
+    """Its head is drawn."""
+    output_dir = tmp_path / "out"
+    size = ON_CPU["per_device_train_batch_size"] // 2
+    recipe = write_recipe(data, student, output_dir, per_device_train_batch_size=size, max_steps=4)
+    on_processes(2, run_sharded, recipe)
+    found, alone = (saved_metrics(folder)["results"] for folder in (output_dir, finished))
+    assert list(found) == list(alone)
+    assert found["undistilled"] == alone["undistilled"]
+    for name, folder in (("LLKD", ""), ("all rows", "all_rows"), ("random rows", "random_rows")):
+        assert found[name]["accuracy"] == pytest.approx(accuracy(output_dir / folder, data)), name
+    assert (output_dir / "report.md").is_file() and (output_dir / "README.md").is_file()
 
 
 def test_a_killed_run_goes_on_from_the_recipe(tmp_path, data, student):

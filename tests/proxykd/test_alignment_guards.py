@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.sharding.runs import FSDP2
 from trl_bbkd.errors import StageError
 from trl_bbkd.host.model_files import load_model
 from trl_bbkd.preference.sampling import read_samples
@@ -118,3 +119,47 @@ def test_dora_is_aligned_saved_and_the_reference(tmp_path, other_model_dir):
     with pytest.raises(StageError, match="holds another alignment .*adapter: "):
         config["trainer_kwargs"] = {"peft_config": LoraConfig(**LORA)}
         make_aligner(tmp_path, other_model_dir, **config).train()
+
+
+def test_sharded_it_takes_no_proxy_in_memory_and_measures_none_that_is_not_on_disk(
+    tmp_path, other_model_dir, monkeypatch
+):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a model in memory may be in parts.*Hand in the proxy's path"):
+        make_aligner(tmp_path, AutoModelForCausalLM.from_pretrained(other_model_dir))
+    with pytest.raises(ValueError, match="Call `train` first"):
+        make_aligner(tmp_path, other_model_dir).evaluate()
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, torch.float32, torch.bfloat16], ids=["full", "adapter", "adapter in bfloat16"]
+)
+def test_made_anew_for_each_round_it_ends_as_in_memory(tmp_path, other_model_dir, monkeypatch, dtype):
+    """As where it is sharded, on one process."""
+
+    def align(folder):
+        proxy = other_model_dir
+        if dtype is not None:
+            proxy = get_peft_model(
+                AutoModelForCausalLM.from_pretrained(proxy, dtype=torch.float32), LoraConfig(**LORA)
+            )
+            generator = torch.Generator().manual_seed(0)
+            for parameter in proxy.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype).normal_(0, 0.02, generator=generator)
+        trainer = make_aligner(tmp_path / folder, proxy, num_rounds=3)
+        trainer.train()
+        return trainer
+
+    kept = align("kept")
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    anew = align("anew")
+    assert_same_weights(proxy_weights(anew), proxy_weights(kept))
+    assert {p.dtype for p in anew.model.parameters() if p.requires_grad} == {dtype or torch.float32}
+    metrics = [[{**entry, "seconds": 0} for entry in trainer.rounds] for trainer in (kept, anew)]
+    assert metrics[0] == metrics[1]
+    assert [line["loss"] for line in anew.log_history if "loss" in line] == [
+        line["loss"] for line in kept.log_history if "loss" in line
+    ]

@@ -172,6 +172,13 @@ def proxykd(engine, student, proxy, output_dir, **config) -> dict:
     return soft_targets(engine, student, proxy, output_dir, make_kd_trainer, PROXYKD_RUN | config)
 
 
+def aligned_proxykd(engine, student, proxy, output_dir, **config) -> dict:
+    """The proxy's rows in micro-batches of 4, as in [`alignment`]."""
+    batches = {"proxy_per_device_train_batch_size": 4, "proxy_gradient_accumulation_steps": 2 // start(engine)}
+    stages = {"stages": ["warmup", "align", "cache", "distil"], "warmup_share": 0.3, "alignment_share": 0.5}
+    return proxykd(engine, student, proxy, output_dir, **stages, **batches, **config)
+
+
 def bayeskd(engine, student, proxy, output_dir, **config) -> dict:
     return soft_targets(engine, student, proxy, output_dir, make_bayes_trainer, BAYESKD_RUN | config)
 
@@ -304,6 +311,7 @@ def alignment(engine, proxy, output_dir, lora=False, stops=False, **config) -> d
         trainer.train()
     except KeyboardInterrupt:
         return None
+    trainer.save_model(str(Path(output_dir) / "saved"))
     with trainer._whole() as model:
         weights = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".ref." not in name}
     folders = [Path(output_dir) / f"round-{number}" / "samples" for number in (1, 2)]
@@ -316,5 +324,5 @@ def alignment(engine, proxy, output_dir, lora=False, stops=False, **config) -> d
         "samples": [
             line["proxy_ids"] for folder in folders for file in sorted(folder.iterdir()) for line in read_samples(file)
         ],
-        "resumed at": trainer._initial_global_step,
+        "resumed at": getattr(trainer, "_initial_global_step", None),
     }

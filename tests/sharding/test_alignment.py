@@ -56,6 +56,10 @@ def test_fsdp2_ends_as_one_process(variant, alone, other_model_dir, tmp_path):
     found, other = on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, **VARIANTS[variant])
     assert_same_run(alone(variant), found)
     assert_sharded(variant, (found, other))
+    # All is there: no round is begun
+    again, _ = on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, **VARIANTS[variant])
+    assert_same_run(found, again)
+    assert again["resumed at"] is None and again["shares"]["proxy"] == []
 
 
 @pytest.mark.parametrize("variant", slow_but(VARIANTS, "full"))
@@ -66,7 +70,7 @@ def test_fsdp2_goes_on_with_a_round_as_if_never_stopped(variant, alone, other_mo
     assert found["resumed at"] == 2
     assert_same_run(alone(variant), found)
     assert_sharded(variant, (found, other))
-    if variant == "full":
-        saved = load_model(str(tmp_path)).state_dict()
+    for folder in (tmp_path, tmp_path / "saved"):
+        saved = load_model(str(folder)).state_dict()
         for key, value in found["weights"].items():
             torch.testing.assert_close(saved[key], value, atol=0, rtol=0)

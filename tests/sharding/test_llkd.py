@@ -10,7 +10,18 @@ from tests.sharding.runs import llkd, slow_but
 
 
 LOGGED = ("loss", "grad_norm", "selection/kept_share", "selection/uncertainty_kept", "selection/threshold_score")
-VARIANTS = {"encoder": (build_encoder, {}), "decoder": (build_decoder, {}), "LoRA": (build_encoder, {"lora": LORA})}
+
+
+def build_without_head():
+    return build_encoder().bert
+
+
+VARIANTS = {
+    "encoder": (build_encoder, {}),
+    "decoder": (build_decoder, {}),
+    "LoRA": (build_encoder, {"lora": LORA}),
+    "a head that is drawn": (build_without_head, {}),
+}
 
 
 def assert_same_run(expected, found):
@@ -27,7 +38,7 @@ def assert_same_run(expected, found):
         torch.testing.assert_close(found["selector"][key], value, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, "encoder"))
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "encoder", "a head that is drawn"))
 def test_fsdp2_ends_as_one_process(variant, tmp_path):
     build, config = VARIANTS[variant]
     student = save_student(tmp_path / "student", build())

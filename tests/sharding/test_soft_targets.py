@@ -14,7 +14,7 @@ from transformers import (
 from tests.conftest import build_tokenizer
 from tests.processes import on_processes
 from tests.proxykd.helpers import make_kd_trainer
-from tests.sharding.runs import FSDP2, bayeskd, proxykd, slow_but
+from tests.sharding.runs import FSDP2, aligned_proxykd, bayeskd, proxykd, slow_but
 
 
 LOGGED = ("loss", "grad_norm", "nll", "entropy", "kl", "kl_prior", "kl_posterior", "mean_token_accuracy")
@@ -23,6 +23,8 @@ VARIANTS = {
     "store": (proxykd, {}),
     "live": (proxykd, {"target_source": "live"}),
     "LoRA": (proxykd, {"lora": True, "proxy_lora_kwargs": {"r": 4, "target_modules": "all-linear"}}),
+    "alignment": (aligned_proxykd, {}),
+    "alignment of an adapter": (aligned_proxykd, {"proxy_lora_kwargs": {"r": 4, "target_modules": "all-linear"}}),
     "Bayes-KD": (bayeskd, {}),
     "selection": (proxykd, {"selection": "llkd", "selection_warmup_steps": 2, "pool_factor": 2}),
 }
@@ -109,14 +111,10 @@ def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(step, alone, tiny_m
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"stages": ["warmup", "align", "cache", "distil"], "alignment_share": 0.3},
-            r"stages: \[warmup, cache, distil\]",
-        ),
         ({"proxy_in_memory": True}, "Hand in its path as proxy_model"),
         ({"quantized": True}, "bnb_4bit_quant_storage"),
     ],
-    ids=["alignment", "proxy in memory", "4-bit"],
+    ids=["proxy in memory", "4-bit"],
 )
 def test_refused_before_anything_is_loaded(config, message, tiny_model_dir, other_model_dir, tmp_path, monkeypatch):
     for name, value in FSDP2.items():

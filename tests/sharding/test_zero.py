@@ -5,7 +5,7 @@ import pytest
 from tests.llkd.helpers import build_encoder, save_student
 from tests.processes import on_processes
 from tests.sharding import test_alignment, test_llkd, test_soft_targets
-from tests.sharding.runs import alignment, llkd, proxykd
+from tests.sharding.runs import aligned_proxykd, alignment, llkd, proxykd
 
 
 pytest.importorskip("deepspeed")
@@ -58,3 +58,13 @@ def test_alignment_and_its_resumption(stage, variant, other_model_dir, tmp_path)
     for result in found:
         shares = [*result["shares"]["proxy"], *result["shares"]["reference"]]
         assert shares == pytest.approx([0.5 if stage == "zero3" else 1.0] * len(shares), abs=0.02)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_proxykd_that_aligns_an_adapter(stage, tiny_model_dir, other_model_dir, tmp_path):
+    adapter = {"proxy_lora_kwargs": {"r": 4, "target_modules": "all-linear"}}
+    models = (tiny_model_dir, other_model_dir)
+    (alone,) = on_processes(1, aligned_proxykd, "single", *models, tmp_path / "one", **adapter)
+    found = on_processes(2, aligned_proxykd, stage, *models, tmp_path / "two", **adapter)
+    test_soft_targets.assert_same_run(alone, found[0])
+    assert_partitioned(stage, found)

@@ -6,6 +6,7 @@ Tested with TRL 1.16. When TRL moves, `tests/host/test_compat.py` names what cha
 
 import contextlib
 import copy
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ __all__ = [
     "be_wrapped_again",
     "beside_another_trainer",
     "disable_dropout",
+    "draws_on_every_process",
     "fused_forward",
     "get_callable_name",
     "get_config_model_id",
@@ -169,6 +171,23 @@ def whole_models() -> Iterator[None]:
         yield
     finally:
         transformers_deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextlib.contextmanager
+def draws_on_every_process() -> Iterator[None]:
+    """
+    Within the block weights that no file has are drawn on every process.
+
+    Under FSDP transformers draws them on the main one. The others get parameters without memory, which accelerate, going by
+    its address, takes for one another: the optimizer has one of them twice.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    kept = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ[name] = kept
 
 
 @contextlib.contextmanager

@@ -115,26 +115,3 @@ def is_asked_for(engine: str, args: TrainingArguments) -> bool:
 def is_sharded(args: TrainingArguments) -> bool:
     """Whether the run is configured or launched with DeepSpeed or FSDP."""
     return is_asked_for("DeepSpeed", args) or is_asked_for("FSDP", args)
-
-
-def refuse_sharding(args: TrainingArguments, trainer: str, reason: str) -> None:
-    """
-    Raise if the run is configured or launched with DeepSpeed or FSDP.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Configuration of the run.
-        trainer (`str`):
-            Name of the trainer.
-        reason (`str`):
-            Why it cannot.
-
-    Raises:
-        ValueError: Says what to do instead.
-    """
-    for name in ("DeepSpeed", "FSDP"):
-        if is_asked_for(name, args):
-            raise ValueError(
-                f"{trainer} does not support {name} yet: {reason}. Launch with plain data parallelism "
-                "(recipes/accelerate_configs/ddp.yaml), and train adapters (`use_peft`) if memory is short."
-            )

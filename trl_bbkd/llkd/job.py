@@ -7,11 +7,15 @@ import gc
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction
 from trl import get_peft_config, get_quantization_config
 
 from ..data.teacher_data import load_teacher_data
 from ..errors import LLKDDataError, RecipeError
+from ..host.engines import gathered
 from ..host.model_paths import base_of_student, no_model
 from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
@@ -25,7 +29,7 @@ from .config import LLKDConfig
 from .label_calibration import reliability_report
 from .report import ALL_ROWS, RANDOM_ROWS, LLKDReport, decline, starved_classes
 from .rows import count_labels, find_class_names, with_class_numbers
-from .trainer import LLKDTrainer
+from .trainer import LLKDTrainer, class_logits, classification_metrics
 
 
 HELD_OUT_ROWS = 1000
@@ -84,11 +88,6 @@ class LLKDJob(Job):
         self.peft_config = get_peft_config(dataclasses.replace(recipe.model_args, lora_task_type="SEQ_CLS"))
 
     def _check_settings(self) -> None:
-        if is_sharded(self.args):
-            raise RecipeError(
-                "A recipe of LLKD measures the student before it learns, which transformers cannot under FSDP or DeepSpeed. Launch "
-                "it with --accelerate_config ddp. (LLKDTrainer itself trains sharded.)"
-            )
         for name, (needed, reason) in NEEDED_SETTINGS.items():
             if getattr(self.args, name) != needed:
                 raise RecipeError(f"{name} must be {needed} in a recipe of LLKD: {reason}.")
@@ -148,7 +147,7 @@ class LLKDJob(Job):
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)
-        undistilled = self.progress.once(UNDISTILLED, lambda: evaluate(trainer))
+        undistilled = self.progress.once(UNDISTILLED, lambda: self._undistilled(trainer))
         seconds: dict[str, float] = {}
         if self.is_trained:
             self.recall(trainer)
@@ -192,6 +191,17 @@ class LLKDJob(Job):
         report.differences[UNDISTILLED] = self._differences(found, undistilled)
         report.warnings = [*starved_classes(report), *decline(report)]
         return report
+
+    def _undistilled(self, trainer: LLKDTrainer) -> dict:
+        """
+        As [`evaluate`], of the student before it learns. What is to be sharded transformers cannot evaluate before its training:
+        the main process does it alone, with the whole student.
+        """
+        if not is_sharded(self.args):
+            return evaluate(trainer)
+        with gathered(list(trainer.model.parameters()), is_written=False):
+            found = [evaluate_alone(trainer) if self.is_main_process else None]
+        return broadcast_object_list(found)[0]
 
     def _differences(self, own: dict, other: dict) -> dict[str, dict[str, float]]:
         """Of each metric, how far one student is from another, and how sure that is."""
@@ -254,13 +264,11 @@ class LLKDJob(Job):
     def _baseline(self, name: str, changes: dict) -> dict:
         gc.collect()
         torch.cuda.empty_cache()
-        args = copy.copy(self.args)
         seconds: dict[str, float] = {}
         alone = {"max_steps": self.max_steps, "save_strategy": "no", "push_to_hub": False, "report_to": []}
         output_dir = str(Path(self.args.output_dir) / name.replace(" ", "_"))
-        for key, value in {**changes, **alone, "output_dir": output_dir}.items():
-            setattr(args, key, value)
-        trainer = self._trainer(args)
+        # A new one, because a DeepSpeed engine is made from each configuration
+        trainer = self._trainer(dataclasses.replace(self.args, **changes, **alone, output_dir=output_dir))
         self.shorten_log(trainer)
         with timed(seconds, name):
             trainer.train()
@@ -280,6 +288,26 @@ def evaluate(trainer: LLKDTrainer) -> dict:
     return {
         "metrics": {name: output.metrics[f"test_{name}"] for name in METRICS},
         "predictions": logits.argmax(axis=1).tolist(),
+    }
+
+
+@torch.no_grad()
+def evaluate_alone(trainer: LLKDTrainer) -> dict:
+    """As [`evaluate`], on this process alone, of a student that no training has wrapped yet."""
+    student, loader = trainer.model.eval(), trainer.get_test_dataloader(trainer.eval_dataset)
+    if not any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+        # Sharding brings it there when the training begins
+        student.to(trainer.args.device)
+    logits, labels = [], []
+    for batch in DataLoader(loader.dataset, trainer.args.eval_batch_size, collate_fn=loader.collate_fn):
+        with trainer.accelerator.autocast():
+            found = class_logits(trainer._forward(student, batch.to(trainer.args.device)))
+        logits.append(found.float().cpu())
+        labels.append(batch["labels"].cpu())
+    prediction = EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+    return {
+        "metrics": classification_metrics(prediction),
+        "predictions": prediction.predictions.argmax(axis=1).tolist(),
     }
 
 

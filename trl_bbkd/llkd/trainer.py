@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from ..data.teacher_data import places_of
 from ..data.teacher_files import ROW_COLUMN, named
 from ..errors import LLKDDataError, kind_of
-from ..host._compat import get_config_model_id, keep_embeddings_apart
+from ..host._compat import draws_on_every_process, get_config_model_id, keep_embeddings_apart
 from ..host.model_paths import refuse_adapter_path
 from ..host.preflight import (
     refuse_broken_weights,
@@ -440,6 +440,7 @@ def without(rows: Dataset, columns: tuple[str, ...]) -> Dataset:
     return rows.remove_columns([column for column in columns if column in rows.column_names])
 
 
+@draws_on_every_process()
 def load_student(path: str, names: list[str], args: LLKDConfig) -> PreTrainedModel:
     """A student with a head for classes of these names."""
     # The head is random

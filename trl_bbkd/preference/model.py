@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class TrainedInRounds(FinishedCheckpoints, DPOTrainer):
             peft_config=peft_config,
         )
         quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self._init_kwargs = {
             "dtype": self.model.dtype,
             "trust_remote_code": args.trust_remote_code,
@@ -103,17 +104,28 @@ class TrainedInRounds(FinishedCheckpoints, DPOTrainer):
         path = str(self._disk.model(number))
         is_adapter = base_of_adapter(path) is not None
         # Callbacks have states of their own, and a configuration that of its DeepSpeed engine
-        callbacks, held_out = self.callback_handler.callbacks, self.eval_dataset
-        changes: dict[str, Any] = {"model_init_kwargs": None if is_adapter else self._init_kwargs}
+        callbacks, held_out, output_dir = self.callback_handler.callbacks, self.eval_dataset, self.args.output_dir
+        changes: dict[str, Any] = {
+            "model_init_kwargs": None if is_adapter else self._init_kwargs,
+            "output_dir": str(self._disk.output_dir),  # after which a repository is named
+        }
         args = dataclasses.replace(self.args, **changes)
         self._make(
-            model=load_model(path, trainable=True, **self._init_kwargs) if is_adapter else path,
+            model=self._load(number, trainable=True) if is_adapter else path,
             args=args,
             train_dataset=rows,
             processing_class=self.processing_class,
         )
-        self.callback_handler.callbacks, self.eval_dataset = callbacks, held_out
+        self.callback_handler.callbacks, self.eval_dataset, self.args.output_dir = callbacks, held_out, output_dir
         self._round = number
+
+    def _load(self, number: int, trainable: bool = False) -> PreTrainedModel | PeftModel:
+        model = load_model(str(self._disk.model(number)), trainable, **self._init_kwargs)
+        for name, parameter in model.named_parameters():
+            # PEFT loads an adapter in float32
+            if parameter.dtype != self._dtypes[name]:
+                parameter.data = parameter.data.to(self._dtypes[name])
+        return model
 
     def _release(self) -> None:
         """Give back what the model and its training take: it is on disk."""
@@ -139,7 +151,7 @@ class TrainedInRounds(FinishedCheckpoints, DPOTrainer):
                 "Under FSDP and DeepSpeed a model is measured as it lies on disk, after `train` has begun. Call `train` first."
             )
         with whole_models():
-            model = load_model(str(self._disk.model(self._round)), **self._init_kwargs)
+            model = self._load(self._round)
             yield model.to(self.accelerator.device)
         del model
         gc.collect()
@@ -155,7 +167,7 @@ class TrainedInRounds(FinishedCheckpoints, DPOTrainer):
         """Within the block a model that no training has wrapped yet is whole."""
         return gathered(list(self.model.parameters()), is_written=False)
 
-    def _begin(self, number: int, pairs) -> None:
+    def _begin(self, number: int, pairs: Callable[[], Dataset]) -> None:
         """
         Begin round `number` with the model as it is, and make that the reference.
 
