@@ -22,3 +22,18 @@ def trained(model, output, per_device, accumulation) -> dict:
         "candidates": candidates["candidates"][:],
         "scores": candidates["scores"][:],
     }
+
+
+def discriminated(model, output, per_device) -> dict:
+    trainer = make_trainer(
+        output,
+        model,
+        judge="discriminator",
+        discriminator_epochs=2,
+        discriminator_learning_rate=1e-4,
+        per_device_train_batch_size=per_device,
+        num_rounds=1,
+        warmup_epochs=0,
+    )
+    trainer.train()
+    return {"scores": kept_table(output / "round-1/candidates.parquet")["scores"][:]}

@@ -10,6 +10,7 @@ from tests.proxykd.helpers import LORA, assert_same_weights, label_log_probs, ma
 from tests.proxykd.test_alignment import proxy_weights as student_weights
 from tests.proxykd.test_alignment import reference_weights
 from trl_bbkd.preference.sampling import ModelSampler
+from trl_bbkd.preferencekd.comparing import ComparingJudge
 from trl_bbkd.preferencekd.rounds import kept_table
 from trl_bbkd.preferencekd.trainer import PreferenceKDTrainer
 
@@ -247,3 +248,24 @@ def test_conversational_rows(tmp_path, tiny_model_dir, conversational_rows):
     trainer.train()
     pair = kept_table(tmp_path / "round-1/pairs.parquet")[0]
     assert pair["prompt"][-1]["role"] == "user" and isinstance(pair["chosen"], str)
+
+
+@pytest.mark.parametrize("judge", ["self", "path"])
+def test_models_compare(tmp_path, tiny_model_dir, other_model_dir, judge, monkeypatch):
+    """The student as the round begins, or another model: what they are asked is tested in `test_comparing.py`."""
+    judged_by, original = [], ComparingJudge.__call__
+
+    def judge_rows(self, rows):
+        judged_by.append(weights(self.model))
+        return original(self, rows)
+
+    monkeypatch.setattr(ComparingJudge, "__call__", judge_rows)
+    name = other_model_dir if judge == "path" else judge
+    trainer = make_trainer(tmp_path, tiny_model_dir, judge=name, num_rounds=1, trainer_class=RecordingTrainer)
+    trainer.train()
+    expected = (
+        trainer.records[1][0] if judge == "self" else weights(AutoModelForCausalLM.from_pretrained(other_model_dir))
+    )
+    assert_same_weights(judged_by[0], expected)
+    for scores in kept_table(tmp_path / "round-1/candidates.parquet")["scores"]:
+        assert sum(scores) == pytest.approx(1.5) and all(0 <= score <= 1 for score in scores)

@@ -199,6 +199,8 @@ class PreferenceKDConfig(PreferenceRoundsConfig):
         super().__post_init__()
         if self.preference_weight == 0:
             raise ValueError("preference_weight=0.0 leaves SFT alone. Raise it, or take TRL's SFTTrainer.")
+        if self.save_strategy == "best":
+            raise ValueError(f"save_strategy='best' is not possible here: {LAST}")
         if self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}.")
         for name in ("num_generations", "judge_batch_size", "discriminator_epochs"):
