@@ -13,7 +13,7 @@ class PreferenceKD(Method):
     config = "trl_bbkd.preferencekd.config:PreferenceKDConfig"
     report = "trl_bbkd.preferencekd.report:PreferenceKDReport"
     console_keys = ("loss", "nll", "rewards/accuracies", "rewards/margins", "learning_rate")
-    input_paths = ("judge",)
+    input_paths = ("judge", "discriminator")
     goes_on_by_itself = True
 
     def phases(self, recipe) -> list[Phase]:
