@@ -33,8 +33,8 @@ from common.tables import each_of, markdown, mean_of
 from common.tinyworld import world
 
 from trl_bbkd import GADTrainer
-from trl_bbkd.gad.discriminator import collate_responses
-from trl_bbkd.gad.discriminator_trainer import PairBatch, PairScores
+from trl_bbkd.discriminator.model import collate_responses
+from trl_bbkd.discriminator.trainer import PairBatch, PairScores
 
 
 POOL, KEPT = 64, 32

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_bbkd import GADConfig, GADTrainer
-from trl_bbkd.gad.discriminator import build_discriminator, collate_responses
+from trl_bbkd.discriminator.model import build_discriminator, collate_responses
 
 
 WARMUP_STEPS = 2

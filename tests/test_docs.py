@@ -37,11 +37,11 @@ def check_tables_of_keys(page):
     """Of each method: its own keys, the common ones, the rest, and what is refused, each key once."""
     from trl import GRPOConfig
 
-    from trl_bbkd import GADConfig, LLKDConfig
+    from trl_bbkd import GADConfig, LLKDConfig, PreferenceKDConfig
 
     _, *methods = re.split(r'<h3 id="[\w-]+">', page)
-    assert len(methods) == 4 and "<!-- keys" not in page
-    for config, part in ((GADConfig, methods[0]), (LLKDConfig, methods[3])):
+    assert len(methods) == 5 and "<!-- keys" not in page
+    for config, part in ((GADConfig, methods[0]), (PreferenceKDConfig, methods[3]), (LLKDConfig, methods[4])):
         keys = re.findall(r"<tr><td><code[^>]*>(.*?)</code>", part)
         names = {key.replace("<wbr>", "").replace("<wbr />", "") for key in keys}
         assert len(names) == len(keys) and {field.name for field in fields(config) if field.init} <= names

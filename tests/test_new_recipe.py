@@ -88,9 +88,12 @@ def test_text_stays_text(folder, value):
     [
         (
             "gda --student a/b --data c/d",
-            "there is no method 'gda'; did you mean 'gad'? Methods: bayeskd, gad, llkd, proxykd.",
+            "there is no method 'gda'; did you mean 'gad'? Methods: bayeskd, gad, llkd, preferencekd, proxykd.",
         ),
-        ("ppo --student a/b --data c/d", "there is no method 'ppo'. Methods: bayeskd, gad, llkd, proxykd."),
+        (
+            "ppo --student a/b --data c/d",
+            "there is no method 'ppo'. Methods: bayeskd, gad, llkd, preferencekd, proxykd.",
+        ),
         ("gad --data c/d", "the following arguments are required: --student"),
         (
             "gad --student a/b --data none.jsonl",

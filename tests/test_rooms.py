@@ -38,10 +38,14 @@ def test_imports_keep_to_the_plan():
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("gad/objectives.py", "from ..proxykd import weights", "Floors go down, and no method knows another"),
+        ("gad/advantages.py", "from ..proxykd import weights", "Floors go down, and no method knows another"),
         ("data/messages.py", "from ..runs import recipe", "Floors go down, and no method knows another"),
         ("gad/trainer.py", "from ..runs import job", "A method's own files alone know runs"),
-        ("gad/objectives.py", "from ..host import resume", "Mathematics imports nothing of ours but mathematics"),
+        (
+            "discriminator/objectives.py",
+            "from ..host import resume",
+            "Mathematics imports nothing of ours but mathematics",
+        ),
         ("reports/curves.py", "from . import text_report", "No circles"),
     ],
 )

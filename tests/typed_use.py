@@ -22,6 +22,8 @@ from trl_bbkd import (
     LLKDDataCollator,
     LLKDMixin,
     LLKDTrainer,
+    PreferenceKDConfig,
+    PreferenceKDTrainer,
     ProxyAlignmentConfig,
     ProxyAlignmentTrainer,
     ProxyKDConfig,
@@ -54,6 +56,17 @@ def proxy_kd(rows: Dataset) -> None:
     assert_type(trainer.args, ProxyKDConfig)
     # As every trainer of transformers is called
     ProxyKDTrainer("student", args=args, train_dataset=rows)
+
+
+def length(prompts: list, candidates: list[str], teacher_answers: list[str]) -> list[float]:
+    return [float(len(text)) for text in candidates]
+
+
+def preference_kd(model: PreTrainedModel, rows: Dataset) -> None:
+    args = PreferenceKDConfig(output_dir="student", judge="overlap", num_generations=4)
+    trainer = PreferenceKDTrainer(model, args, train_dataset=rows, judge=length)
+    assert_type(trainer.train(), TrainOutput)
+    assert_type(trainer.args, PreferenceKDConfig)
 
 
 def alignment(model: PreTrainedModel, rows: Dataset) -> None:

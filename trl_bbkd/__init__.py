@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from .bayeskd.config import BayesKDConfig
     from .bayeskd.trainer import BayesKDTrainer
     from .data.teacher_data import load_teacher_data
+    from .discriminator.model import Discriminator
     from .errors import DistillationError
     from .gad.config import GADConfig
-    from .gad.discriminator import Discriminator
     from .gad.trainer import GADTrainer
     from .llkd.config import LLKDConfig
     from .llkd.pseudo_labels import pseudo_label
     from .llkd.trainer import LLKDTrainer
+    from .preferencekd.config import PreferenceKDConfig
+    from .preferencekd.trainer import PreferenceKDTrainer
     from .proxykd.alignment_config import ProxyAlignmentConfig
     from .proxykd.alignment_trainer import ProxyAlignmentTrainer
     from .proxykd.config import ProxyKDConfig
@@ -36,6 +38,8 @@ __all__ = [
     "LLKDDataCollator",
     "LLKDMixin",
     "LLKDTrainer",
+    "PreferenceKDConfig",
+    "PreferenceKDTrainer",
     "ProxyAlignmentConfig",
     "ProxyAlignmentTrainer",
     "ProxyKDConfig",
@@ -49,7 +53,7 @@ __all__ = [
 _LAZY_NAMES = {
     "BayesKDConfig": ".bayeskd.config",
     "BayesKDTrainer": ".bayeskd.trainer",
-    "Discriminator": ".gad.discriminator",
+    "Discriminator": ".discriminator.model",
     "DistillationError": ".errors",
     "GADConfig": ".gad.config",
     "GADTrainer": ".gad.trainer",
@@ -57,6 +61,8 @@ _LAZY_NAMES = {
     "LLKDDataCollator": ".selection.collator",
     "LLKDMixin": ".selection.mixin",
     "LLKDTrainer": ".llkd.trainer",
+    "PreferenceKDConfig": ".preferencekd.config",
+    "PreferenceKDTrainer": ".preferencekd.trainer",
     "ProxyAlignmentConfig": ".proxykd.alignment_config",
     "ProxyAlignmentTrainer": ".proxykd.alignment_trainer",
     "ProxyKDConfig": ".proxykd.config",

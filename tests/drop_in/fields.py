@@ -162,6 +162,35 @@ ALIGNMENT = {
     "pad_token": ACTS,
 }
 
+MEASURED = "refused: NLL and agreement with the teacher, measured before and after every round, take its place"
+LAST = "refused: the student of the last round is kept"
+AT_THE_END = "refused: the student goes to the Hub when all rounds are done"
+OF_A_ROUND = "differs: of one round; the warm-up has `warmup_epochs` and `warmup_learning_rate`"
+
+PREFERENCE = ALIGNMENT | {
+    # TrainingArguments
+    **dict.fromkeys([name for name, verdict in ALIGNMENT.items() if verdict == EVALUATION], MEASURED),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), LAST),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token"), ACTS),
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), AT_THE_END),
+    **dict.fromkeys(("num_train_epochs", "max_steps"), OF_A_ROUND),
+    "learning_rate": "differs: of one round, 5e-7 by default; the warm-up has `warmup_learning_rate`",
+    "lr_scheduler_type": "differs: of the warm-up and of each round; `cosine` by default",
+    "warmup_steps": "differs: of the warm-up and of each round; a tenth of their steps by default",
+    "output_dir": "differs: holds the student, and a folder for each round",
+    "resume_from_checkpoint": "differs: a run that was stopped goes on by itself",
+    "save_strategy": "differs: 'best' is refused; the student of the last round is kept",
+    # DPOConfig
+    "loss_type": "refused: it is `sigmoid`, and the NLL of the teacher's answers",
+    "ref_model_mixup_alpha": "refused: the reference is the student as it was when the round began",
+    "ref_model_sync_steps": "refused: the reference is the student as it was when the round began",
+    "sync_ref_model": "refused: the reference is the student as it was when the round began",
+    "label_smoothing": "refused: neither the preference loss nor the NLL has it",
+    "label_smoothing_factor": "refused: neither the preference loss nor the NLL has it",
+    "discopop_tau": "refused: belongs to another loss",
+    "use_weighting": "refused: TRL cannot weigh the NLL of the teacher's answers",
+}
+
 CLASSIFIER = {
     **dict.fromkeys(TRAINING, ACTS),
     **SCRIPT_FLAGS,
@@ -263,6 +292,14 @@ ALIGNMENT_ARGUMENTS = {
     "optimizers": "refused: each round has an optimizer of its own",
     "quantization_config": ACTS,
     "peft_config": "differs: prompt learning is refused",
+}
+
+PREFERENCE_ARGUMENTS = ALIGNMENT_ARGUMENTS | {
+    "model": "differs: a student that is frozen, has virtual tokens or is an adapter's path is refused",
+    "ref_model": "refused: the reference is the student as it was when the round began",
+    "train_dataset": "differs: a `Dataset` of prompts and the teacher's completions; the student makes the answers to compare",
+    "eval_dataset": "differs: a `Dataset` of prompts and the teacher's completions, of which the NLL is measured",
+    "compute_metrics": "refused: NLL and agreement with the teacher take its place",
 }
 
 CLASSIFIER_ARGUMENTS = {

@@ -45,6 +45,9 @@ def sections() -> list[Section]:
             "`ProxyAlignmentTrainer`, for `DPOTrainer`", "DPOConfig", fields.ALIGNMENT_ARGUMENTS, fields.ALIGNMENT
         ),
         Section(
+            "`PreferenceKDTrainer`, for `DPOTrainer`", "DPOConfig", fields.PREFERENCE_ARGUMENTS, fields.PREFERENCE
+        ),
+        Section(
             "`LLKDTrainer`, for transformers' `Trainer`",
             "TrainingArguments",
             fields.CLASSIFIER_ARGUMENTS,

@@ -17,6 +17,8 @@ from trl_bbkd import (
     BayesKDTrainer,
     LLKDConfig,
     LLKDTrainer,
+    PreferenceKDConfig,
+    PreferenceKDTrainer,
     ProxyAlignmentConfig,
     ProxyAlignmentTrainer,
     ProxyKDConfig,
@@ -28,12 +30,14 @@ CONFIGS = {
     ProxyKDConfig: (SFTConfig, fields.SOFT_TARGETS),
     BayesKDConfig: (SFTConfig, fields.SOFT_TARGETS),
     ProxyAlignmentConfig: (DPOConfig, fields.ALIGNMENT),
+    PreferenceKDConfig: (DPOConfig, fields.PREFERENCE),
     LLKDConfig: (TrainingArguments, fields.CLASSIFIER),
 }
 TRAINERS = {
     ProxyKDTrainer: (SFTTrainer, fields.PROXY_ARGUMENTS, ProxyKDConfig),
     BayesKDTrainer: (SFTTrainer, fields.PROXY_ARGUMENTS, BayesKDConfig),
     ProxyAlignmentTrainer: (DPOTrainer, fields.ALIGNMENT_ARGUMENTS, ProxyAlignmentConfig),
+    PreferenceKDTrainer: (DPOTrainer, fields.PREFERENCE_ARGUMENTS, PreferenceKDConfig),
     LLKDTrainer: (Trainer, fields.CLASSIFIER_ARGUMENTS, LLKDConfig),
 }
 ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -79,7 +83,11 @@ def test_every_verdict_says_something():
 
 @pytest.mark.parametrize(("config", "name"), REFUSED_FIELDS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_refused_field_is_refused_by_name(config, name):
-    value = "hinge" if config is ProxyAlignmentConfig and name == "loss_type" else fields.REFUSED_VALUES[name]
+    value = (
+        "hinge"
+        if config in (ProxyAlignmentConfig, PreferenceKDConfig) and name == "loss_type"
+        else fields.REFUSED_VALUES[name]
+    )
     beside = {"eval_strategy": "no"} if name != "eval_strategy" else {}
     with pytest.raises(ValueError, match=rf"^{name}=.* is not possible") as error:
         config("out", **{**ON_CPU, **beside, name: value})
@@ -98,12 +106,13 @@ def test_what_is_done_anyway_may_be_said(config):
     config("out", completion_only_loss=True, router_aux_loss_coef=0.0, eval_packing=False, **ON_CPU)
 
 
+@pytest.mark.parametrize("config", [ProxyAlignmentConfig, PreferenceKDConfig])
 @pytest.mark.parametrize(
     ("name", "value"), [("train_sampling_strategy", "group_by_length"), ("save_strategy", "best")]
 )
-def test_a_value_that_an_alignment_has_no_use_for(name, value):
+def test_a_value_that_rounds_have_no_use_for(config, name, value):
     with pytest.raises(ValueError, match=f"{name}='{value}' is not possible here"):
-        ProxyAlignmentConfig("out", **{**ON_CPU, name: value})
+        config("out", **{**ON_CPU, name: value})
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from trl_bbkd.gad.discriminator import Discriminator, build_discriminator, collate_responses
+from trl_bbkd.discriminator.model import Discriminator, build_discriminator, collate_responses
 
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]

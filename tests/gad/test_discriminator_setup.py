@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import build_model
-from trl_bbkd.gad.discriminator import build_discriminator
+from trl_bbkd.discriminator.model import build_discriminator
 
 from .helpers import discriminator_steps, make_trainer
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.processes import on_processes
-from trl_bbkd.gad.objectives import scaled_log_likelihoods
+from trl_bbkd.discriminator.objectives import scaled_log_likelihoods
 
 from .helpers import (
     FixedSamplesTrainer,

@@ -10,10 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import SENTENCES
 from tests.processes import on_processes
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
+from trl_bbkd.discriminator.model import Discriminator
+from trl_bbkd.discriminator.trainer import PairBatch
 from trl_bbkd.evaluation.student import teacher_nll
 from trl_bbkd.gad.critic import Critic
-from trl_bbkd.gad.discriminator import Discriminator
-from trl_bbkd.gad.discriminator_trainer import PairBatch
 from trl_bbkd.host.reference import REFERENCE_ADAPTER
 
 from .helpers import FixedSamplesTrainer, are_different, assert_same_weights, make_trainer, weights

@@ -93,7 +93,7 @@ def test_what_is_missing_is_named(tiny_model_dir, tmp_path, standard_rows):
 def test_save_model_leaves_student_and_discriminator(tiny_model_dir, tmp_path, standard_rows):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_bbkd.gad.discriminator import Discriminator
+    from trl_bbkd.discriminator.model import Discriminator
 
     trainer = make_trainer(tmp_path / "run", tiny_model_dir, standard_rows, max_steps=2)
     trainer.train()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trl_bbkd.discriminator.trainer import PairBatch
 from trl_bbkd.gad import advantage_estimator, critic
 from trl_bbkd.gad import trainer as gad_trainer
-from trl_bbkd.gad.discriminator_trainer import PairBatch
 
 from .helpers import (
     FixedSamplesTrainer,

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer
 
-from trl_bbkd.gad.discriminator_trainer import PairBatch
+from trl_bbkd.discriminator.trainer import PairBatch
 from trl_bbkd.gad.trainer import GADTrainer
 
 from .helpers import (

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bbkd.gad.objectives import (
+from trl_bbkd.discriminator.objectives import (
     bradley_terry_loss,
     cross_entropy_loss,
     group_std,

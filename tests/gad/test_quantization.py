@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.conftest import build_model
-from trl_bbkd.gad.discriminator import Discriminator, collate_responses
+from trl_bbkd.discriminator.model import Discriminator, collate_responses
 from trl_bbkd.host._compat import keep_4bit_weights_differentiable
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.run import run

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.processes import on_processes
-from trl_bbkd.gad.discriminator import Discriminator, collate_responses
+from trl_bbkd.discriminator.model import Discriminator, collate_responses
 
 from .helpers import are_different, assert_same_weights, fill_adapters, make_trainer, weights
 from .on_processes import trained

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_bbkd.gad.stabilizers import ReplayBuffer, std_floor_factor, without_length_effect
+from trl_bbkd.discriminator.stabilizers import ReplayBuffer, std_floor_factor, without_length_effect
 
 
 def test_std_floor_factor_divides_by_the_floor_instead():

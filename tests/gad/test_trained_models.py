@@ -6,8 +6,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from trl_bbkd.discriminator.model import Discriminator, build_discriminator
 from trl_bbkd.evaluation.student import generate_completions
-from trl_bbkd.gad.discriminator import Discriminator, build_discriminator
 from trl_bbkd.host.preflight import refuse_short_embeddings
 
 from .helpers import are_different, assert_same_weights, make_trainer, no_model_is_loaded, weights

@@ -84,6 +84,8 @@ OVERRIDDEN = {
     (DPOTrainer, "evaluate"): ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
     (DPOTrainer, "predict"): ["self", "test_dataset", "ignore_keys", "metric_key_prefix"],
     (DPOTrainer, "_prepare_dataset"): ["self", "dataset", "processing_class", "args", "dataset_name"],
+    (DPOTrainer, "_compute_loss"): ["self", "model", "inputs", "return_outputs"],
+    (DPOTrainer, "_set_signature_columns_if_needed"): ["self"],
     (DPOTrainer, "train"): ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     (_compat.DataCollatorForLanguageModeling, "torch_call"): ["self", "examples"],
 }

@@ -12,7 +12,13 @@ from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.methods import METHODS, load_class, load_method
 
 
-TRAINERS = {"gad": "GADTrainer", "proxykd": "ProxyKDTrainer", "bayeskd": "BayesKDTrainer", "llkd": "LLKDTrainer"}
+TRAINERS = {
+    "gad": "GADTrainer",
+    "proxykd": "ProxyKDTrainer",
+    "bayeskd": "BayesKDTrainer",
+    "preferencekd": "PreferenceKDTrainer",
+    "llkd": "LLKDTrainer",
+}
 LOOKED_AT = """
 import sys
 from trl_bbkd.runs.methods import METHODS, load_method

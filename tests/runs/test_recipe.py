@@ -169,7 +169,7 @@ class TestErrors:
             ("learning_rate: 1e-6", "`method` is missing. Add a line `method: gad`"),
             ("method: gda", "line 1: unknown method 'gda'; available: gad"),
             ("method: [gad]", "line 1: unknown method .'gad'.; available: gad"),
-            ("\nmethod: lkd", "line 2: unknown method 'lkd'; available: gad, proxykd, bayeskd, llkd"),
+            ("\nmethod: lkd", "line 2: unknown method 'lkd'; available: gad, proxykd, bayeskd, preferencekd, llkd"),
             ("", "a recipe is a YAML mapping"),
             ("- method: gad", "a recipe is a YAML mapping"),
         ],

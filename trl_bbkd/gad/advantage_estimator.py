@@ -2,6 +2,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from ..discriminator.stabilizers import std_floor_factor
 from .advantages import (
     generalized_advantage_estimation,
     group_relative_returns,
@@ -10,7 +11,6 @@ from .advantages import (
 )
 from .config import GADConfig
 from .critic import CriticTrainer
-from .stabilizers import std_floor_factor
 
 
 SCALE_EPSILON = 1e-4

@@ -3,6 +3,7 @@
 from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ..discriminator.model import Discriminator
 from ..host.preflight import (
     refuse_frozen,
     refuse_frozen_adapter,
@@ -12,7 +13,6 @@ from ..host.preflight import (
     require_model,
 )
 from .config import GADConfig
-from .discriminator import Discriminator
 
 
 def check_arguments(model, discriminator, reward_funcs, args, optimizers: tuple, tools, environment_factory) -> None:

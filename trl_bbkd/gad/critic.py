@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from ..discriminator.embeddings import match_embeddings
 from ..host._compat import disable_dropout
 from ..host.engines import copy_into, make_engine
 from .advantages import clipped_value_loss
 from .config import GADConfig
-from .embeddings import match_embeddings
 
 
 CRITIC_NAME = "critic.safetensors"

@@ -20,6 +20,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
+from ..discriminator.embeddings import match_embeddings
+from ..discriminator.model import Discriminator
+from ..discriminator.stabilizers import without_length_effect
+from ..discriminator.trainer import DiscriminatorTrainer, PairBatch, PairScores
 from ..errors import DivergedError
 from ..evaluation.means import EvaluationMeans
 from ..evaluation.student import SampleMetrics, judge, with_one_end, without_router_logits
@@ -37,13 +41,9 @@ from .advantage_estimator import AdvantageEstimator
 from .checks import check_arguments, check_checkpoint, check_rewards, check_student
 from .config import GADConfig
 from .critic import CriticTrainer, build_critic
-from .discriminator import Discriminator
 from .discriminator_setup import check_sharded_models, resolve_discriminator, start_discriminator
-from .discriminator_trainer import DiscriminatorTrainer, PairBatch, PairScores
-from .embeddings import match_embeddings
 from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
 from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
-from .stabilizers import without_length_effect
 from .teacher_rows import TeacherRows
 from .vllm import SampledWithVLLM, check_vllm
 from .warmup import TwoStageGAD
@@ -400,8 +400,9 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
             )
         self._evidence = self._scores
         if self.args.discriminator_entropy > 0:
-            own = self._own_log_probs(pairs)
-            self._evidence = self.discriminator_trainer.less_student_likelihood(self._scores, pairs, own)
+            self._evidence = self.discriminator_trainer.less_student_likelihood(
+                self._scores, pairs, self._own_log_probs(pairs), self.args.discriminator_entropy
+            )
         # TRL drops a column named `completion`: pass the teacher's answer under another name
         own = [{name: value for name, value in row.items() if name not in INTERNAL_COLUMNS} for row in inputs]
         inputs = [{**row, TEACHER_COMPLETION: row["completion"]} for row in own]

@@ -8,9 +8,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..discriminator.trainer import PairBatch
 from ..host._compat import pad, without_backward_of_leaves, without_step
 from ..host.typed import MixinBase
-from .discriminator_trainer import PairBatch
 from .monitor import TrainingMonitor
 
 

@@ -127,8 +127,13 @@ class PreferenceRoundsConfig(TeacherTextConfig, DPOConfig):
     )
     num_completions_to_print: int = field(default=5, metadata={"help": "How many pairs are printed."})
 
+    def own_losses(self) -> dict[str, float]:
+        """The losses of TRL that make up this one, each with its weight."""
+        return {"sigmoid": self.preference_weight, "sft": self.sft_weight}
+
     def __post_init__(self):
-        own = {"loss_type": ["sigmoid", "sft"], "loss_weights": [self.preference_weight, self.sft_weight]}
+        losses = self.own_losses()
+        own = {"loss_type": list(losses), "loss_weights": list(losses.values())}
         # What it sets itself comes back where a configuration is made from another one's fields
         refuse_fields(self, OWN_LOSS, "here", {name: (value,) for name, value in own.items()})
         refuse_fields(self, self._refused, "here")

@@ -194,10 +194,10 @@ class TrainedInRounds(FinishedCheckpoints, DPOTrainer):
 
     def _keep(self, number: int) -> None:
         """Write the model as round `number` has left it, whole."""
-        weights = None
-        if self._is_sharded and number > 0:
+        weights, has_trained = None, self.optimizer is not None
+        if self._is_sharded and has_trained:
             weights = self.accelerator.get_state_dict(self.model_wrapped)
-        with self._gathered() if number == 0 else contextlib.nullcontext():
+        with contextlib.nullcontext() if has_trained else self._gathered():
             if self.args.should_save:
                 save_model(self._unwrapped(), self.processing_class, self._disk.model(number), weights)
         self.accelerator.wait_for_everyone()

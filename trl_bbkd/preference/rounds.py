@@ -49,6 +49,11 @@ class RoundsOnDisk:
             rounds.append(entry)
         return rounds
 
+    def begin(self, run: dict) -> None:
+        """Say what the training is made from, before any of it is."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        _write(self.output_dir / self.run_file, {"run": run, "rounds": []})
+
     def finish(self, run: dict, rounds: list[dict], log: list[dict]) -> None:
         """
         Mark the last of `rounds` as finished.

@@ -196,6 +196,15 @@ class PreferenceRoundsTrainer(TrainedInRounds):
             samples = list(shard["teacher_ids"])  # without a preference there is nothing to sample
         return teacher_over_sample(shard, samples)
 
+    @property
+    def _learns_first(self) -> bool:
+        """Whether `_before_first_round` trains the model."""
+        return False
+
+    def _before_first_round(self) -> list[dict]:
+        """What a method does before the first round; the log of what it trains comes back."""
+        return []
+
     # Rounds
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -211,28 +220,34 @@ class PreferenceRoundsTrainer(TrainedInRounds):
         """
         self.rounds = self._disk.finished()
         # The model in memory has learned since, and goes on from a round on disk
-        has_learned = len(self.rounds) > 1 or self._is_sharded
+        of_the_handed_in = 0 if self._learns_first else 1
+        has_learned = len(self.rounds) > of_the_handed_in or self._is_sharded
         if self._run is None or not has_learned:
             self._check_run()
         if self.rounds:
             self._round = self.rounds[-1]["round"]
-        if len(self.rounds) > 1:
+        if len(self.rounds) > of_the_handed_in:
             self._go_back(len(self.rounds) - 1, self._teacher_rows)
         if not self.rounds:
-            self._end_round(0, [])
+            started = time.perf_counter() if self._learns_first else None
+            self._end_round(0, self._before_first_round(), started)
         for number in range(len(self.rounds), self.args.num_rounds + 1):
             if self._has_converged():
                 break
             started = time.perf_counter()
             self._begin_round(number)
-            checkpoint = last_finished_checkpoint(self.args.output_dir)
-            super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-            refuse_no_steps(self.state.global_step, f"Round {number}")
-            self._end_round(number, self.state.log_history, started)
+            self._end_round(number, self._train_on_rows(f"Round {number}", *args, **kwargs), started)
         self.args.output_dir = str(self._disk.output_dir)
         if self.best_round != self.rounds[-1]["round"]:
             self._go_back(self.best_round, self._teacher_rows)
         self._write(self._disk.output_dir)
+
+    def _train_on_rows(self, name: str, *args, **kwargs) -> list[dict]:
+        """Train on `train_dataset` in `args.output_dir`, from its last checkpoint if there is one. The log comes back."""
+        checkpoint = last_finished_checkpoint(self.args.output_dir)
+        super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        refuse_no_steps(self.state.global_step, name)
+        return self.state.log_history
 
     @property
     def best_round(self) -> int:
@@ -340,7 +355,7 @@ class PreferenceRoundsTrainer(TrainedInRounds):
 
     def _end_round(self, number: int, log: list[dict], started: float | None = None) -> None:
         # The first one is gone back to where no round is better
-        if number > 0 or self._patience is not None or self._is_sharded:
+        if number > 0 or self._patience is not None or self._learns_first or self._is_sharded:
             self._keep(number)
         metrics = self._measure()
         self._finish_round(number, metrics, log, 0.0 if started is None else time.perf_counter() - started)

@@ -11,6 +11,7 @@ METHODS = {
     "gad": "trl_bbkd.gad.method",
     "proxykd": "trl_bbkd.proxykd.method",
     "bayeskd": "trl_bbkd.bayeskd.method",
+    "preferencekd": "trl_bbkd.preferencekd.method",
     "llkd": "trl_bbkd.llkd.method",
 }
 

@@ -162,8 +162,8 @@ class RecipeFile:
         if isinstance(value, dict) and is_input:
             return {key: self._next_to_recipe(name, item) for key, item in value.items()}
         folder = str(self.path.parent.absolute())
-        if isinstance(value, str) and name in CALLABLES:
-            file, colon, function = value.rpartition(":")
+        file, _, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if name in CALLABLES or (is_input and file.endswith(".py")):
             return f"{os.path.normpath(os.path.join(folder, file))}:{function}" if _exists(file, folder) else value
         if isinstance(value, str) and is_input and _exists(value, folder):
             return os.path.normpath(os.path.join(folder, value))

@@ -16,6 +16,7 @@ from .methods import load_method
 # Where TRL and transformers, which export lazily, keep a class
 HOMES = {
     "TrainingArguments": "transformers/training_args.py",
+    "DPOConfig": "trl/trainer/dpo_config.py",
     "GRPOConfig": "trl/trainer/grpo_config.py",
     "SFTConfig": "trl/trainer/sft_config.py",
     "ModelConfig": "trl/trainer/model_config.py",

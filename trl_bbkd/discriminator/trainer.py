@@ -1,14 +1,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from ..host.engines import gathered, make_engine, whole
-from .config import GADConfig
-from .discriminator import Discriminator, collate_responses
+from .model import Discriminator, collate_responses
 from .objectives import (
     bradley_terry_loss,
     cross_entropy_loss,
@@ -101,6 +100,25 @@ class PairScores(NamedTuple):
     student_tokens: torch.Tensor | None = None
 
 
+class DiscriminatorSettings(Protocol):
+    """What a method's configuration says of its discriminator: see [`~gad.config.GADConfig`]."""
+
+    seed: int
+    gradient_checkpointing: bool
+    per_device_train_batch_size: int
+    discriminator_loss: str
+    discriminator_learning_rate: float
+    discriminator_warmup_learning_rate: float | None
+    discriminator_weight_decay: float
+    discriminator_max_grad_norm: float
+    discriminator_updates_per_batch: int
+    discriminator_batch_size: int | None
+    discriminator_sft_weight: float
+    discriminator_credit: str
+    discriminator_replay_size: int
+    discriminator_replay_ratio: float
+
+
 class DiscriminatorTrainer:
     """
     Scores pairs with the discriminator and takes its optimizer's steps.
@@ -108,7 +126,7 @@ class DiscriminatorTrainer:
     Args:
         discriminator ([`Discriminator`]):
             The model to train. Wrapped for the current device and processes.
-        args ([`GADConfig`]):
+        args ([`DiscriminatorSettings`]):
             Its `discriminator_*` fields, `gradient_checkpointing` and `per_device_train_batch_size` are used.
         accelerator ([`~accelerate.Accelerator`]):
             The student trainer's accelerator.
@@ -116,7 +134,9 @@ class DiscriminatorTrainer:
             Padding id of the tokenizer.
     """
 
-    def __init__(self, discriminator: Discriminator, args: GADConfig, accelerator: Accelerator, pad_token_id: int):
+    def __init__(
+        self, discriminator: Discriminator, args: DiscriminatorSettings, accelerator: Accelerator, pad_token_id: int
+    ):
         if args.gradient_checkpointing:
             discriminator.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.args = args
@@ -179,10 +199,10 @@ class DiscriminatorTrainer:
         return PairScores(teacher, student, tokens)
 
     def less_student_likelihood(
-        self, scores: PairScores, pairs: PairBatch, student_log_probs: torch.Tensor
+        self, scores: PairScores, pairs: PairBatch, student_log_probs: torch.Tensor, share: float
     ) -> PairScores:
         """
-        Scores as a reward that has `discriminator_entropy` of the student's own log-likelihood taken off.
+        Scores as a reward that has a share of the student's own log-likelihood taken off.
 
         Args:
             scores ([`PairScores`]):
@@ -191,10 +211,12 @@ class DiscriminatorTrainer:
                 What was scored.
             student_log_probs (`torch.Tensor` of shape `(B, T)`):
                 The student's log-probabilities of its samples' tokens, right-padded with zeros.
+            share (`float`):
+                How much of it.
         """
         lengths = torch.tensor([len(ids) for ids in pairs.student_ids], device=student_log_probs.device)
-        own = self.args.discriminator_entropy * scaled_log_likelihoods(
-            student_log_probs, lengths, self._likelihood_scale(), self.args.discriminator_likelihood_reduction
+        own = share * scaled_log_likelihoods(
+            student_log_probs, lengths, self._likelihood_scale(), self.discriminator.likelihood_reduction
         )
         tokens = None if scores.student_tokens is None else scores.student_tokens - own
         return scores._replace(student=scores.student - own.sum(dim=1), student_tokens=tokens)
