@@ -11,7 +11,7 @@ from tests.sharding import test_llkd, test_soft_targets
 from tests.sharding.runs import gad
 from tests.sharding.test_gad import VARIANTS, assert_same_run
 from tests.sharding.test_other_processes import llkd_run, proxykd_run
-from trl_bbkd.gad.discriminator import Discriminator
+from trl_bbkd.discriminator.model import Discriminator
 from trl_bbkd.host.sharding import AVERAGES_ON_CPUS
 
 

@@ -127,6 +127,9 @@ class GADConfig(GRPOConfig):
             (adversarial stage).
         discriminator_max_accuracy (`float`, *optional*):
             Hold the discriminator still while its accuracy on fresh pairs is over this bound (adversarial stage).
+        discriminator_patience (`int`, *optional*):
+            Stop the discriminator, for good, after so many evaluations without a higher accuracy on held-out rows: from
+            then on it learns the training answers by heart. It needs `eval_strategy` and one evaluation data set.
         group_std_floor (`float`, *optional*, defaults to `0.0`):
             Least standard deviation that advantages of `"group"` are divided by, in units of the reward.
         length_control (`bool`, *optional*, defaults to `False`):
@@ -306,6 +309,10 @@ class GADConfig(GRPOConfig):
         default=None,
         metadata={"help": "Hold the discriminator still while its accuracy on fresh pairs is higher."},
     )
+    discriminator_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop the discriminator after so many evaluations without better held-out accuracy."},
+    )
     group_std_floor: float = field(
         default=0.0, metadata={"help": "Least standard deviation that group advantages are divided by."}
     )
@@ -440,6 +447,11 @@ class GADConfig(GRPOConfig):
             raise ValueError(
                 "policy_min_accuracy and discriminator_max_accuracy wait for a discriminator that learns, but "
                 "discriminator_updates_per_batch is 0. Set one of the two."
+            )
+        if self.discriminator_patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"discriminator_patience={self.discriminator_patience} counts evaluations, of which there are none. Set "
+                "eval_strategy."
             )
         if self.discriminator_replay_size == 0:
             return

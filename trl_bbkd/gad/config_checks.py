@@ -113,6 +113,7 @@ def check_bounds(config) -> None:
         "discriminator_sft_weight": 0,
         "sft_weight": 0,
         "discriminator_entropy": 0,
+        "discriminator_patience": 1,
         "discriminator_batch_size": 1,
         "max_prompt_length": 1,
         "gamma": 0,

@@ -18,6 +18,7 @@ MIN_TEACHER_ANSWERS = 16  # of fewer, some token is always more frequent on one 
 MAX_LENGTH_RATIO = 1.5
 MIN_REMAINING_GROUP_STD = 0.1
 MIN_REMAINING_ENTROPY = 0.25
+MAX_HELD_OUT_GAP = 0.2
 TOLD_POSITIONS = 8
 
 
@@ -28,7 +29,7 @@ class TrainingWarning:
 
     Parameters:
         kind (`str`):
-            `"saturated"`, `"inverted"`, `"tell"`, `"length"`, `"group_std"` or `"entropy"`.
+            `"saturated"`, `"inverted"`, `"memorised"`, `"tell"`, `"length"`, `"group_std"` or `"entropy"`.
         step (`int`):
             Optimizer step at which it was noticed.
         text (`str`):
@@ -115,6 +116,8 @@ class TrainingMonitor:
         self.at_start: dict[str, float] = {}
         self.answers: list[list[list[list[int]]]] = []  # of batches too small to be searched alone, [teacher, student]
         self.entropy: float | None = None  # of the student's latest loss
+        self.best_held_out: float | None = None  # of the discriminator's accuracies on held-out rows
+        self.evaluations_since_best = 0
 
     def state(self) -> dict:
         """What a resumed run needs, ready for JSON."""
@@ -125,6 +128,8 @@ class TrainingMonitor:
             "at_start": self.at_start,
             "answers": self.answers,
             "entropy": self.entropy,
+            "best_held_out": self.best_held_out,
+            "evaluations_since_best": self.evaluations_since_best,
         }
 
     def load_state(self, state: dict) -> None:
@@ -135,6 +140,8 @@ class TrainingMonitor:
         self.at_start = state["at_start"]
         self.answers = state["answers"]
         self.entropy = state["entropy"]
+        self.best_held_out = state["best_held_out"]
+        self.evaluations_since_best = state["evaluations_since_best"]
 
     def observe(
         self,
@@ -176,6 +183,36 @@ class TrainingMonitor:
             self.adversarial.append(metrics)
             if len(self.adversarial) == WINDOW:
                 found |= self._judge_adversarial()
+        return self._tell(step, found)
+
+    def observe_held_out(self, step: int, accuracy: float) -> list[TrainingWarning]:
+        """
+        Take in the discriminator's accuracy on held-out rows, of one evaluation.
+
+        Args:
+            step (`int`):
+                Optimizer step.
+            accuracy (`float`):
+                Share of pairs in which the teacher's answer scores higher.
+
+        Returns:
+            `list[TrainingWarning]`: What is new.
+        """
+        self.evaluations_since_best += 1
+        if self.best_held_out is None or accuracy > self.best_held_out:
+            self.best_held_out, self.evaluations_since_best = accuracy, 0
+        trained = self._mean("discriminator/accuracy")
+        found = {}
+        if len(self.adversarial) == WINDOW and trained - accuracy > MAX_HELD_OUT_GAP:
+            found["memorised"] = (
+                f"the discriminator knows the teacher's training answers by heart (accuracy {trained:.2f} on training prompts, "
+                f"{accuracy:.2f} on held-out ones): its reward says little of other text. Start it from a checkpoint that has not "
+                "been trained on these answers, stop it when it gets no better there (discriminator_patience), or give it more rows."
+            )
+        return self._tell(step, found)
+
+    def _tell(self, step: int, found: dict[str, str]) -> list[TrainingWarning]:
+        """What has not been told yet of what was found, by kind."""
         told = {warning.kind for warning in self.warnings}
         new = [TrainingWarning(kind, step, text) for kind, text in found.items() if kind not in told]
         self.warnings += new

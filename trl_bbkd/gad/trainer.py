@@ -1,5 +1,4 @@
 import copy
-import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
@@ -26,7 +25,7 @@ from ..discriminator.stabilizers import without_length_effect
 from ..discriminator.trainer import DiscriminatorTrainer, PairBatch, PairScores
 from ..errors import DivergedError
 from ..evaluation.means import EvaluationMeans
-from ..evaluation.student import SampleMetrics, judge, with_one_end, without_router_logits
+from ..evaluation.student import SampleMetrics, with_one_end, without_router_logits
 from ..host._compat import (
     fused_forward,
     keep_4bit_weights_differentiable,
@@ -42,6 +41,7 @@ from .checks import check_arguments, check_checkpoint, check_rewards, check_stud
 from .config import GADConfig
 from .critic import CriticTrainer, build_critic
 from .discriminator_setup import check_sharded_models, resolve_discriminator, start_discriminator
+from .held_out import MeasuredHeldOut
 from .resume import DISCRIMINATOR_FOLDER, ResumableGAD
 from .rewards import TEACHER_COMPLETION, without_what_grpo_does_not_pass
 from .teacher_rows import TeacherRows
@@ -52,7 +52,7 @@ from .warmup import TwoStageGAD
 logger = logging.getLogger(__name__)
 
 
-class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GRPOTrainer):
+class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, StudentHubMixin, GRPOTrainer):
     r"""
     Trainer for Generative Adversarial Distillation ([arXiv 2511.10643](https://huggingface.co/papers/2511.10643)).
 
@@ -437,36 +437,15 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, StudentHubMixin, GR
         accuracy, metrics = measured["discriminator/accuracy"], {"adversarial_phase": float(not self._in_warmup)}
         low, high = self.args.policy_min_accuracy, self.args.discriminator_max_accuracy
         self._policy_is_held = low is not None and accuracy < low and not self._in_warmup
-        discriminator_is_held = high is not None and accuracy > high and not self._in_warmup
+        is_too_sure = high is not None and accuracy > high and not self._in_warmup
+        discriminator_is_held = is_too_sure or self._discriminator_has_stopped()
         if low is not None:
             metrics["gate/policy_held"] = float(self._policy_is_held)
-        if high is not None:
+        if high is not None or self.args.discriminator_patience is not None:
             metrics["gate/discriminator_held"] = float(discriminator_is_held)
         if not discriminator_is_held:
             metrics |= self.discriminator_trainer.update(pairs, scores, self._in_warmup)
         return metrics
-
-    # Held-out metrics
-
-    def _judge_samples(self, prompts: list, completions: list) -> None:
-        if self.sample_metrics is None:
-            return
-        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-        for name, values in judge(self.sample_metrics, prompts, texts).items():
-            values = list(itertools.compress(values, self._are_new))
-            self._held_out.add(name, sum(values), len(values))
-
-    def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
-        self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        rows = dataloader.dataset
-        self._held_out.begin(len(rows) * self.num_generations_eval if isinstance(rows, Dataset) else None)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._held_out.pop_means(metric_key_prefix))
-        return output
 
     def _length_ratio(self, pairs: PairBatch) -> float:
         student = sum(map(len, pairs.student_ids))

@@ -1,0 +1,65 @@
+"""What GAD's evaluations measure on held-out rows, and what follows from it for the discriminator."""
+
+import itertools
+import logging
+
+import torch
+from datasets import Dataset
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..evaluation.means import EvaluationMeans
+from ..evaluation.student import SampleMetrics, judge
+from ..host.typed import MixinBase
+from .config import GADConfig
+from .monitor import TrainingMonitor
+
+
+logger = logging.getLogger(__name__)
+ACCURACY = "discriminator/accuracy"
+
+
+class MeasuredHeldOut(MixinBase):
+    """
+    The part of [`GADTrainer`] that measures the student on held-out rows, and watches whether the discriminator knows more
+    there than the answers it has learned.
+    """
+
+    args: GADConfig
+    monitor: TrainingMonitor
+    sample_metrics: SampleMetrics | None
+    num_generations_eval: int
+    _held_out: EvaluationMeans
+    _are_new: list[bool]  # of the rows of an evaluation batch, those that no process has measured yet
+
+    def _judge_samples(self, prompts: list, completions: list) -> None:
+        if self.sample_metrics is None:
+            return
+        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        for name, values in judge(self.sample_metrics, prompts, texts).items():
+            values = list(itertools.compress(values, self._are_new))
+            self._held_out.add(name, sum(values), len(values))
+
+    def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
+        self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        rows = dataloader.dataset
+        self._held_out.begin(len(rows) * self.num_generations_eval if isinstance(rows, Dataset) else None)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update(self._held_out.pop_means(metric_key_prefix))
+        # One of several data sets has a prefix of its own, and what is evaluated by hand may be any
+        if self.is_in_train and metric_key_prefix == "eval" and not self._discriminator_has_stopped():
+            self._watch_discriminator(self._metrics["eval"][ACCURACY])
+        return output
+
+    def _watch_discriminator(self, accuracies: list[float]) -> None:
+        accuracy = sum(accuracies) / len(accuracies)
+        for warning in self.monitor.observe_held_out(self.state.global_step, accuracy):
+            if self.accelerator.is_main_process:
+                logger.warning(f"Step {warning.step}: {warning.text}")
+
+    def _discriminator_has_stopped(self) -> bool:
+        patience = self.args.discriminator_patience
+        return patience is not None and self.monitor.evaluations_since_best >= patience
