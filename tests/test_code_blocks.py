@@ -84,6 +84,14 @@ def python_takes(words, monkeypatch):
     script_takes(str(ROOT / words[0]), words[1:])
 
 
+def launched(block, folder, monkeypatch):
+    """The configuration comes with the package, and accelerate's launcher takes the options. Slow tests run such commands."""
+    (words,) = commands(block.code)
+    assert words[:4] == ["trl-bbkd", "train", "my.yaml", "--accelerate_config"]
+    assert (ROOT / "recipes/accelerate_configs" / f"{words[4]}.yaml").is_file()
+    assert set(words[5::2]) <= launcher_options()
+
+
 def script_takes(script, arguments):
     script = Path(script)
     if script.parent.name == "examples":
@@ -232,7 +240,8 @@ TESTED = {
     },
     "docs/multi_gpu.md": {
         "# Two adapters on one frozen base": whole_recipe,
-        "trl-bbkd train my.yaml --accelerate_config hsdp --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500": "tests/sharding/test_launch.py::test_two_machines",
+        "trl-bbkd train my.yaml --accelerate_config hsdp --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500": launched,
+        "trl-bbkd train my.yaml --accelerate_config fsdp2 --fsdp_state_dict_type SHARDED_STATE_DICT": launched,
         "trl-bbkd train my.yaml --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.3": parsed,
         "# Samples come from a server": whole_recipe,
     },

@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.conftest import build_model
 from tests.processes import Moment, killed_at, on_processes, train
-from tests.sharding.runs import FSDP2
 from trl_bbkd import ProxyKDConfig, ProxyKDTrainer
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.errors import ProxyModelError, StageError, TargetStoreError, TeacherDataError, VocabularyError
@@ -461,14 +460,6 @@ class TestRefused:
     def test_settings(self, tmp_path, tiny_model_dir, other_model_dir, config, message):
         with pytest.raises(ValueError, match=message):
             make_kd_trainer(tmp_path, tiny_model_dir, other_model_dir, **config)
-
-    def test_alignment_under_fsdp(self, tmp_path, tiny_model_dir, other_model_dir, monkeypatch):
-        args = ProxyKDConfig(str(tmp_path), **ON_CPU)
-        monkeypatch.setattr("trl_bbkd.host.sharding.shard_on_cpus", lambda: None)
-        for name, value in FSDP2.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match="The stage 'align' does not prefer"):
-            ProxyKDTrainer(tiny_model_dir, other_model_dir, args, train_dataset=Dataset.from_list(make_rows()))
 
 
 class TestWarnings:
