@@ -9,6 +9,7 @@ from tests.processes import Moment, killed_at, on_processes, train
 from tests.proxykd.helpers import LORA, assert_same_weights, label_log_probs, make_rows, weights
 from tests.proxykd.test_alignment import proxy_weights as student_weights
 from tests.proxykd.test_alignment import reference_weights
+from tests.sharding.runs import slow_but
 from trl_bbkd.preference.sampling import ModelSampler
 from trl_bbkd.preferencekd.comparing import ComparingJudge
 from trl_bbkd.preferencekd.rounds import kept_table
@@ -160,7 +161,7 @@ def whole(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-@pytest.mark.parametrize("when", MOMENTS)
+@pytest.mark.parametrize("when", slow_but(MOMENTS, "judging", "DPO"))
 def test_killed_it_ends_as_if_it_had_not_been_and_repeats_nothing(when, whole, tmp_path, tiny_model_dir, monkeypatch):
     arguments = {"calls": tmp_path / "calls", **KILLED}
     killed_at(MOMENTS[when], train, make_trainer, tmp_path, tiny_model_dir, **arguments)
@@ -193,7 +194,7 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(whole, tiny_mode
         make_trainer(whole, tiny_model_dir, **KILLED | {"num_generations": 4}).train()
 
 
-def test_another_division_of_the_batch_or_two_processes_train_alike(tmp_path, tiny_model_dir):
+def test_two_processes_or_another_division_of_the_batch_train_alike(tmp_path, tiny_model_dir):
     (one,) = on_processes(1, trained, tiny_model_dir, tmp_path / "one", 4, 1)
     (parts,) = on_processes(1, trained, tiny_model_dir, tmp_path / "parts", 2, 2)
     two = on_processes(2, trained, tiny_model_dir, tmp_path / "two", 2, 1)
