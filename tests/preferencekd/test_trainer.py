@@ -270,3 +270,12 @@ def test_models_compare(tmp_path, tiny_model_dir, other_model_dir, judge, monkey
     assert_same_weights(judged_by[0], expected)
     for scores in kept_table(tmp_path / "round-1/candidates.parquet")["scores"]:
         assert sum(scores) == pytest.approx(1.5) and all(0 <= score <= 1 for score in scores)
+
+
+def test_random_numbers_of_a_round_are_the_same_whether_its_pairs_were_there_or_not(tmp_path, tiny_model_dir):
+    states = []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, tiny_model_dir, warmup_epochs=0)
+        trainer._begin_round(1)
+        states.append(torch.get_rng_state())
+    assert (tmp_path / "round-1/pairs.parquet").is_file() and torch.equal(*states)
