@@ -204,7 +204,8 @@ def test_a_sharded_recipe_measures_the_student_before_it_learns_too(tmp_path, fi
     """Its head is drawn."""
     output_dir = tmp_path / "out"
     size = ON_CPU["per_device_train_batch_size"] // 2
-    recipe = write_recipe(data, student, output_dir, per_device_train_batch_size=size, max_steps=4)
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    recipe = write_recipe(data, student, output_dir, per_device_train_batch_size=size, **steps)
     on_processes(2, run_sharded, recipe)
     found, alone = (saved_metrics(folder)["results"] for folder in (output_dir, finished))
     assert list(found) == list(alone)

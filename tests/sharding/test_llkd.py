@@ -38,7 +38,7 @@ def assert_same_run(expected, found):
         torch.testing.assert_close(found["selector"][key], value, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, "encoder", "a head that is drawn"))
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, "encoder"))
 def test_fsdp2_ends_as_one_process(variant, tmp_path):
     build, config = VARIANTS[variant]
     student = save_student(tmp_path / "student", build())
