@@ -70,7 +70,8 @@ def tables(method: str) -> str:
     keys = keys_of(method)
     taken = [key for key in keys if not key.verdict.startswith("refused")]
     own = [key for key in taken if key.is_ours]
-    common = sorted((key for key in taken if key.name in COMMON), key=lambda key: COMMON.index(key.name))
+    common = [key for key in taken if key.name in COMMON and key not in own]
+    common.sort(key=lambda key: COMMON.index(key.name))
     rest = [key for key in taken if not key.is_ours and key.name not in COMMON]
     refused = [key for key in keys if key.verdict.startswith("refused")]
     return "\n\n".join(
