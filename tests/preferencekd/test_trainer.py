@@ -279,3 +279,26 @@ def test_random_numbers_of_a_round_are_the_same_whether_its_pairs_were_there_or_
         trainer._begin_round(1)
         states.append(torch.get_rng_state())
     assert (tmp_path / "round-1/pairs.parquet").is_file() and torch.equal(*states)
+
+
+def test_vllm_samples_each_prompt_so_many_times(tmp_path, tiny_model_dir, monkeypatch):
+    """vLLM is not there: what stands in for its sampler is tested against it in `tests/proxykd/test_alignment.py`."""
+    asked = []
+
+    class Sampler:
+        def __init__(self, path, tokenizer, **settings):
+            self.tokenizer = tokenizer
+            asked.append({**settings, "weights": weights(AutoModelForCausalLM.from_pretrained(path)), "prompts": []})
+
+        def __call__(self, rows, seed):
+            asked[-1]["prompts"] += [row["prompt"] for row in rows]
+            ids = [[5 + (seed + number) % 7, 6] for number in range(len(rows))]
+            return ids, self.tokenizer.batch_decode(ids)
+
+    monkeypatch.setattr("trl_bbkd.preference.trainer.VLLMSampler", Sampler)
+    trainer = make_trainer(tmp_path, tiny_model_dir, num_rounds=1, use_vllm=True, trainer_class=RecordingTrainer)
+    trainer.train()
+    (call,) = asked
+    assert_same_weights(call["weights"], trainer.records[1][0])
+    assert call["prompts"] == [row["prompt"] for row in make_rows(20)[4:] for _ in range(3)]
+    assert (call["temperature"], call["top_p"], call["max_new_tokens"]) == (1.0, 1.0, 16)
