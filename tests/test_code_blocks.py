@@ -203,6 +203,13 @@ def door_of_a_method(block, folder, monkeypatch):
     assert names <= {*dir(Method), *Method.__annotations__}
 
 
+def judges(block, folder, monkeypatch):
+    """The function gives a number a candidate."""
+    scope: dict = {}
+    exec(block.code, scope)
+    assert scope["judge"](["p"] * 2, ["a", "much longer"], ["short"] * 2) == [1.0, 0.0]
+
+
 README, EXAMPLES, SKILL, NEW_RECIPE = (
     f"tests/test_{name}.py::test_" for name in ("readme", "examples", "skill", "new_recipe")
 )
@@ -237,6 +244,10 @@ TESTED = {
         "method: llkd": README + "code_of_the_llkd_docs_runs",
         "selection: llkd": part_of_proxykd_recipe,
         "from dataclasses import dataclass": README + "code_of_the_llkd_docs_runs",
+    },
+    "docs/preferencekd.md": {
+        "accelerate launch recipes/preferencekd.yaml": parsed,
+        "def judge(prompts, candidates, teacher_answers):": judges,
     },
     "docs/multi_gpu.md": {
         "# Two adapters on one frozen base": whole_recipe,

@@ -58,7 +58,7 @@ def proxy_kd(rows: Dataset) -> None:
     ProxyKDTrainer("student", args=args, train_dataset=rows)
 
 
-def length(prompts: list, candidates: list[str], teacher_answers: list[str]) -> list[float]:
+def length(prompts: list[str], candidates: list[str], teacher_answers: list[str]) -> list[float]:
     return [float(len(text)) for text in candidates]
 
 

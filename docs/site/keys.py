@@ -16,7 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = "recipes.md"
 MARKER = re.compile(r"<!-- keys: (\w+) -->")
-CONFIGS = {"gad": "GADConfig", "proxykd": "ProxyKDConfig", "bayeskd": "BayesKDConfig", "llkd": "LLKDConfig"}
+CONFIGS = {
+    "gad": "GADConfig",
+    "proxykd": "ProxyKDConfig",
+    "bayeskd": "BayesKDConfig",
+    "preferencekd": "PreferenceKDConfig",
+    "llkd": "LLKDConfig",
+}
 # What nearly every recipe sets of TRL's and transformers' keys
 COMMON = (
     "model_name_or_path",
@@ -64,7 +70,8 @@ def tables(method: str) -> str:
     keys = keys_of(method)
     taken = [key for key in keys if not key.verdict.startswith("refused")]
     own = [key for key in taken if key.is_ours]
-    common = sorted((key for key in taken if key.name in COMMON), key=lambda key: COMMON.index(key.name))
+    common = [key for key in taken if key.name in COMMON and key not in own]
+    common.sort(key=lambda key: COMMON.index(key.name))
     rest = [key for key in taken if not key.is_ours and key.name not in COMMON]
     refused = [key for key in keys if key.verdict.startswith("refused")]
     return "\n\n".join(
@@ -105,7 +112,8 @@ def _verdicts(method: str) -> dict[str, str]:
         return importlib.import_module("tests.gad.gad_fields").INHERITED
     fields = importlib.import_module("tests.drop_in.fields")
     gad_only = {"reward_funcs": "refused: for GAD, which adds them to its discriminator's score"}
-    return {**(fields.CLASSIFIER if method == "llkd" else fields.SOFT_TARGETS), **gad_only}
+    tables = {"llkd": fields.CLASSIFIER, "preferencekd": fields.PREFERENCE}
+    return {**tables.get(method, fields.SOFT_TARGETS), **gad_only}
 
 
 def _key(field: dataclasses.Field, cls: type, hint, verdict: str) -> Key:

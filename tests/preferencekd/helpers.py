@@ -1,6 +1,7 @@
 import functools
 import zlib
 
+import torch
 from datasets import Dataset
 
 from tests.proxykd.helpers import ON_CPU, make_rows
@@ -10,6 +11,7 @@ from trl_bbkd.preferencekd.trainer import PreferenceKDTrainer
 
 def by_text(prompts, candidates, teacher_answers, calls=None):
     """A judge to whom no two texts are alike. What it is asked goes to the file `calls`."""
+    torch.rand(len(prompts))  # as one that samples does
     if calls is not None:
         with open(calls, "a") as file:
             file.writelines(f"{prompt!r} {text!r}\n" for prompt, text in zip(prompts, candidates, strict=True))

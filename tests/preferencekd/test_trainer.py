@@ -9,6 +9,7 @@ from tests.processes import Moment, killed_at, on_processes, train
 from tests.proxykd.helpers import LORA, assert_same_weights, label_log_probs, make_rows, weights
 from tests.proxykd.test_alignment import proxy_weights as student_weights
 from tests.proxykd.test_alignment import reference_weights
+from tests.sharding.runs import slow_but
 from trl_bbkd.preference.sampling import ModelSampler
 from trl_bbkd.preferencekd.comparing import ComparingJudge
 from trl_bbkd.preferencekd.rounds import kept_table
@@ -160,7 +161,7 @@ def whole(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-@pytest.mark.parametrize("when", MOMENTS)
+@pytest.mark.parametrize("when", slow_but(MOMENTS, "judging", "DPO"))
 def test_killed_it_ends_as_if_it_had_not_been_and_repeats_nothing(when, whole, tmp_path, tiny_model_dir, monkeypatch):
     arguments = {"calls": tmp_path / "calls", **KILLED}
     killed_at(MOMENTS[when], train, make_trainer, tmp_path, tiny_model_dir, **arguments)
@@ -193,7 +194,7 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(whole, tiny_mode
         make_trainer(whole, tiny_model_dir, **KILLED | {"num_generations": 4}).train()
 
 
-def test_another_division_of_the_batch_or_two_processes_train_alike(tmp_path, tiny_model_dir):
+def test_two_processes_or_another_division_of_the_batch_train_alike(tmp_path, tiny_model_dir):
     (one,) = on_processes(1, trained, tiny_model_dir, tmp_path / "one", 4, 1)
     (parts,) = on_processes(1, trained, tiny_model_dir, tmp_path / "parts", 2, 2)
     two = on_processes(2, trained, tiny_model_dir, tmp_path / "two", 2, 1)
@@ -269,3 +270,35 @@ def test_models_compare(tmp_path, tiny_model_dir, other_model_dir, judge, monkey
     assert_same_weights(judged_by[0], expected)
     for scores in kept_table(tmp_path / "round-1/candidates.parquet")["scores"]:
         assert sum(scores) == pytest.approx(1.5) and all(0 <= score <= 1 for score in scores)
+
+
+def test_random_numbers_of_a_round_are_the_same_whether_its_pairs_were_there_or_not(tmp_path, tiny_model_dir):
+    states = []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, tiny_model_dir, warmup_epochs=0)
+        trainer._begin_round(1)
+        states.append(torch.get_rng_state())
+    assert (tmp_path / "round-1/pairs.parquet").is_file() and torch.equal(*states)
+
+
+def test_vllm_samples_each_prompt_so_many_times(tmp_path, tiny_model_dir, monkeypatch):
+    """vLLM is not there: what stands in for its sampler is tested against it in `tests/proxykd/test_alignment.py`."""
+    asked = []
+
+    class Sampler:
+        def __init__(self, path, tokenizer, **settings):
+            self.tokenizer = tokenizer
+            asked.append({**settings, "weights": weights(AutoModelForCausalLM.from_pretrained(path)), "prompts": []})
+
+        def __call__(self, rows, seed):
+            asked[-1]["prompts"] += [row["prompt"] for row in rows]
+            ids = [[5 + (seed + number) % 7, 6] for number in range(len(rows))]
+            return ids, self.tokenizer.batch_decode(ids)
+
+    monkeypatch.setattr("trl_bbkd.preference.trainer.VLLMSampler", Sampler)
+    trainer = make_trainer(tmp_path, tiny_model_dir, num_rounds=1, use_vllm=True, trainer_class=RecordingTrainer)
+    trainer.train()
+    (call,) = asked
+    assert_same_weights(call["weights"], trainer.records[1][0])
+    assert call["prompts"] == [row["prompt"] for row in make_rows(20)[4:] for _ in range(3)]
+    assert (call["temperature"], call["top_p"], call["max_new_tokens"]) == (1.0, 1.0, 16)

@@ -283,7 +283,13 @@ class TestShippedRecipes:
 
 
 @pytest.mark.parametrize(
-    ("method", "second_model"), [("gad", "discriminator"), ("proxykd", "proxy_model"), ("bayeskd", "proxy_model")]
+    ("method", "second_model"),
+    [
+        ("gad", "discriminator"),
+        ("proxykd", "proxy_model"),
+        ("bayeskd", "proxy_model"),
+        ("preferencekd", "discriminator"),
+    ],
 )
 def test_default_recipe_runs_from_any_directory(tmp_path, monkeypatch, method, second_model):
     monkeypatch.chdir(tmp_path)

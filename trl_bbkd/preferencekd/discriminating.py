@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from peft import LoraConfig
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..discriminator.model import Discriminator, build_discriminator
@@ -153,7 +154,8 @@ def train_on(trainer: DiscriminatorTrainer, rows: list[Judged], args: Preference
         order = rng.sample(range(len(rows)), len(rows))
         measured = []
         # Processes in step: what is left over comes in another epoch
-        for start in range(0, len(rows) - size * processes + 1, size * processes):
+        starts = range(0, len(rows) - size * processes + 1, size * processes)
+        for start in tqdm(starts, desc="Training the discriminator", disable=not accelerator.is_main_process):
             own = order[start + rank * size : start + (rank + 1) * size]
             pairs = pairs_of([rows[number] for number in own])
             scores = trainer.score(pairs)

@@ -70,10 +70,22 @@ def rounds_table(rounds: list[dict]) -> list[str]:
             number(entry, "score", 3),
             f"{number(entry, 'chosen_score', 3)} / {number(entry, 'rejected_score', 3)}",
             f"{number(entry, 'chosen_length', 1)} / {number(entry, 'rejected_length', 1)}",
+            number(entry.get("discriminator", {}), "discriminator/accuracy", 3),
         ]
         for entry in rounds
     ]
-    return table(["round", "rows", "samples", "pairs", "score", "score of pairs", "length of pairs"], rows)
+    head = [
+        "round",
+        "rows",
+        "samples",
+        "pairs",
+        "score",
+        "score of pairs",
+        "length of pairs",
+        "discriminator's accuracy",
+    ]
+    has_discriminator = any("discriminator" in entry for entry in rounds)
+    return table(*((head, rows) if has_discriminator else (head[:-1], [row[:-1] for row in rows])))
 
 
 def pairs_to_read(rounds: list[dict]) -> list[str]:

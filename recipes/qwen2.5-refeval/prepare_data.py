@@ -1,7 +1,7 @@
 """
 Write the prompts of UltraFeedback, and join them with the teacher's answers, into `ultrafeedback-deepseek-v3/` beside this file.
 
-    python recipes/qwen2.5-7b-refeval/prepare_data.py
+    python recipes/qwen2.5-refeval/prepare_data.py
 
 The first time it writes `prompts.jsonl`, rows of `prompt`, which is a list of messages. Have the teacher answer them, and write
 `answers.jsonl`, rows of `prompt` and `answer`, beside it. The second time it writes `train.jsonl`, what the recipe reads.
