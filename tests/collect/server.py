@@ -32,7 +32,7 @@ TRANSIENT = (
 # Is an answer, or a fault that stays
 LASTING = ("null", "empty", "length", "filter", "thought", "refusal", "400", "422")
 # Is an answer with something missing
-NOTED = ("no usage", "no logprobs", "short logprobs", "wrong model", "trickle", "reasoning")
+NOTED = ("no usage", "no logprobs", "short logprobs", "wrong model", "trickle", "reasoning", "call")
 # Ends the run
 FATAL = ("quota", "401", "403", "404")
 PAID_FAULTS = ("cut", "malformed", "slow trickle")
@@ -252,6 +252,15 @@ class TeacherServer:
         message["content"] = changed.get(fault, message["content"])
         if fault == "refusal":
             message["refusal"] = "I cannot help with that."
+        if fault == "call":
+            message["content"] = None
+            message["tool_calls"] = [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "add", "arguments": json.dumps({"a": 1, "b": [2]})},
+                }
+            ]
         logprobs = None
         if body.get("logprobs") and "logprobs" not in self.ignores and fault != "no logprobs":
             entries = [self._entry(word if i == 0 else f" {word}", body) for i, word in enumerate(words)]

@@ -1,5 +1,6 @@
 """The set of a collection, as Parquet: one row for each whole answer, and a list of what was left out."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, List, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from ..data.teacher_files import ROW_COLUMN
 from .journal import Entry, Journal
@@ -22,9 +23,10 @@ from .requests import RequestMaker
 
 
 FILE, LEFT_OUT = "train.parquet", "left_out.jsonl"
+CALL = "a call of a tool, which is no text"
 ROWS_AT_ONCE = 512
 TEXT = Value("string")
-CALLS = List({"id": TEXT, "type": TEXT, "function": {"name": TEXT, "arguments": TEXT}})
+CALLS = List({"id": TEXT, "type": TEXT, "function": {"name": TEXT, "arguments": Json()}})
 # What the set has of its own; columns of the prompts' file with these names are not taken over
 OWN_COLUMNS = ("prompt", "completion", "teacher", "finish_reason", "sample", "reasoning_content", ROW_COLUMN)
 
@@ -103,15 +105,14 @@ class AnswerSet:
                 left_out.write(json.dumps(line, ensure_ascii=False) + "\n")
         if survey.rows:
             features = self._features(survey)
+            schema = _table([], features).schema
             with (
                 _replacing(folder / FILE) as path,
-                pq.ParquetWriter(path, features.arrow_schema, compression="zstd") as writer,
+                pq.ParquetWriter(path, schema, compression="zstd") as writer,
             ):
                 rows = self._rows(survey)
                 while batch := list(islice(rows, ROWS_AT_ONCE)):
-                    columns = {name: [row[name] for row in batch] for name in features}
-                    table = pa.Table.from_pydict(features.encode_batch(columns), schema=features.arrow_schema)
-                    writer.write_table(table)
+                    writer.write_table(_table(batch, features))
         return survey
 
     def _answered(self, survey: Survey | None = None) -> Iterator[Answered]:
@@ -124,9 +125,12 @@ class AnswerSet:
                 elif survey is not None:
                     survey.duplicates += 1
 
-    def _is_kept(self, choice: Choice) -> bool:
+    def _why_left_out(self, choice: Choice) -> str | None:
         kept = {CUT: self.settings.keep_cut_answers, FILTERED: self.settings.keep_filtered_answers}
-        return choice.reason is None or (kept.get(choice.reason, False) and bool(choice.content.strip()))
+        has_text = bool(choice.content.strip())
+        if choice.reason is not None:
+            return None if kept.get(choice.reason) and has_text else choice.reason
+        return None if has_text or self.prompts.conversational else CALL
 
     def _look(self, survey: Survey) -> Iterator[dict[str, Any]]:
         """Count everything, and say what is left out."""
@@ -145,14 +149,14 @@ class AnswerSet:
                 choice = read_choice(json.loads(entry.choice or "{}"))
                 texts += [choice.content] if choice.reason is None else []
                 self._count(survey, entry, choice)
-                if not self._is_kept(choice):
-                    survey.reasons[choice.reason] += 1
+                if (reason := self._why_left_out(choice)) is not None:
+                    survey.reasons[reason] += 1
                     text = choice.content or choice.reasoning
-                    yield {**what, "left_out": choice.reason, "begins": text[:200]}
+                    yield {**what, "left_out": reason, "begins": text[:200]}
         _compare(texts, survey)
 
     def _count(self, survey: Survey, entry: Entry, choice: Choice) -> None:
-        if self._is_kept(choice):
+        if self._why_left_out(choice) is None:
             survey.rows += 1
             survey.has_reasoning |= bool(choice.reasoning)
             survey.has_calls |= bool(choice.raw["message"].get("tool_calls"))
@@ -195,7 +199,7 @@ class AnswerSet:
             if entry is None or entry.failure is not None:
                 continue
             choice = read_choice(json.loads(entry.choice or "{}"))
-            if self._is_kept(choice):
+            if self._why_left_out(choice) is None:
                 yield {
                     **prompt.row,
                     "completion": self._completion(choice, survey),
@@ -233,6 +237,12 @@ class _replacing:  # noqa: N801
             self.temporary.unlink(missing_ok=True)
 
 
+def _table(rows: list[dict[str, Any]], features: Features) -> pa.Table:
+    """Rows as `datasets` stores them, so that it reads them with the same types."""
+    columns = {name: [row[name] for row in rows] for name in features}
+    return Dataset.from_dict(columns, features=features).with_format("arrow")[:]
+
+
 def _compare(texts: list[str], survey: Survey) -> None:
     if len(texts) > 1:
         survey.prompts_with_samples += 1
@@ -240,12 +250,13 @@ def _compare(texts: list[str], survey: Survey) -> None:
 
 
 def _call(call: dict) -> dict:
-    """A call of a tool: id, type, name and arguments, which are JSON as text."""
+    """A call of a tool: id, type, name and arguments, which a template takes as a mapping; the API has them as text."""
     function = call.get("function") or {}
     arguments = function.get("arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    with contextlib.suppress(ValueError, TypeError):
+        arguments = json.loads(arguments)
     return {
         "id": call.get("id"),
         "type": call.get("type") or "function",
-        "function": {"name": function.get("name"), "arguments": text},
+        "function": {"name": function.get("name"), "arguments": arguments},
     }

@@ -1,6 +1,8 @@
 """One attempt at a request, over HTTP. What goes wrong comes back as a value without anything that was sent."""
 
+import errno
 import json
+import os
 from typing import Any
 
 import aiohttp
@@ -68,4 +70,6 @@ class Client:
 def _why(error: aiohttp.ClientConnectorError) -> str:
     """What the system says of a connection that was not made."""
     cause = error.os_error
+    if cause.errno in errno.errorcode:
+        return os.strerror(cause.errno)
     return cause.strerror or type(cause).__name__

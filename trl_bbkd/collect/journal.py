@@ -130,8 +130,11 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        except (OSError, sqlite3.OperationalError) as error:
+            raise JournalError(f"{path} cannot be opened: {error}.") from None
         try:
             self._open()
         except sqlite3.OperationalError as error:

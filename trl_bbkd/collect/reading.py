@@ -21,8 +21,37 @@ KEY_ADVICE = (
 )
 
 
+# What these keys are called elsewhere
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("api_base", "endpoint", "url", "openai_api_base", "base"), ("base_url",)),
+    **dict.fromkeys(("model_name", "model_name_or_path", "teacher", "teacher_model", "engine"), ("model",)),
+    **dict.fromkeys(("data", "dataset", "data_files", "prompts", "prompt_file", "input"), ("dataset_name",)),
+    **dict.fromkeys(("output", "out", "out_dir", "output_path", "save_dir"), ("output_dir",)),
+    **dict.fromkeys(("split", "dataset_split", "train_split"), ("dataset_train_split",)),
+    **dict.fromkeys(("n", "samples", "n_samples", "num_generations", "num_return_sequences"), ("num_samples",)),
+    **dict.fromkeys(
+        ("max_new_tokens", "max_completion_tokens", "max_completion_length", "max_length"), ("max_tokens",)
+    ),
+    **dict.fromkeys(("rpm", "max_requests_per_minute"), ("requests_per_minute",)),
+    **dict.fromkeys(("tpm", "max_tokens_per_minute"), ("tokens_per_minute",)),
+    **dict.fromkeys(("workers", "max_concurrency", "max_concurrent_requests", "parallelism"), ("concurrency",)),
+    **dict.fromkeys(("budget", "max_spend", "cost_limit", "max_price"), ("max_cost",)),
+    **dict.fromkeys(("input_price", "price"), ("prompt_price",)),
+    **dict.fromkeys(("output_price",), ("completion_price",)),
+    **dict.fromkeys(("timeout",), ("request_timeout",)),
+    **dict.fromkeys(("retries",), ("max_retries",)),
+    **dict.fromkeys(("system", "system_message"), ("system_prompt",)),
+    **dict.fromkeys(("column", "prompt_key", "text_column"), ("prompt_column",)),
+    **dict.fromkeys(("limit", "max_samples", "max_rows"), ("max_prompts",)),
+    **dict.fromkeys(("temp",), ("temperature",)),
+    **dict.fromkeys(("extra", "generation_kwargs", "model_kwargs"), ("extra_body",)),
+}
+
+
 class CollectFile(SettingsFile):
     """A recipe's YAML."""
+
+    names_elsewhere = NAMES_ELSEWHERE
 
     example = "base_url: http://127.0.0.1:8000/v1"
     input_paths = ("dataset_name",)
@@ -60,7 +89,7 @@ def refuse_unknown(arguments: list[str]) -> NoReturn:
     if _is_a_key(option):
         raise RecipeError(f"option {option}: {KEY_ADVICE}")
     known = [f"--{field.name}" for field in dataclasses.fields(CollectConfig)]
-    raise RecipeError(f"unknown option {option}{nearest(option, known)}")
+    raise RecipeError(f"unknown option {option}{nearest(option, known, NAMES_ELSEWHERE)}")
 
 
 def _is_a_key(name: object) -> bool:

@@ -1,11 +1,11 @@
 """What a key is called here that other programs call otherwise. Imports nothing."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 
 MODEL, DATA, OUTPUT = ("model_name_or_path",), ("dataset_name",), ("output_dir",)
-LENGTH = ("max_completion_length", "max_length", "max_tokens")
+LENGTH = ("max_completion_length", "max_length")
 BATCH, EVAL_BATCH = ("per_device_train_batch_size",), ("per_device_eval_batch_size",)
 # By the name elsewhere, in plain small letters; the first that a method has is meant
 NAMES_HERE = {
@@ -17,7 +17,7 @@ NAMES_HERE = {
     **dict.fromkeys(("rows", "train_file", "train_files", "training_data", "train_dataset", "corpus"), DATA),
     **dict.fromkeys(("data_files", "data_dir"), DATA),
     **dict.fromkeys(("output", "out", "out_dir", "output_path", "outdir", "save_dir", "save_path"), OUTPUT),
-    **dict.fromkeys(("teacher", "teacher_model", "teacher_model_name_or_path"), ("teacher_name", "model")),
+    **dict.fromkeys(("teacher", "teacher_model", "teacher_model_name_or_path"), ("teacher_name",)),
     **dict.fromkeys(("proxy", "proxy_model_name_or_path"), ("proxy_model",)),
     **dict.fromkeys(("judge", "metric", "metrics"), ("sample_metrics",)),
     **dict.fromkeys(("reward_model", "discriminator_model"), ("discriminator",)),
@@ -35,10 +35,9 @@ NAMES_HERE = {
     **dict.fromkeys(("grad_accum", "gradient_accumulation", "accumulation_steps"), ("gradient_accumulation_steps",)),
     **dict.fromkeys(("grad_accum_steps", "accumulate_grad_batches"), ("gradient_accumulation_steps",)),
     **dict.fromkeys(("max_tokens", "max_new_tokens", "max_output_length", "completion_length"), LENGTH),
-    **dict.fromkeys(("max_completion_tokens", "max_completion_length"), ("max_tokens",)),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "seq_length", "sequence_length", "cutoff_len"), LENGTH[::-1]),
     **dict.fromkeys(("max_input_length", "prompt_length"), ("max_prompt_length", "max_length")),
-    **dict.fromkeys(("num_samples", "n_samples", "group_size", "rollouts", "n"), ("num_generations", "num_samples")),
+    **dict.fromkeys(("num_samples", "n_samples", "group_size", "rollouts", "n"), ("num_generations",)),
     **dict.fromkeys(("kl_coef", "kl_coeff", "kl_penalty", "init_kl_coef"), ("beta", "kl_weight")),
     **dict.fromkeys(("temp", "sampling_temperature"), ("temperature", "sample_temperature")),
     **dict.fromkeys(("lora", "use_lora", "peft", "adapter"), ("use_peft",)),
@@ -53,13 +52,6 @@ NAMES_HERE = {
     **dict.fromkeys(("resume", "resume_from"), ("resume_from_checkpoint",)),
     **dict.fromkeys(("vllm",), ("use_vllm",)),
     **dict.fromkeys(("random_seed",), ("seed",)),
-    **dict.fromkeys(("api_base", "endpoint", "url", "openai_api_base"), ("base_url",)),
-    **dict.fromkeys(("rpm", "max_requests_per_minute"), ("requests_per_minute",)),
-    **dict.fromkeys(("tpm", "max_tokens_per_minute"), ("tokens_per_minute",)),
-    **dict.fromkeys(("workers", "max_concurrency", "max_concurrent_requests", "parallelism"), ("concurrency",)),
-    **dict.fromkeys(("budget", "max_spend", "cost_limit", "max_price"), ("max_cost",)),
-    **dict.fromkeys(("timeout",), ("request_timeout",)),
-    **dict.fromkeys(("system", "system_message"), ("system_prompt",)),
     **dict.fromkeys(("split", "train_split"), ("dataset_train_split",)),
     **dict.fromkeys(("test_split", "eval_split"), ("dataset_test_split",)),
 }
@@ -84,7 +76,7 @@ REMEDIES = {
 }
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str], elsewhere: Mapping[str, Sequence[str]] = NAMES_HERE) -> str:
     """The end of an error message about `name`: what the known names have in its place, or the nearest one, if one is near."""
     plain = name.lstrip("-").replace("-", "_").lower()
     dashes = "--" if name.startswith("--") else ""
@@ -92,6 +84,6 @@ def nearest(name: str, known: Collection[str]) -> str:
         return f": {REMEDIES[plain]}"
     if plain in SECTIONS:
         return "."
-    here = next((dashes + key for key in NAMES_HERE.get(plain, ()) if dashes + key in known), None)
+    here = next((dashes + key for key in elsewhere.get(plain, ()) if dashes + key in known), None)
     match = [here] if here else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else "."

@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import os
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import RecipeError
-from .key_names import SECTIONS, nearest
+from .key_names import NAMES_HERE, SECTIONS, nearest
 from .methods import METHODS, load_method
 
 
@@ -39,6 +39,7 @@ class SettingsFile:
     example = EXAMPLE
     keys_beside_fields: tuple[str, ...] = ()
     input_paths: Collection[str] = INPUT_PATHS
+    names_elsewhere: Mapping[str, Sequence[str]] = NAMES_HERE
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -105,7 +106,7 @@ class SettingsFile:
             first = next((key for key in below if key in known), below[0] if below else None)
             rest = f", and write what is below it, such as `{first}`, without indentation" if below else ""
             return RecipeError(f"{place}: unknown key {name!r}: a recipe is flat. Take that line out{rest}.")
-        return RecipeError(f"{place}: unknown key {name!r}{nearest(str(name), known)}")
+        return RecipeError(f"{place}: unknown key {name!r}{nearest(str(name), known, self.names_elsewhere)}")
 
     def checked_values(self, dataclass_types: Collection[type]) -> dict[str, Any]:
         """
