@@ -205,4 +205,4 @@ def test_a_wait_of_hours_ends_the_run(tmp_path, monkeypatch, capsys):
 
     with Waiting() as server, pytest.raises(SystemExit):
         main(["collect", str(write_recipe(server, tmp_path))])
-    assert "rate limit: asks to wait 7,200 s. daily limit. 1 answers are not asked for yet" in capsys.readouterr().err
+    assert "rate limit: asks to wait 7,200 s. daily limit. 1 answer is not asked for yet" in capsys.readouterr().err

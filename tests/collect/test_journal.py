@@ -17,7 +17,10 @@ CHOICE = read_choice(
 )
 
 
-def entry(sample=0, usage=Usage(3, 4, 1)):
+USAGE = Usage(3, 4, 1)
+
+
+def entry(sample=0, usage=USAGE):
     return Entry.answered(sample, CHOICE, Answers([CHOICE], usage, "m", "fp"), usage, 2, str)
 
 

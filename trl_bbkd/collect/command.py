@@ -101,7 +101,8 @@ def _opening(tally: Tally, unheard: int) -> str:
 
 
 def _open(count: int) -> str:
-    return f" {count:,} answers are not asked for yet: the same command goes on." if count else ""
+    what = "1 answer is" if count == 1 else f"{count:,} answers are"
+    return f" {what} not asked for yet: the same command goes on." if count else ""
 
 
 def _say(text: str) -> None:
