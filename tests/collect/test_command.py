@@ -206,3 +206,25 @@ def test_a_wait_of_hours_ends_the_run(tmp_path, monkeypatch, capsys):
     with Waiting() as server, pytest.raises(SystemExit):
         main(["collect", str(write_recipe(server, tmp_path))])
     assert "rate limit: asks to wait 7,200 s. daily limit. 1 answer is not asked for yet" in capsys.readouterr().err
+
+
+def test_a_proxy_of_the_environment_is_used(tmp_path, monkeypatch, capsys):
+    """It is asked for the whole address; `NO_PROXY` and a ~/.netrc with another key are as elsewhere."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    (tmp_path / "netrc").write_text("machine teacher.example login me password other-key\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    prompts_file(tmp_path, ["Why?"])
+    paths = []
+
+    class Proxy(TeacherServer):
+        async def _answer(self, writer, path, raw, key):
+            paths.append(path)
+            return await super()._answer(writer, path.removeprefix("http://teacher.example"), raw, key)
+
+    with Proxy() as server:
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+        main(["collect", str(write_recipe(server, tmp_path, base_url="http://teacher.example/v1"))])
+        assert paths == ["http://teacher.example/v1/chat/completions"] and len(rows(tmp_path)) == 1
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        main(["collect", str(write_recipe(server, tmp_path))])
+        assert paths[1:] == ["/v1/chat/completions"]

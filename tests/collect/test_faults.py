@@ -24,7 +24,7 @@ ALWAYS = ("500", "429 ms")
 ONCE = [f"[{kind}]" for kind in TRANSIENT]
 KINDS = [*ONCE, *(f"[{kind}]" for kind in (*LASTING, *NOTED)), *(f"[{kind}!]" for kind in ALWAYS)]
 LEFT_OUT = {"null": "empty", "empty": "empty", "length": "length", "filter": "content_filter"}
-LEFT_OUT |= {"thought": "cut in its thought", "refusal": "refusal", "call": "a call of a tool, which is no text"}
+LEFT_OUT |= {"thought": "cut in its thought", "refusal": "refusal", "call": "tool call beside texts"}
 FAILED = {"[400]": "status 400", "[422]": "status 422", "[500!]": "status 500", "[429 ms!]": "rate limit"}
 PAID_AND_LOST = ("cut", "malformed")
 

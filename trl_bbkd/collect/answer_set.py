@@ -23,7 +23,7 @@ from .requests import RequestMaker
 
 
 FILE, LEFT_OUT = "train.parquet", "left_out.jsonl"
-CALL = "a call of a tool, which is no text"
+CALL = "tool call beside texts"
 ROWS_AT_ONCE = 512
 TEXT = Value("string")
 CALLS = List({"id": TEXT, "type": TEXT, "function": {"name": TEXT, "arguments": Json()}})

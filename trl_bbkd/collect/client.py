@@ -6,6 +6,8 @@ import os
 from typing import Any
 
 import aiohttp
+from aiohttp.helpers import get_env_proxy_for_url
+from yarl import URL
 
 from ..host.version import __version__
 from .replies import NoReply, Reply
@@ -39,8 +41,12 @@ class Client:
             timeout=aiohttp.ClientTimeout(total=settings.request_timeout, sock_connect=CONNECT_SECONDS),
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=True,
         )
+        # Not `trust_env`, which looks for another key in ~/.netrc before each request
+        try:
+            self._proxy, self._proxy_auth = get_env_proxy_for_url(URL(self.url))
+        except LookupError:
+            self._proxy, self._proxy_auth = None, None
 
     async def __aenter__(self) -> "Client":
         return self
@@ -53,7 +59,9 @@ class Client:
         data = json.dumps(body, ensure_ascii=False).encode(errors="replace")
         # Of aiohttp's errors nothing is shown but their names: their texts may hold the headers that were sent
         try:
-            async with self._session.post(self.url, data=data, allow_redirects=False) as response:
+            async with self._session.post(
+                self.url, data=data, allow_redirects=False, proxy=self._proxy, proxy_auth=self._proxy_auth
+            ) as response:
                 return Reply(response.status, response.headers, await response.read())
         except aiohttp.ClientConnectorError as error:
             return NoReply(UNREACHABLE, _why(error), was_sent=False)

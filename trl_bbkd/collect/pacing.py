@@ -141,7 +141,7 @@ class Pace:
             self._pauses_in_a_row += 1
             self._last_pause = now
             self.at_once = max(1.0, self.at_once / 2)
-            wait = backoff(self._pauses_in_a_row, self._dice) if wait is None else wait
+            wait = wait or backoff(self._pauses_in_a_row, self._dice)
         self._paused_until = max(self._paused_until, now + (wait or 0.0))
 
     def _tell(self) -> None:
