@@ -27,7 +27,6 @@ from common.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 LATENCY = 0.05
-SECONDS = 3  # of a run, were the machine infinitely fast
 MODEL = "teacher-1"
 
 
@@ -35,6 +34,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="*", default=[16, 64, 256], help="requests in flight")
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 100_000], help="prompts, for the memory")
+    parser.add_argument("--seconds", type=float, default=3, help="of a run, were the machine infinitely fast")
     parser.add_argument("--clients", nargs="+", choices=["ours", "openai"], default=["ours", "openai"])
     parser.add_argument("--child", nargs=4, metavar=("CLIENT", "URL", "CONCURRENCY", "ROWS"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -142,11 +142,12 @@ def main() -> None:
     table = []
     for concurrency in arguments.concurrency:
         ideal = concurrency / LATENCY
+        requests = int(ideal * arguments.seconds)
         for client in arguments.clients:
             with server(LATENCY) as url:
-                figures = run(client, url, concurrency, int(ideal * SECONDS))
-            rate = ideal * SECONDS / figures["seconds"]
-            each = 1000 * figures["processor"] / (ideal * SECONDS)
+                figures = run(client, url, concurrency, requests)
+            rate = requests / figures["seconds"]
+            each = 1000 * figures["processor"] / requests
             table.append([client, concurrency, f"{rate:,.0f}", f"{ideal:,.0f}", f"{rate / ideal:.0%}", f"{each:.2f}"])
             print(table[-1], flush=True, file=sys.stderr)
     print(markdown(["client", "in flight", "answers/s", "ideal", "share", "processor ms a request"], table), "\n")

@@ -49,6 +49,7 @@ class TeacherServer:
         echoes_key (`bool`): whether errors and answers quote the key that was sent, as a careless proxy would.
         remembers (`bool`): whether `asked` has every body.
         needs_key (`bool`): whether another key than `KEY` is refused.
+        port (`int`): a free one by default.
     """
 
     latency: float = 0.0
@@ -65,7 +66,7 @@ class TeacherServer:
     met: Counter = field(default_factory=Counter)
     in_flight: int = 0
     most_in_flight: int = 0
-    busy_until: float = 0.0
+    port: int = 0
 
     def __enter__(self) -> "TeacherServer":
         started = Event()
@@ -81,11 +82,11 @@ class TeacherServer:
 
     def _run(self, started: Event) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self.serve(0, started.set))
+        self._loop.run_until_complete(self.serve(started.set))
 
-    async def serve(self, port: int, ready) -> None:
+    async def serve(self, ready) -> None:
         self._ended = asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", port, backlog=1024, limit=1 << 22)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=1024, limit=1 << 22)
         self.port = server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         ready()
@@ -296,7 +297,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     options = parser.parse_args()
     server = TeacherServer(latency=options.latency, remembers=False, needs_key=False)
-    asyncio.run(server.serve(0, lambda: print(server.url, flush=True)))
+    asyncio.run(server.serve(lambda: print(server.url, flush=True)))
 
 
 if __name__ == "__main__":

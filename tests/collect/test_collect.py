@@ -1,7 +1,10 @@
 """A recipe becomes a set, against a server of this machine."""
 
 import json
+import threading
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -10,6 +13,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.collect.helpers import left_out, prompts_file, rows, run, settings_for, write_recipe
 from tests.collect.server import MODEL, TeacherServer, answer, prompt_tokens
 from trl_bbkd.cli import main
+from trl_bbkd.collect import pacing
 from trl_bbkd.collect.command import collect
 from trl_bbkd.data.teacher_data import check_teacher_data, load_teacher_data
 from trl_bbkd.errors import EndpointError
@@ -119,9 +123,50 @@ def test_what_was_asked_for_and_ignored_ends_the_run(tmp_path, name):
     with TeacherServer(ignores={name}) as server, pytest.raises(EndpointError) as error:
         run(server, tmp_path, QUESTIONS, logprobs=True, top_logprobs=2)
     assert server.requests == 2
-    assert f"`{name}` is ignored by {server.url} and model 'teacher-1': two answers came without." in str(error.value)
+    assert f"{server.url} and model 'teacher-1': `{name}` is ignored, by two answers." in str(error.value)
     assert "18 answers are not asked for yet" in str(error.value)
     assert len(rows(tmp_path)) == 2  # they are paid
+
+
+def test_what_one_answer_lacks_by_accident_is_looked_at_again(server, tmp_path):
+    run(server, tmp_path, ["[no logprobs] A?", *QUESTIONS[:4]], logprobs=True)
+    assert len(rows(tmp_path)) == 5 and "| `logprobs` | honoured |" in card(tmp_path)
+
+
+def test_a_server_that_starts_anew_costs_no_row(tmp_path):
+    """All wait for it together; no row is given up meanwhile."""
+    settings = settings_for(
+        SimpleNamespace(url="x"), tmp_path, [f"Question {n}?" for n in range(60)], base_url="http://x"
+    )
+    with TeacherServer(latency=0.05) as first:
+        settings.base_url, settings.max_retries, settings.concurrency = first.url, 0, 8
+        collecting = threading.Thread(target=collect, args=(settings,))
+        collecting.start()
+        while first.requests < 20:
+            time.sleep(0.01)
+        while first.in_flight:  # what it has it answers
+            first.latency = 0.0
+            time.sleep(0.001)
+    time.sleep(1.0)
+    with TeacherServer(port=first.port) as second:
+        collecting.join(60)
+    assert second.requests >= 10 and len(rows(tmp_path)) + len(left_out(tmp_path)) == 60
+    assert {line["failed"] for line in left_out(tmp_path)} <= {"connection lost"}  # what it was asked as it went
+    assert len(rows(tmp_path)) >= 52
+
+
+def test_an_endpoint_that_stays_away_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pacing, "LONGEST_BACKOFF", 0.01)
+    settings = settings_for(SimpleNamespace(url="x"), tmp_path, QUESTIONS, base_url="http://x", concurrency=1)
+    with TeacherServer(latency=0.02) as server:
+        settings.base_url = server.url
+        problems = []
+        collecting = threading.Thread(target=lambda: problems.append(pytest.raises(EndpointError, collect, settings)))
+        collecting.start()
+        while server.requests < 5:
+            time.sleep(0.005)
+    collecting.join(60)
+    assert "unreachable: Connection refused" in str(problems[0].value) and 4 <= len(rows(tmp_path)) < 20
 
 
 def test_failures_are_listed_and_asked_again_on_request(server, tmp_path, capsys):

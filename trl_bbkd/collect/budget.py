@@ -80,6 +80,7 @@ class Budget:
         self.spent = spent
         self._held = Spent()
         self._claims = 0
+        self._is_closed = False
         self._changed = asyncio.Event()
 
     def worst(self, tokens: WorstCase) -> Spent:
@@ -91,10 +92,10 @@ class Budget:
         Hold a request's worst case, once what is in flight leaves room for it.
 
         Raises:
-            [`CapReached`]: nothing is in flight, and there is none.
+            [`CapReached`]: there is none, and nothing is in flight, or nothing is waited for any more.
         """
         while (cap := self._missing(worst)) is not None:
-            if not self._claims:
+            if self._is_closed or not self._claims:
                 raise CapReached(cap)
             changed = self._changed
             await changed.wait()
@@ -108,6 +109,14 @@ class Budget:
         if not self._claims:
             self._held = Spent()  # without what sums of floats leave
         self.spent.add(actual)
+        self._tell()
+
+    def close(self) -> None:
+        """Have nobody wait for room any more."""
+        self._is_closed = True
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -10,13 +10,12 @@ from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from ..host.version import __version__
-from .replies import NoReply, Reply
+from .replies import UNREACHABLE, NoReply, Reply
 from .requests import chat_url
 from .settings import CollectConfig
 
 
 CONNECT_SECONDS = 30.0
-UNREACHABLE = "unreachable"
 
 
 class Client:

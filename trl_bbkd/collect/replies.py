@@ -11,8 +11,8 @@ from ..data.messages import CLOSE_THINK, OPEN_THINK
 
 
 CUT, FILTERED, EMPTY, REFUSED, IN_THOUGHT = "length", "content_filter", "empty", "refusal", "cut in its thought"
-RATE_LIMITED = "rate limit"
-OVERLOADED = (RATE_LIMITED, "status 503", "status 529")
+RATE_LIMITED, UNREACHABLE = "rate limit", "unreachable"
+OVERLOADED = (RATE_LIMITED, UNREACHABLE, "status 503", "status 529")
 QUOTA_WORDS = ("insufficient_quota", "billing_hard_limit_reached", "insufficient balance")
 UNKNOWN_MODEL = re.compile(
     r"\bmodel\b.{0,80}(not found|not exist|unknown|not available)|(unknown|invalid|no such) model|model_not_found"

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from .budget import Budget, CapReached, Spent
-from .client import UNREACHABLE, Client
+from .client import Client
 from .journal import ANSWER, FAILURE, Entry, Journal, now
 from .pacing import LONGEST_PAUSE, Pace, backoff
-from .probe import HONOURED, IGNORED, NOT_CHECKED, compare, is_same_beginning, lacks, seed_request
+from .probe import FEWER, HONOURED, IGNORED, NOT_CHECKED, compare, is_same_beginning, lacks, seed_request
 from .prompts import Prompts
 from .redaction import Redactor
-from .replies import RATE_LIMITED, Answers, Fault, Usage, read
+from .replies import RATE_LIMITED, UNREACHABLE, Answers, Fault, Usage, read
 from .requests import Asked, RequestMaker, groups
 from .settings import CollectConfig
 from .tally import Tally
@@ -134,6 +134,7 @@ class Collection:
         """End the run once what is in flight is there."""
         self.end = self.end or end
         self._stop.set()
+        self.budget.close()
 
     async def _rest(self, seconds: float) -> None:
         """Wait, but not beyond the end of the run."""
@@ -176,11 +177,11 @@ class Collection:
                 for sample in asked.samples[len(outcome.choices) :]:
                     await self._ask_in_turn(Asked(asked.prompt, (sample,)))
                 return _Look(body, outcome)
-            is_refusal = outcome.kind == RATE_LIMITED
+            is_refusal = outcome.kind in (RATE_LIMITED, UNREACHABLE)
             refusals, faults = refusals + is_refusal, faults + (not is_refusal)
             if (outcome.wait or 0) > LONGEST_PAUSE:
                 outcome.ends_run, outcome.text = True, f"asks to wait {outcome.wait:,.0f} s. {outcome.text}"
-            if outcome.kind == UNREACHABLE and self.found is None:
+            if outcome.kind == UNREACHABLE and (self.found is None or refusals > MOST_REFUSALS):
                 outcome.ends_run = True
             if outcome.ends_run:
                 request.settle(self, {})
@@ -263,7 +264,7 @@ class Collection:
             look = await self._ask(asked)
             looks += 1
             if look is None:
-                if looks == LOOKS and not self._stop.is_set():
+                if looks >= LOOKS and not lacked and not self._stop.is_set():
                     self.stop(End("error", f"none of the first {LOOKS} requests was answered. {self._last_failure}"))
                 continue
             found = compare(self.settings, look.body, look.answers)
@@ -278,13 +279,18 @@ class Collection:
                 self.found = found
                 self.journal.note_findings(self.maker.kind, found)
                 return
+        self.found = lacked[-1] if lacked else None
 
     def _refuse(self, name: str, what: str) -> None:
         key = {"token_ids": "return_token_ids"}.get(name, name)
-        text = (
-            f"`{key}` is {what} by {self.maker.endpoint} and model {self.settings.model!r}: two answers came without."
+        how = "lower it in" if what == FEWER else "take it out of"
+        self.stop(
+            End(
+                "error",
+                f"{self.maker.endpoint} and model {self.settings.model!r}: `{key}` is {what}, by two answers. Either {how} the "
+                "recipe, or take another endpoint.",
+            )
         )
-        self.stop(End("error", f"{text} Take {key} out of the recipe, or take another endpoint."))
 
     async def _look_at_seed(self, look: _Look) -> str:
         """Whether the beginning of an answer comes again with its seed. What this costs counts; it brings no row."""
