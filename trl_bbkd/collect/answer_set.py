@@ -252,7 +252,7 @@ def _compare(texts: list[str], survey: Survey) -> None:
 def _call(call: dict) -> dict:
     """A call of a tool: id, type, name and arguments, which a template takes as a mapping; the API has them as text."""
     function = call.get("function") or {}
-    arguments = function.get("arguments")
+    arguments: Any = function.get("arguments")
     with contextlib.suppress(ValueError, TypeError):
         arguments = json.loads(arguments)
     return {

@@ -1,5 +1,6 @@
 """One attempt at a request, over HTTP. What goes wrong comes back as a value without anything that was sent."""
 
+import contextlib
 import errno
 import json
 import os
@@ -42,10 +43,9 @@ class Client:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         # Not `trust_env`, which looks for another key in ~/.netrc before each request
-        try:
-            self._proxy, self._proxy_auth = get_env_proxy_for_url(URL(self.url))
-        except LookupError:
-            self._proxy, self._proxy_auth = None, None
+        self._proxy: dict[str, Any] = {}
+        with contextlib.suppress(LookupError):
+            self._proxy = dict(zip(("proxy", "proxy_auth"), get_env_proxy_for_url(URL(self.url)), strict=True))
 
     async def __aenter__(self) -> "Client":
         return self
@@ -58,9 +58,7 @@ class Client:
         data = json.dumps(body, ensure_ascii=False).encode(errors="replace")
         # Of aiohttp's errors nothing is shown but their names: their texts may hold the headers that were sent
         try:
-            async with self._session.post(
-                self.url, data=data, allow_redirects=False, proxy=self._proxy, proxy_auth=self._proxy_auth
-            ) as response:
+            async with self._session.post(self.url, data=data, allow_redirects=False, **self._proxy) as response:
                 return Reply(response.status, response.headers, await response.read())
         except aiohttp.ClientConnectorError as error:
             return NoReply(UNREACHABLE, _why(error), was_sent=False)
@@ -77,6 +75,6 @@ class Client:
 def _why(error: aiohttp.ClientConnectorError) -> str:
     """What the system says of a connection that was not made."""
     cause = error.os_error
-    if cause.errno in errno.errorcode:
+    if cause.errno is not None and cause.errno in errno.errorcode:
         return os.strerror(cause.errno)
     return cause.strerror or type(cause).__name__
