@@ -1,6 +1,7 @@
 """A recipe becomes a set, against a server of this machine."""
 
 import json
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from tests.collect.server import MODEL, TeacherServer, answer, prompt_tokens
 from trl_bbkd.cli import main
 from trl_bbkd.collect import pacing
 from trl_bbkd.collect.command import collect
+from trl_bbkd.collect.journal import Journal
 from trl_bbkd.data.teacher_data import check_teacher_data, load_teacher_data
 from trl_bbkd.errors import EndpointError
 
@@ -104,8 +106,6 @@ def test_a_seed_that_is_ignored_is_told(tmp_path, capsys):
 
 
 def test_logprobs_stay_in_the_journal(server, tmp_path):
-    import sqlite3
-
     run(server, tmp_path, ["A?", "[no logprobs] B?", "[short logprobs] C?"], logprobs=True, top_logprobs=2)
     choices = [
         json.loads(row[0])
@@ -383,3 +383,39 @@ def test_every_parameter_is_sent(server, tmp_path):
         "reasoning_effort": "low",
     }
     assert prompt_tokens(first) == 4 and prompts_file(tmp_path, ["A?"]).is_file()
+
+
+def test_a_redirection_is_not_followed(server, tmp_path):
+    """The key is for the endpoint of the recipe alone."""
+
+    class Moved(TeacherServer):
+        async def _answer(self, writer, path, raw, key):
+            await self._write(writer, 307, b"", {"Location": f"{server.url}/chat/completions"})
+            return True
+
+    with (
+        Moved() as moved,
+        pytest.raises(EndpointError, match="status 307: the endpoint redirects; name its new address"),
+    ):
+        run(moved, tmp_path, ["A?"])
+    assert server.requests == 0
+
+
+@pytest.mark.parametrize("caps", [{}, {"max_total_tokens": 400}], ids=["no cap", "waiting for room"])
+def test_a_full_disk_ends_the_run_with_what_is_safe(server, tmp_path, monkeypatch, caps):
+    """Nobody waits for room that a request which was never sent would make."""
+    sending, calls = Journal.sending, []
+
+    def full(journal, worst):
+        calls.append(worst)
+        if len(calls) > 6:
+            raise sqlite3.OperationalError("database or disk is full")
+        return sending(journal, worst)
+
+    monkeypatch.setattr(Journal, "sending", full)
+    server.latency = 0.05
+    with pytest.raises(
+        EndpointError, match="cannot be written: database or disk is full. What was answered before is safe"
+    ):
+        run(server, tmp_path, QUESTIONS, concurrency=4, **caps)
+    assert len(rows(tmp_path)) == 6
