@@ -153,7 +153,7 @@ class TeacherServer:
         self.answers[about] += 1
         data = json.dumps(completion).encode()
         if "trickle" in fault:
-            return await self._trickle(writer, data, 0.002 if fault == "trickle" else 0.5)
+            return await self._trickle(writer, data, 0.002 if fault == "trickle" else 10.0)
         await self._write(writer, 200, data)
         return True
 

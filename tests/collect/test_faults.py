@@ -152,7 +152,14 @@ def test_killed_and_gone_on_with(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("cap", ["max_requests", "max_total_tokens", "max_cost"])
+@pytest.mark.parametrize(
+    "cap",
+    [
+        pytest.param("max_requests", marks=pytest.mark.slow),
+        pytest.param("max_total_tokens", marks=pytest.mark.slow),
+        "max_cost",
+    ],
+)
 def test_caps_hold_through_kills(tmp_path, cap):
     """What a killed process had in flight counts at its worst."""
     prompts_file(tmp_path, prompts(120, 0.3, random.Random(2)))

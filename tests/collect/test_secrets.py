@@ -9,6 +9,7 @@ import pytest
 
 from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, LASTING, NOTED, TRANSIENT, TeacherServer
+from trl_bbkd.cli import main
 from trl_bbkd.collect.redaction import Redactor
 
 
@@ -51,13 +52,18 @@ def test_with_faults_that_quote_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["401", "quota", "unreachable"])
-def test_in_what_ends_a_run(tmp_path, kind):
+def test_in_what_ends_a_run(tmp_path, monkeypatch, capfd, caplog, kind):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_API_KEY", OTHER)
+    caplog.set_level("DEBUG")
     prompts_file(tmp_path, [f"[{kind}] Why?"])
     with TeacherServer(echoes_key=True, remembers=False) as server:
         changes = {"base_url": "http://127.0.0.1:9/v1"} if kind == "unreachable" else {}
-        done = collect(write_recipe(server, tmp_path, **changes), tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
-    assert found_in(tmp_path, done.stdout, done.stderr) == []
+        with pytest.raises(SystemExit):
+            main(["collect", str(write_recipe(server, tmp_path, **changes))])
+    out, err = capfd.readouterr()
+    assert err.splitlines()[-1].startswith("error: ") and kind in err
+    assert found_in(tmp_path, out, err, caplog.text) == []
 
 
 def test_in_a_traceback(tmp_path):
