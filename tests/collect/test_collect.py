@@ -138,21 +138,17 @@ def test_a_server_that_starts_anew_costs_no_row(tmp_path):
     settings = settings_for(
         SimpleNamespace(url="x"), tmp_path, [f"Question {n}?" for n in range(60)], base_url="http://x"
     )
-    with TeacherServer(latency=0.05) as first:
-        settings.base_url, settings.max_retries, settings.concurrency = first.url, 0, 8
+    with TeacherServer(latency=0.1) as first:
+        # One further attempt is for what was on its way
+        settings.base_url, settings.concurrency, settings.max_retries = first.url, 8, 1
         collecting = threading.Thread(target=collect, args=(settings,))
         collecting.start()
         while first.requests < 20:
-            time.sleep(0.01)
-        while first.in_flight:  # what it has it answers
-            first.latency = 0.0
-            time.sleep(0.001)
+            time.sleep(0.005)
     time.sleep(1.0)
     with TeacherServer(port=first.port) as second:
         collecting.join(60)
-    assert second.requests >= 10 and len(rows(tmp_path)) + len(left_out(tmp_path)) == 60
-    assert {line["failed"] for line in left_out(tmp_path)} <= {"connection lost"}  # what it was asked as it went
-    assert len(rows(tmp_path)) >= 52
+    assert second.requests >= 30 and len(rows(tmp_path)) == 60
 
 
 def test_an_endpoint_that_stays_away_ends_the_run(tmp_path, monkeypatch):
