@@ -217,6 +217,14 @@ def test_answers_that_are_not_whole_are_left_out_and_listed(server, tmp_path):
     assert [row["prompt"] for row in kept] == ["Whole?", "[length] Why?", "[filter] Why?"]
 
 
+def test_a_set_keeps_its_card_until_there_is_another(server, tmp_path):
+    run(server, tmp_path, QUESTIONS)
+    before = card(tmp_path)
+    with pytest.raises(EndpointError):
+        run(server, tmp_path, model="another")
+    assert card(tmp_path) == before and len(rows(tmp_path)) == 20
+
+
 def test_the_first_rows_that_fail_end_the_run(server, tmp_path):
     with pytest.raises(
         EndpointError, match="none of the first 3 requests was answered.* status 400: this prompt is too long"
@@ -268,6 +276,17 @@ class TestForms:
         found = run(server, tmp_path, ["A?"], system_prompt="Be brief.", keep_system_prompt=True, conversational=True)
         assert server.requests == 1
         assert [message["role"] for message in found[0]["prompt"]] == ["system", "user"]
+
+    def test_system_prompt_before_messages_with_other_fields(self, server, tmp_path):
+        turns = [{"role": "user", "content": "A?", "name": "ann"}]
+        parts = [{"role": "user", "content": [{"type": "text", "text": "A?"}]}]
+        for number, rows_ in enumerate(([turns], [parts])):
+            (folder := tmp_path / str(number)).mkdir()
+            changes = dict(system_prompt="Be brief.", keep_system_prompt=True)
+            (row,) = run(server, folder, [{"prompt": prompt} for prompt in rows_], **changes)
+            assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+            read = Dataset.from_parquet(str(folder / "out/train.parquet"))
+            assert check_teacher_data(read).rows == 1 and "Be brief." in str(read[0]["prompt"][0]["content"])
 
     def test_messages_with_reasoning_and_tools(self, server, tmp_path):
         turns = [

@@ -56,7 +56,9 @@ def collect(settings: CollectConfig) -> bool:
             interrupted = _ask(collection, settings)
         survey = AnswerSet(prompts, collection.maker, journal).write(folder)
         spent = journal.spent()
-        write_atomically(folder / "README.md", card(settings, survey, spent, collection.found))
+        # A set of an earlier recipe keeps its card until there is another
+        if survey.rows or not (folder / FILE).exists():
+            write_atomically(folder / "README.md", card(settings, survey, spent, collection.found))
     for line in warnings(settings, survey, collection.found):
         _say(f"Warning: {line}")
     if survey.rows:

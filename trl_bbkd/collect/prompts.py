@@ -122,9 +122,11 @@ class Prompts:
         # As the file has them: what a message is, is told by the file's types
         kept = turns if self.are_texts and self.conversational else value
         if self.settings.system_prompt is not None and turns[0]["role"] != "system":
-            system = {"role": "system", "content": self.settings.system_prompt}
-            asked = [system, *asked]
-            kept = [system, *kept] if self.settings.keep_system_prompt else kept
+            text = self.settings.system_prompt
+            asked = [{"role": "system", "content": text}, *asked]
+            if self.settings.keep_system_prompt:
+                content = text if isinstance(kept[0]["content"], str) else [{"type": "text", "text": text}]
+                kept = [{"role": "system", "content": content}, *kept]
         return Prompt(place, asked, tools, {**row, "prompt": kept})
 
 
