@@ -124,7 +124,7 @@ class Prompts:
         if self.settings.system_prompt is not None and turns[0]["role"] != "system":
             text = self.settings.system_prompt
             asked = [{"role": "system", "content": text}, *asked]
-            if self.settings.keep_system_prompt:
+            if self.settings.keep_system_prompt and isinstance(kept, list):
                 content = text if isinstance(kept[0]["content"], str) else [{"type": "text", "text": text}]
                 kept = [{"role": "system", "content": content}, *kept]
         return Prompt(place, asked, tools, {**row, "prompt": kept})

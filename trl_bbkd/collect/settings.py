@@ -187,18 +187,12 @@ class CollectConfig:
             )
 
     def _check_numbers(self):
-        counts = (
-            "num_samples",
-            "max_tokens",
-            "concurrency",
-            "max_prompts",
-            "requests_per_minute",
-            "tokens_per_minute",
-        )
-        for name in (*counts, "max_requests", "max_total_tokens"):
+        limits = ("max_prompts", "requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens")
+        for name in ("num_samples", "max_tokens", "concurrency", *limits):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}. Take it out for no limit.")
+                advice = " Take it out for no limit." if name in limits else ""
+                raise ValueError(f"{name}: expected 1 or more, got {value}.{advice}")
         for name in ("max_cost", "request_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
