@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pyarrow
+
 from ..data.messages import plain_messages, without_none, without_reasoning
 from ..data.teacher_files import load_splits
 from ..errors import RecipeError, TeacherDataError
@@ -53,6 +55,8 @@ class Prompts:
         splits = load_splits(
             _SplitArguments(settings.dataset_name, settings.dataset_config, settings.dataset_train_split)
         )
+        # What a file was read with, which Arrow would keep
+        pyarrow.default_memory_pool().release_unused()
         split = settings.dataset_train_split
         if split not in splits:
             raise TeacherDataError(
