@@ -15,6 +15,7 @@ SCRIPTS = Path(sys.executable).parent
 COMMANDS = {
     "trl --help": [SCRIPTS / "trl", "--help"],
     "trl-bbkd --help": [SCRIPTS / "trl-bbkd", "--help"],
+    "trl-bbkd collect --help": [SCRIPTS / "trl-bbkd", "collect", "--help"],
     "python -m trl_bbkd --help": [sys.executable, "-m", "trl_bbkd", "--help"],
 }
 RUNS = 7

@@ -96,7 +96,24 @@ def main(arguments: list[str] | None = None) -> None:
     )
     push.add_argument("--private", action="store_true", default=None, help="create the repository private")
     push.add_argument("--revision", help="branch to commit to")
+    collect = commands.add_parser(
+        "collect",
+        help="ask a teacher for its answers",
+        usage="trl-bbkd collect RECIPE [--retry_failed] [overrides]",
+        description="Ask a teacher's endpoint for its answers, and leave a set that every method takes. What was answered is "
+        "kept and never asked again: the same command goes on with what is missing.",
+        allow_abbrev=False,
+    )
+    collect.add_argument("recipe", metavar="RECIPE", help="a recipe's file, or `collect` for the one of the package")
+    collect.error = exit_with_error  # type: ignore[method-assign,assignment]
+    if "collect" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from .collect.reading import add_keys
+
+        add_keys(collect.add_argument_group("keys of the recipe"))
     options, overrides = parser.parse_known_args(arguments)
+    if options.command == "collect":
+        collect_answers(options, overrides)
+        return
     if overrides and options.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     if options.command == "plan":
@@ -302,6 +319,29 @@ def plan_recipe(options: argparse.Namespace, overrides: list[str], parser: argpa
         print_plan(Plan(recipe, machine, options.rows), options.recipe, overrides)
     except DistillationError as error:
         exit_with_error(error)
+
+
+def collect_answers(options: argparse.Namespace, unknown: list[str]) -> None:
+    """Ask a teacher, and write the set."""
+    from .collect.command import collect
+    from .collect.reading import read_settings, refuse_unknown
+    from .runs.shipped import find_collect_recipe
+
+    # `datasets` would tell a server that a file of this format was read
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    overrides = {name: value for name, value in vars(options).items() if name not in ("command", "recipe")}
+    try:
+        if unknown:
+            refuse_unknown(unknown)
+        settings = read_settings(find_collect_recipe(options.recipe), overrides)
+        finished = collect(settings)
+    except DistillationError as error:
+        exit_with_error(error)
+    except KeyboardInterrupt:
+        finished = False
+    if not finished:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def push_to_hub(options: argparse.Namespace) -> None:

@@ -69,3 +69,11 @@ class WeightsError(DistillationError, ValueError):
 
 class NoStepsError(DistillationError, ValueError):
     """A training ended without an optimizer step."""
+
+
+class EndpointError(DistillationError, RuntimeError):
+    """A teacher's endpoint does not answer as it should; the message says what it said."""
+
+
+class JournalError(DistillationError, ValueError):
+    """A journal of answers cannot be used; the message says why and what to do."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from ..errors import TeacherDataError
@@ -76,6 +75,8 @@ def load_teacher_data(
     Raises:
         [`TeacherDataError`]: nothing to load, or a file, data set or split does not exist.
     """
+    from accelerate import PartialState
+
     train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
     _refuse_needless_split(script_args, dataset_args)
     with PartialState().main_process_first():
@@ -87,7 +88,7 @@ def load_teacher_data(
                 "list a mixture under `datasets`."
             )
         else:
-            splits = _load_splits(script_args)
+            splits = load_splits(script_args)
     splits = {name: _with_places(split) for name, split in splits.items()}
     if train_split not in splits:
         raise TeacherDataError(
@@ -153,7 +154,8 @@ def _with_places(rows):
     return rows.map(lambda row, index: {ROW_COLUMN: index, **row}, with_indices=True, features=features)
 
 
-def _load_splits(script_args) -> dict:
+def load_splits(script_args) -> dict:
+    """The splits that `dataset_name` has, as [`load_teacher_data`] reads them. Imports nothing of torch."""
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     path = Path(name).expanduser()
     if path.is_file():

@@ -1,7 +1,7 @@
 """What a key is called here that other programs call otherwise. Imports nothing."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 
 MODEL, DATA, OUTPUT = ("model_name_or_path",), ("dataset_name",), ("output_dir",)
@@ -76,7 +76,7 @@ REMEDIES = {
 }
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def nearest(name: str, known: Collection[str], elsewhere: Mapping[str, Sequence[str]] = NAMES_HERE) -> str:
     """The end of an error message about `name`: what the known names have in its place, or the nearest one, if one is near."""
     plain = name.lstrip("-").replace("-", "_").lower()
     dashes = "--" if name.startswith("--") else ""
@@ -84,6 +84,6 @@ def nearest(name: str, known: Collection[str]) -> str:
         return f": {REMEDIES[plain]}"
     if plain in SECTIONS:
         return "."
-    here = next((dashes + key for key in NAMES_HERE.get(plain, ()) if dashes + key in known), None)
+    here = next((dashes + key for key in elsewhere.get(plain, ()) if dashes + key in known), None)
     match = [here] if here else difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else "."

@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import os
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import RecipeError
-from .key_names import SECTIONS, nearest
+from .key_names import NAMES_HERE, SECTIONS, nearest
 from .methods import METHODS, load_method
 
 
@@ -28,13 +28,18 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class RecipeFile:
+class SettingsFile:
     """
-    A recipe's YAML, with the line of every key.
+    A YAML mapping of settings, with the line of every key.
 
     Raises:
-        [`RecipeError`]: not a YAML mapping, a key given twice, a missing or unknown method.
+        [`RecipeError`]: not a YAML mapping, a key given twice.
     """
+
+    example = EXAMPLE
+    keys_beside_fields: tuple[str, ...] = ()
+    input_paths: Collection[str] = INPUT_PATHS
+    names_elsewhere: Mapping[str, Sequence[str]] = NAMES_HERE
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -45,7 +50,7 @@ class RecipeFile:
             loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
             node = loader.get_single_node()
             if not isinstance(node, yaml.MappingNode):
-                raise RecipeError(f"{self.path}: a recipe is a YAML mapping, such as `{EXAMPLE}`.")
+                raise RecipeError(f"{self.path}: a recipe is a YAML mapping, such as `{self.example}`.")
             self._record_lines(node, ())
             self.values: dict[str, Any] = loader.construct_document(node)
         except UnicodeDecodeError as error:
@@ -60,17 +65,6 @@ class RecipeFile:
         except yaml.MarkedYAMLError as error:
             place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
             raise RecipeError(f"{self.path}{place}: not valid YAML: {error.problem}.") from error
-
-        self.values.pop(LAUNCH_KEY, None)
-        if "method" not in self.values:
-            raise RecipeError(f"{self.path}: `method` is missing. Add a line `{EXAMPLE}`.")
-        self.method = self.values.pop("method")
-        if self.method not in list(METHODS):  # it may be anything that YAML can say
-            raise self.error(("method",), f"unknown method {self.method!r}; available: {', '.join(METHODS)}.")
-        env = self.values.pop("env", None) or {}
-        if not isinstance(env, dict) or any(isinstance(value, dict | list) for value in env.values()):
-            raise self.error(("env",), "`env` is a mapping of environment variables to values.")
-        self.env = {str(name): str(value) for name, value in env.items()}
 
     def _record_lines(self, node: yaml.Node, prefix: tuple[str | int, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
@@ -101,7 +95,7 @@ class RecipeFile:
         """
         for name in self.values:
             if name not in known:
-                raise self._unknown_key((), name, self.values[name], ["method", "env", *sorted(known)])
+                raise self._unknown_key((), name, self.values[name], [*self.keys_beside_fields, *sorted(known)])
 
     def _unknown_key(self, prefix: tuple, name: Any, value: Any, known: Collection[str]) -> RecipeError:
         # YAML reads an unquoted `on` or `2` as something else than text; no field has such a name.
@@ -112,7 +106,7 @@ class RecipeFile:
             first = next((key for key in below if key in known), below[0] if below else None)
             rest = f", and write what is below it, such as `{first}`, without indentation" if below else ""
             return RecipeError(f"{place}: unknown key {name!r}: a recipe is flat. Take that line out{rest}.")
-        return RecipeError(f"{place}: unknown key {name!r}{nearest(str(name), known)}")
+        return RecipeError(f"{place}: unknown key {name!r}{nearest(str(name), known, self.names_elsewhere)}")
 
     def checked_values(self, dataclass_types: Collection[type]) -> dict[str, Any]:
         """
@@ -130,14 +124,14 @@ class RecipeFile:
         for name, value in values.items():
             key = (*prefix, name)
             if name not in fields:
-                known = list(fields) if prefix else ["method", "env", *fields]
+                known = list(fields) if prefix else [*self.keys_beside_fields, *fields]
                 raise self._unknown_key(prefix, name, value, known)
             entry_type = (get_args(hints[name]) or (None,))[0]
             if isinstance(entry_type, type) and dataclasses.is_dataclass(entry_type):
                 checked[name] = self._checked_entries(key, value, entry_type)
                 continue
             try:
-                converted = _convert(value, hints[name], fields[name].metadata.get("choices"))
+                converted = convert(value, hints[name], fields[name].metadata.get("choices"))
             except ValueError as error:
                 raise self.error(key, f"{name}: {error}") from error
             checked[name] = self._next_to_recipe(name, converted)
@@ -158,7 +152,7 @@ class RecipeFile:
     def _next_to_recipe(self, name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [self._next_to_recipe(name, item) for item in value]
-        is_input = name in INPUT_PATHS or name in load_method(self.method).input_paths
+        is_input = name in self.input_paths
         if isinstance(value, dict) and is_input:
             return {key: self._next_to_recipe(name, item) for key, item in value.items()}
         folder = str(self.path.parent.absolute())
@@ -170,11 +164,36 @@ class RecipeFile:
         return value
 
 
+class RecipeFile(SettingsFile):
+    """
+    A recipe of a training.
+
+    Raises:
+        [`RecipeError`]: as of [`SettingsFile`]; a missing or unknown method.
+    """
+
+    keys_beside_fields = ("method", "env")
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.values.pop(LAUNCH_KEY, None)
+        if "method" not in self.values:
+            raise RecipeError(f"{self.path}: `method` is missing. Add a line `{EXAMPLE}`.")
+        self.method = self.values.pop("method")
+        if self.method not in list(METHODS):  # it may be anything that YAML can say
+            raise self.error(("method",), f"unknown method {self.method!r}; available: {', '.join(METHODS)}.")
+        env = self.values.pop("env", None) or {}
+        if not isinstance(env, dict) or any(isinstance(value, dict | list) for value in env.values()):
+            raise self.error(("env",), "`env` is a mapping of environment variables to values.")
+        self.env = {str(name): str(value) for name, value in env.items()}
+        self.input_paths = (*INPUT_PATHS, *load_method(self.method).input_paths)
+
+
 def _exists(path: str, folder: str) -> bool:
     return bool(path) and bool(glob.glob(path, root_dir=folder, recursive=True))
 
 
-def _convert(value: Any, hint: Any, choices: Collection[str] | None = None) -> Any:
+def convert(value: Any, hint: Any, choices: Collection[str] | None = None) -> Any:
     """
     Convert a YAML value to a field's type. PyYAML reads `1e-6` as text, for instance.
 
@@ -203,7 +222,7 @@ def _convert_to(option: Any, value: Any) -> Any:
     container = _container(option)
     if container is list and not isinstance(value, dict | None):
         item_type = get_args(option)[0]
-        return [_convert(item, item_type) for item in (value if isinstance(value, list) else [value])]
+        return [convert(item, item_type) for item in (value if isinstance(value, list) else [value])]
     if _is_enum(option):
         return option(value).value
     if option is bool and isinstance(value, str) and value.lower() in ("true", "false"):

@@ -9,6 +9,7 @@ from .key_names import nearest
 
 PACKAGE = Path(__file__).parents[1]
 ACCELERATE_CONFIGS = "accelerate_configs"
+COLLECT = "collect.yaml"  # trains nothing
 
 
 @functools.cache
@@ -26,7 +27,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {
         file.relative_to(folder).with_suffix("").as_posix(): file
         for file in files
-        if file.parent.name != ACCELERATE_CONFIGS
+        if file.parent.name != ACCELERATE_CONFIGS and file.name != COLLECT
     }
 
 
@@ -52,6 +53,22 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(f"there is no recipe {name}{nearest(plain, shipped_recipes())}{listed}")
 
 
+def find_collect_recipe(name: str) -> Path:
+    """
+    The recipe of a collection: a file, or by the name `collect` the package's.
+
+    Raises:
+        [`RecipeError`]: there is no such file.
+    """
+    path = Path(name)
+    ours = recipes_folder() / COLLECT
+    if path.is_file():
+        return path
+    if name == ours.stem:
+        return ours
+    raise RecipeError(f"there is no recipe {name}. `{ours.stem}` names the one of the package, {ours}.")
+
+
 def recipe_list() -> str:
     """One line for each recipe: its name, and what it is by the first line of its header."""
     recipes = shipped_recipes()
@@ -63,6 +80,7 @@ def recipe_list() -> str:
             *(line for name, line in lines.items() if "/" not in name),
             "They say in their header which data and which GPUs they need:",
             *(line for name, line in lines.items() if "/" in name),
+            f"One asks a teacher for its answers (trl-bbkd {COLLECT.partition('.')[0]} my.yaml): {recipes_folder() / COLLECT}",
             f"Files: {recipes_folder()}",
         ]
     )

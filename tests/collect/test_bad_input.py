@@ -1,0 +1,159 @@
+"""What is wrong with a recipe is one line, before the first request."""
+
+import sqlite3
+
+import pytest
+
+from tests.collect.helpers import prompts_file, write_recipe
+from tests.collect.server import KEY, TeacherServer
+from trl_bbkd.cli import main
+from trl_bbkd.collect.journal import Journal
+
+
+@pytest.fixture(scope="module")
+def server():
+    with TeacherServer() as server:
+        yield server
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        main(["collect", *map(str, words)])
+    assert stopped.value.code == 2
+    # What `datasets` and the run say of themselves aside
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def refusal(server, tmp_path, monkeypatch, capsys):
+    """What a recipe of three prompts, changed so, is refused with."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts_file(tmp_path, ["A?", "B?", "C?"])
+
+    def refuse(*words, **changes):
+        before = server.requests
+        line = refused(capsys, write_recipe(server, tmp_path, **changes), *words)
+        assert server.requests == before
+        return line
+
+    return refuse
+
+
+def test_no_key(refusal, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert refusal() == (
+        "there is no key: the environment has no OPENAI_API_KEY. Set it (export OPENAI_API_KEY=...), name another variable with "
+        "`api_key_env`, or write `api_key_env: null` for an endpoint that needs none."
+    )
+
+
+def test_a_key_with_a_line_break(refusal, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb-secret")
+    line = refusal()
+    assert "the key in OPENAI_API_KEY has characters that no header can carry" in line and "secret" not in line
+
+
+CHANGES = {
+    "a cap of 0": ({"max_cost": 0}, "max_cost: expected more than 0, got 0."),
+    "a cap of 0 requests": ({"max_requests": 0}, "max_requests: expected 1 or more, got 0."),
+    "a cap of money without a price": ({"max_cost": 1}, "needs `prompt_price` and `completion_price`"),
+    "a typo": ({"max_token": 5}, "unknown key 'max_token'; did you mean 'max_tokens'?"),
+    "a name of elsewhere": ({"rpm": 5}, "unknown key 'rpm'; did you mean 'requests_per_minute'?"),
+    "a key in the recipe": ({"api_key": KEY}, "a key stands in no recipe and in no command."),
+    "a key for a name": (
+        {"api_key_env": KEY},
+        "it is the name of an environment variable, such as OPENAI_API_KEY, not a key.",
+    ),
+    "a password": ({"base_url": f"http://me:{KEY}@h/v1"}, "base_url: it holds a user or a password."),
+    "a key in the address": ({"base_url": f"http://h/v1?api_key={KEY}"}, "base_url: 'api_key' looks like a secret."),
+    "no address": ({"base_url": "localhost:8000"}, "base_url: expected an address such as https://"),
+    "too long an address": ({"base_url": "http://h/v1/chat/completions"}, "leave /chat/completions out"),
+    "logprobs": ({"top_logprobs": 5}, "endpoints give them with `logprobs: true` alone."),
+    "a stream": ({"extra_body": {"stream": True}}, "take 'stream' out: answers are read whole."),
+    "a parameter of ours": ({"extra_body": {"n": 2}}, "take 'n' out: a recipe has a key for it."),
+    "a training's recipe": ({"method": "gad"}, "this recipe trains: `trl-bbkd train"),
+    "no such prompts": ({"dataset_name": "nowhere.jsonl"}, "`dataset_name: nowhere.jsonl` does not exist"),
+    "no such column": ({"prompt_column": "question"}, "has no column 'question'; columns found: prompt"),
+    "no such split": ({"dataset_name": ".", "dataset_train_split": "test"}, "has no file for the `test` split"),
+    "a name of no parameter": ({"max_tokens_name": "max_new"}, "expected one of max_tokens, max_completion_tokens"),
+    "system prompt of texts": ({"system_prompt": "x", "keep_system_prompt": True}, "Add `conversational: true`."),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANGES.values(), ids=CHANGES)
+def test_recipes(refusal, changes, message):
+    line = refusal(**changes)
+    assert message in line and KEY not in line and "\n" not in line
+
+
+OPTIONS = {
+    "a typo": (["--temprature", "1"], "unknown option --temprature; did you mean '--temperature'?"),
+    "a value": (["--temperature", "hot"], "--temperature: expected a number, got 'hot'."),
+    "a check": (["--concurrency", "0"], "--concurrency: expected 1 or more, got 0."),
+    "a key": (["--api_key", KEY], "option --api_key: a key stands in no recipe and in no command."),
+    "a key, joined": ([f"--api-key={KEY}"], "option --api-key: a key stands in no recipe"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), OPTIONS.values(), ids=OPTIONS)
+def test_options(refusal, words, message):
+    line = refusal(*words)
+    assert message in line and KEY not in line
+
+
+@pytest.mark.parametrize("missing", ["base_url", "model", "output_dir", "dataset_name"])
+def test_what_is_needed(refusal, missing):
+    assert f"`{missing}` is missing." in refusal(**{missing: None})
+
+
+ROWS = {
+    "another column": ([{"question": "A?"}], "has neither a column `prompt` nor `messages`; columns found: question."),
+    "empty": (["A?", " "], "Row 1: `prompt` is empty; remove the row."),
+    "a picture": ([[{"role": "user", "content": [{"type": "image"}]}]], "only text is distilled"),
+    "an answer": (["x", "y", {"prompt": None}], "Row 2: `prompt` is no text, as in the first row"),
+    "no question": ([[{"role": "assistant", "content": "Hi"}]], "has no message that could be answered"),
+    "tools": ([{"prompt": [{"role": "user", "content": "A?"}], "tools": "{"}], "Row 0: `tools` is no JSON"),
+    "tools beside texts": ([{"prompt": "A?", "tools": "[]"}], "the column `tools` needs a set of messages."),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), ROWS.values(), ids=ROWS)
+def test_rows(refusal, tmp_path, rows, message):
+    prompts_file(tmp_path, rows)
+    assert message in refusal()
+
+
+def test_a_journal_in_use(refusal, tmp_path):
+    with Journal(tmp_path / "out/journal.sqlite"):
+        assert "journal.sqlite is in use by another collection" in refusal()
+
+
+def test_a_journal_of_another_schema(refusal, tmp_path):
+    Journal(tmp_path / "out/journal.sqlite").close()
+    connection = sqlite3.connect(tmp_path / "out/journal.sqlite")
+    connection.execute("PRAGMA user_version = 9")
+    connection.close()
+    assert "has schema 9" in refusal()
+
+
+def test_an_endpoint_that_is_not_there(refusal):
+    line = refusal(base_url="http://127.0.0.1:9/v1")
+    assert (
+        "http://127.0.0.1:9/v1 and model 'teacher-1': unreachable: Connection refused. 3 answers are not asked for"
+        in line
+    )
+    assert "unreachable" in refusal(base_url="http://no-such-host.invalid/v1")
+
+
+def test_an_unknown_model_ends_the_run_after_one_request(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts_file(tmp_path, ["A?", "B?", "C?"])
+    before = server.requests
+    line = refused(capsys, write_recipe(server, tmp_path, model="teacher-9"))
+    assert server.requests == before + 1
+    assert "unknown model: The model `teacher-9` does not exist. 3 answers are not asked for yet" in line
+
+
+def test_no_such_recipe(capsys):
+    assert "there is no recipe nowhere.yaml. `collect` names the one of the package" in refused(capsys, "nowhere.yaml")
