@@ -1,4 +1,7 @@
 import math
+import sys
+import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -296,6 +299,7 @@ def test_vllm_samples_each_prompt_so_many_times(tmp_path, tiny_model_dir, monkey
             return ids, self.tokenizer.batch_decode(ids)
 
     monkeypatch.setattr("trl_bbkd.preference.trainer.VLLMSampler", Sampler)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(__spec__=ModuleSpec("vllm", None)))
     trainer = make_trainer(tmp_path, tiny_model_dir, num_rounds=1, use_vllm=True, trainer_class=RecordingTrainer)
     trainer.train()
     (call,) = asked

@@ -19,6 +19,7 @@ VARIANTS = {
     "LoRA and a critic": {"lora": True, "critic": "copy", "advantage_estimator": "gae"},
     "likelihood": {"discriminator_head": "likelihood", "discriminator_sft_weight": 0.1},
     "shared": {"lora": True, "discriminator": "shared"},
+    "anchored": {"discriminator_head": "likelihood", "sft_weight": 0.5, "discriminator_entropy": 0.5},
 }
 
 
