@@ -20,6 +20,11 @@ settings.register_profile("random")
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    # Environments, made one after the other: begun last, they would be waited for by a worker that has nothing left to do
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+
+
 def pytest_collection_finish():
     """Each training collects garbage. What the libraries made when they were imported, millions of objects, is none."""
     gc.collect()

@@ -138,6 +138,7 @@ def test_every_fault(tmp_path):
     check_costs(server, asked, 0, told)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with(tmp_path):
     """At random points, with every fault: the set equals one of an undisturbed run."""
     server, told, asked = suite(tmp_path, 160, 2, random.Random(1))

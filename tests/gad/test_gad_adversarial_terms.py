@@ -94,7 +94,7 @@ def test_the_anchor_does_not_depend_on_how_a_batch_is_split(tiny_model_dir, tmp_
         torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_anchor_as_one(tiny_model_dir, tmp_path, checkpointing):
     """The second of three prompts straddles the processes."""
     config = {"sft_weight": 0.5, "discriminator_entropy": 0.5, "gradient_checkpointing": checkpointing} | LIKELIHOOD

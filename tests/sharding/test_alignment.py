@@ -62,7 +62,7 @@ def test_fsdp2_ends_as_one_process(variant, alone, other_model_dir, tmp_path):
     assert again["resumed at"] is None and again["shares"]["proxy"] == []
 
 
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, "full"))
+@pytest.mark.parametrize("variant", slow_but(VARIANTS))
 def test_fsdp2_goes_on_with_a_round_as_if_never_stopped(variant, alone, other_model_dir, tmp_path):
     config = VARIANTS[variant]
     assert on_processes(2, alignment, "fsdp2", other_model_dir, tmp_path, stops=True, **config) == [None, None]

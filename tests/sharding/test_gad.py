@@ -63,7 +63,11 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "step"),
-    [("full", 3), ("LoRA and a critic", 4), pytest.param("shared", 4, marks=pytest.mark.slow)],
+    [
+        ("full", 3),
+        pytest.param("LoRA and a critic", 4, marks=pytest.mark.slow),
+        pytest.param("shared", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(variant, step, alone, tiny_model_dir, tmp_path):
     """From the warm-up's last step, and from the first that has a reference."""

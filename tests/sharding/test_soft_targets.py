@@ -97,7 +97,7 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, proxy, tmp_pa
     assert load_file(tmp_path / "checkpoint-3" / "model.safetensors").keys() <= saved.keys()
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_fsdp2_goes_on_from_a_checkpoint_as_if_never_stopped(step, alone, tiny_model_dir, proxy, tmp_path):
     """Also from the last one, after which there is nothing to train."""
     models = (tiny_model_dir, proxy)
