@@ -2,14 +2,13 @@
 What to train: every text-only method from one start, SeqKD at its plateau, in two worlds.
 
 Every arm samples and trains on as many answers as GAD, with settings chosen by as many trials on validation rows. A student is
-then compared with the start at equal temperature and, over a sweep of temperatures, at equal diversity. `docs/results.md` has the
-tables.
+then compared with the start at equal temperature and, over a sweep of temperatures, at equal diversity. No arm
+has been run yet.
 
     python benchmarks/scoreboard.py tinyworld
     python benchmarks/scoreboard.py stories --student stories260K --teacher stories15M-fp16 --data stories15M_generations.jsonl
 
-Each arm runs in a process of its own, whose memory is measured. What is finished is kept in `output_dir` and not run again;
-`--table` only prints what is there.
+Each arm runs in a process of its own, whose memory is measured. What is finished is kept in `output_dir` and not run again.
 """
 
 import json
@@ -54,7 +53,6 @@ def parse_args(argv=None):
     found.add_argument("--output_dir", default="output/scoreboard")
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     found.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    found.add_argument("--table", action="store_true", help="print the table of what has been run")
     for name in ("student", "teacher", "data"):
         found.add_argument(f"--{name}", help="of the stories, as for real_text.py")
     return found.parse_args(argv)
@@ -254,8 +252,6 @@ def main(argv=None) -> None:
     starts = [measured(args, start_of(args, seed), "test", seed) for seed in args.seeds]
     rows = [row(world, START, starts, starts, [])]
     for arm in args.arms:
-        if args.table and not run_folder(args, arm, 0, 0).is_dir():
-            continue
         number = choose(args, world, arm)
         folders = [trained(args, arm, number, seed) for seed in args.seeds]
         found = [measured(args, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]

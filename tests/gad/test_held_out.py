@@ -7,7 +7,14 @@ from datasets import Dataset
 
 from trl_bbkd.gad.monitor import TrainingMonitor
 
-from .helpers import FixedSamplesTrainer, assert_same_weights, make_config, make_trainer, weights
+from .helpers import (
+    FixedSamplesTrainer,
+    assert_same_weights,
+    make_config,
+    make_trainer,
+    no_model_is_loaded,
+    weights,
+)
 from .test_warnings import HEALTHY, SETTINGS, settings_named, watch
 
 
@@ -115,3 +122,20 @@ def test_patience_needs_evaluations(tmp_path):
         ValueError, match="discriminator_patience=2 counts evaluations, of which there are none. Set eval_strategy"
     ):
         make_config(tmp_path, discriminator_patience=2)
+
+
+def test_patience_needs_one_data_set(tiny_model_dir, tmp_path, standard_rows, monkeypatch):
+    """Of several, none has the name whose evaluations are counted."""
+    rows = Dataset.from_list(standard_rows[12:14])
+    no_model_is_loaded(monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"discriminator_patience=2 counts.* eval_dataset has 2 by name \(easy, hard\)"
+    ):
+        make_trainer(
+            tmp_path,
+            tiny_model_dir,
+            standard_rows,
+            trainer_kwargs={"eval_dataset": {"easy": rows, "hard": rows}},
+            eval_strategy="steps",
+            discriminator_patience=2,
+        )

@@ -74,10 +74,20 @@ class TeacherRows:
         return rows
 
     def prepare_evaluation(self, rows):
-        """As [`~TeacherRows.prepare`], for `eval_dataset`, which may be `None` or a dictionary of data sets."""
+        """
+        As [`~TeacherRows.prepare`], for `eval_dataset`, which may be `None` or a dictionary of data sets.
+
+        Raises:
+            ValueError: there are several, and `discriminator_patience` counts evaluations of one.
+        """
         if rows is None:
             return None
         if isinstance(rows, dict):
+            if self.args.discriminator_patience is not None:
+                raise ValueError(
+                    f"discriminator_patience={self.args.discriminator_patience} counts evaluations of one data set, and eval_dataset "
+                    f"has {len(rows)} by name ({', '.join(rows)}). Hand in one of them, or leave discriminator_patience out."
+                )
             return {name: self.prepare(split, name) for name, split in rows.items()}
         return self.prepare(rows, "test")
 
