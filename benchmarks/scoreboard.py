@@ -20,39 +20,21 @@ import time
 from pathlib import Path
 
 from common.arguments import parser
+from common.arms import WORLDS, arms_of
 from common.tables import markdown
 
 from trl_bbkd.evaluation.diversity import difference_at_equal_diversity, jackknife
 
 
 START = "SeqKD at its plateau"
-SFT, GAD = "sft", "gad"
-# Kind of training, and the settings that are tried
-ARMS = {
-    "SeqKD, as many answers more": (SFT, [{"learning_rate": rate} for rate in (3e-4, 1e-3, 2e-3)]),
-    "GAD": (GAD, [{"learning_rate": rate} for rate in ("low", "middle", "high")]),
-    "GAD, token credit": (
-        GAD,
-        [{"learning_rate": rate, "discriminator_credit": "token"} for rate in ("low", "middle", "high")],
-    ),
-    "GAD, anchored": (GAD, [{"learning_rate": "middle", "sft_weight": weight} for weight in (0.1, 0.3, 1.0)]),
-    "GAD, less own likelihood": (
-        GAD,
-        [{"learning_rate": "middle", "discriminator_entropy": share} for share in (0.1, 0.3, 1.0)],
-    ),
-}
-RATES = {
-    "tinyworld": {"low": 1e-3, "middle": 2e-3, "high": 4e-3},
-    "stories": {"low": 7.5e-5, "middle": 1.5e-4, "high": 3e-4},
-}
 
 
 def parse_args(argv=None):
     found = parser(__doc__)
-    found.add_argument("world", choices=sorted(RATES))
+    found.add_argument("world", choices=WORLDS)
     found.add_argument("--output_dir", default="output/scoreboard")
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    found.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    found.add_argument("--arms", nargs="+", help="by default all that the world has")
     for name in ("student", "teacher", "data"):
         found.add_argument(f"--{name}", help="of the stories, as for real_text.py")
     return found.parse_args(argv)
@@ -71,40 +53,6 @@ def make_world(args):
 # Trainings
 
 
-def train_gad(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
-    from trl_bbkd import GADTrainer
-
-    trainer = GADTrainer(
-        model=str(start),
-        args=world.gad_config(folder, seed, **settings),
-        train_dataset=world.train,
-        processing_class=world.tokenizer,
-    )
-    trainer.train()
-    trainer.save_model(str(folder))
-
-
-def train_sft(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
-    """With as many answers a step as GAD has samples; its own order of rows."""
-    from trl_bbkd.seqkd.trainer import train_seqkd
-
-    args = world.gad_config(folder, 1000 + seed)
-    train_seqkd(
-        str(start),
-        args,
-        world.train,
-        world.tokenizer,
-        measure=lambda model: {},
-        is_better=lambda new, best: True,
-        output_dir=str(folder),
-        max_steps=args.max_steps,
-        learning_rate=settings["learning_rate"],
-    )
-
-
-TRAININGS = {SFT: train_sft, GAD: train_gad}
-
-
 def in_own_process(function, *arguments) -> None:
     """In a process whose memory is its own."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
@@ -117,15 +65,12 @@ def in_own_process(function, *arguments) -> None:
 def train(args, arm: str, number: int, seed: int) -> None:
     """Train an arm's student with its `number`-th settings, and keep what that took."""
     world = make_world(args)
-    kind, grid = ARMS[arm]
-    settings = {
-        key: RATES[args.world].get(value, value) if key == "learning_rate" else value
-        for key, value in grid[number].items()
-    }
+    train_student, grid = arms_of(args.world)[arm]
+    settings = grid[number]
     folder = run_folder(args, arm, number, seed)
     start = world.start(seed)
     began, held = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    TRAININGS[kind](world, start, folder, seed, settings)
+    train_student(world, start, folder, seed, settings)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
     write(folder / "training.json", {"settings": settings, "seconds": time.perf_counter() - began, "MiB": used / 1024})
 
@@ -198,12 +143,15 @@ def choose(args, world, arm: str) -> int:
     """The settings that are best at equal diversity on validation rows, of seed 0."""
     start = measured(args, start_of(args, 0), "validation", 0)
     gains = []
-    for number in range(len(ARMS[arm][1])):
+    for number in range(len(arms_of(args.world)[arm][1])):
         found = measured(args, trained(args, arm, number, 0), "validation", 0)
         prompts = range(len(found["texts"]["1.0"]))
         gain = difference_at_equal_diversity(curve(world, found, prompts), curve(world, start, prompts))
         gains.append(-math.inf if math.isnan(gain) else gain)
-        print(f"{arm}, {ARMS[arm][1][number]}: {gains[-1]:+.4f} at equal diversity on validation rows", flush=True)
+        print(
+            f"{arm}, {arms_of(args.world)[arm][1][number]}: {gains[-1]:+.4f} at equal diversity on validation rows",
+            flush=True,
+        )
     return max(range(len(gains)), key=gains.__getitem__)
 
 
@@ -251,7 +199,7 @@ def main(argv=None) -> None:
     world = make_world(args)
     starts = [measured(args, start_of(args, seed), "test", seed) for seed in args.seeds]
     rows = [row(world, START, starts, starts, [])]
-    for arm in args.arms:
+    for arm in args.arms or arms_of(args.world):
         number = choose(args, world, arm)
         folders = [trained(args, arm, number, seed) for seed in args.seeds]
         found = [measured(args, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]

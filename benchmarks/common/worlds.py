@@ -11,13 +11,16 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import tinyworld
-from trl_bbkd import GADConfig
+from common.arguments import evidence_arguments
+from trl_bbkd import GADConfig, PreferenceKDConfig
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.evaluation.diversity import distinct_ngrams
 from trl_bbkd.evaluation.student import generate_completions, teacher_nll
 
 
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
+# The start has learned from the teacher's answers already
+PREFERENCES = {"warmup_epochs": 0, "sample_temperature": 1.0, "sample_top_p": 1.0, "beta": 0.1, "sft_weight": 1.0}
 
 
 class World:
@@ -38,9 +41,17 @@ class World:
     def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
         raise NotImplementedError
 
+    def preference_config(self, folder: Path, seed: int, **settings) -> PreferenceKDConfig:
+        """With as many samples as GAD has, and as many sequences to train on."""
+        raise NotImplementedError
+
     def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
         """The judge's verdict on each text; more is better."""
         raise NotImplementedError
+
+    def quality_beside_answer(self, prompts: list[str], texts: list[str], answers: list[str]) -> list[float]:
+        """The same, as a judge of preference distillation: what its students could gain at most."""
+        return self.quality(prompts, texts)
 
     def diversity(self, groups: list[list[str]]) -> float:
         """Of each prompt's samples."""
@@ -109,9 +120,49 @@ class Tinyworld(World):
         return self.folder / f"seed{seed}" / "seqkd"
 
     def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
-        discriminator = str(self.folder / f"seed{seed}" / "discriminator")
-        common = tinyworld_ablations.COMMON | {"discriminator": discriminator}
+        common = tinyworld_ablations.COMMON | {"discriminator": self.teacher_model(seed)}
         return tinyworld_ablations.config(folder, seed, **common | settings)
+
+    def preference_config(self, folder: Path, seed: int, **settings) -> PreferenceKDConfig:
+        common = tinyworld_ablations.COMMON
+        return PreferenceKDConfig(
+            str(folder),
+            num_train_epochs=2.5,
+            per_device_train_batch_size=64,
+            sample_batch_size=1000,
+            max_completion_length=self.max_new_tokens,
+            lr_scheduler_type=common["lr_scheduler_type"],
+            max_grad_norm=common["max_grad_norm"],
+            **self.discriminator_arguments(seed),
+            **PREFERENCES,
+            **evidence_arguments(seed),
+            num_generations=self.samples_a_prompt,
+            **settings,
+        )
+
+    def discriminator_arguments(self, seed: int) -> dict:
+        names = (
+            "discriminator_head",
+            "discriminator_learning_rate",
+            "discriminator_max_grad_norm",
+            "discriminator_batch_size",
+        )
+        return {name: tinyworld_ablations.COMMON[name] for name in names} | {"discriminator": self.teacher_model(seed)}
+
+    def teacher_model(self, seed: int) -> str:
+        """A larger model after SFT on the teacher's answers: GAD's discriminator, or a proxy."""
+        return str(self.folder / f"seed{seed}" / "discriminator")
+
+    def proxy_arguments(self, seed: int) -> dict:
+        return {
+            "proxy_model": self.teacher_model(seed),
+            "max_completion_length": self.max_new_tokens,
+            "max_steps": 480,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "linear",
+            **evidence_arguments(seed),
+        }
 
     def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
         return tinyworld.world.judge(prompts, texts)["valid"]
@@ -160,6 +211,22 @@ class Stories(World):
 
     def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
         return real_text.gad_config(self.args, seed, folder, **settings)
+
+    def preference_config(self, folder: Path, seed: int, **settings) -> PreferenceKDConfig:
+        return PreferenceKDConfig(
+            str(folder),
+            num_train_epochs=1,
+            per_device_train_batch_size=16,
+            max_completion_length=self.max_new_tokens,
+            max_grad_norm=1.0,
+            discriminator_head="likelihood",
+            discriminator_learning_rate=self.args.discriminator_learning_rate,
+            discriminator_max_grad_norm=1.0,
+            **PREFERENCES,
+            **evidence_arguments(seed),
+            num_generations=self.samples_a_prompt,
+            **settings,
+        )
 
     def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
         """Less the nats a character."""
