@@ -11,6 +11,7 @@ from pathlib import Path
 TINYWORLD, STORIES = WORLDS = ("tinyworld", "stories")
 SFT_RATES = 3e-4, 1e-3, 2e-3
 GAD_RATES = {TINYWORLD: (1e-3, 2e-3, 4e-3), STORIES: (7.5e-5, 1.5e-4, 3e-4)}
+TEACHER_EPOCHS = {TINYWORLD: 0.5, STORIES: 0.75}
 DPO_RATES = {TINYWORLD: (2e-4, 7e-4, 2e-3), STORIES: (3e-5, 1e-4, 3e-4)}
 
 
@@ -66,7 +67,13 @@ def train_proxykd(world, start: Path, folder: Path, seed: int, settings: dict) -
 
     trainer = ProxyKDTrainer(
         model=str(start),
-        args=ProxyKDConfig(str(folder), stages=["cache", "distil"], **world.proxy_arguments(seed), **settings),
+        args=ProxyKDConfig(
+            str(folder),
+            stages=["cache", "distil"],
+            distil_on_all_rows=True,
+            **world.proxy_arguments(seed),
+            **settings,
+        ),
         train_dataset=world.train,
         processing_class=world.tokenizer,
     )
@@ -104,7 +111,11 @@ def arms_of(world: str) -> dict[str, tuple[Callable, list[dict]]]:
         ),
         "PreferenceKD, judge: discriminator": (train_preference, rates(dpo, judge="discriminator")),
         "PreferenceKD, judge: overlap": (train_preference, rates(dpo, judge="overlap")),
-        "PreferenceKD, judge: teacher": (train_preference, rates(dpo, judge="teacher")),
+        # A pair of each sample, so fewer epochs
+        "PreferenceKD, judge: teacher": (
+            train_preference,
+            rates(dpo, judge="teacher", num_train_epochs=TEACHER_EPOCHS[world]),
+        ),
         "PreferenceKD, by the judge itself": (train_preference, rates(dpo, judge=ORACLE)),
     }
     if world == TINYWORLD:

@@ -32,6 +32,7 @@ class World:
         held_out (`dict[str, list[dict]]`): Rows of `validation`, by which settings are chosen, and `test`.
         num_samples (`int`): Of a held-out prompt at each temperature.
         samples_a_prompt (`int`): With which every arm has as many samples of training prompts in all as GAD.
+        preference_epochs (`float`): With which preference distillation trains on about as many sequences as GAD.
     """
 
     def start(self, seed: int) -> Path:
@@ -92,6 +93,7 @@ class Tinyworld(World):
     """Counting to 49; the judge is exact, and diversity the share of different answers to a prompt."""
 
     max_new_tokens, num_samples, samples_a_prompt = tinyworld.ANSWER_TOKENS, 8, 8
+    preference_epochs = 2.5
     # Of the discriminator of docs/results/gad.md's second table, which has not memorised the answers
     BASE_STEPS, DISCRIMINATOR_STEPS = 1500, 800
 
@@ -127,7 +129,6 @@ class Tinyworld(World):
         common = tinyworld_ablations.COMMON
         return PreferenceKDConfig(
             str(folder),
-            num_train_epochs=2.5,
             per_device_train_batch_size=64,
             sample_batch_size=1000,
             max_completion_length=self.max_new_tokens,
@@ -137,7 +138,7 @@ class Tinyworld(World):
             **PREFERENCES,
             **evidence_arguments(seed),
             num_generations=self.samples_a_prompt,
-            **settings,
+            **{"num_train_epochs": self.preference_epochs} | settings,
         )
 
     def discriminator_arguments(self, seed: int) -> dict:
@@ -174,7 +175,7 @@ class Tinyworld(World):
 class Stories(World):
     """Stories of 15 M parameters told by 260 k; the judge is the teacher's likelihood, diversity that of words' 4-grams."""
 
-    num_samples, samples_a_prompt = 2, 2
+    num_samples, samples_a_prompt, preference_epochs = 2, 2, 1.0
 
     def __init__(self, folder: Path, student: str, teacher: str, data: str):
         self.folder, self.student = folder, student
@@ -215,7 +216,6 @@ class Stories(World):
     def preference_config(self, folder: Path, seed: int, **settings) -> PreferenceKDConfig:
         return PreferenceKDConfig(
             str(folder),
-            num_train_epochs=1,
             per_device_train_batch_size=16,
             max_completion_length=self.max_new_tokens,
             max_grad_norm=1.0,
@@ -225,7 +225,7 @@ class Stories(World):
             **PREFERENCES,
             **evidence_arguments(seed),
             num_generations=self.samples_a_prompt,
-            **settings,
+            **{"num_train_epochs": self.preference_epochs} | settings,
         )
 
     def quality(self, prompts: list[str], texts: list[str]) -> list[float]:
