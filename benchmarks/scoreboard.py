@@ -80,7 +80,6 @@ def measure(args, students: dict[Path, Path], split: str, seed: int) -> None:
     world = make_world(args)
     for folder, path in students.items():
         found = world.measure(folder, split, seed)
-        found["diversity"] = {t: world.diversity(groups) for t, groups in found["texts"].items()}
         write(path, found)
 
 
@@ -170,7 +169,7 @@ def row(world, arm: str, found: list[dict], starts: list[dict], training: list[d
             ", ".join(f"{gain:+.3f}" for gain, _ in gains),
         ]
     cells += [
-        f"{statistics.fmean(each['diversity']['1.0'] for each in found):.3f}",
+        f"{statistics.fmean(world.diversity(each['texts']['1.0']) for each in found):.3f}",
         f"{statistics.fmean(each['nll'] for each in found):.3f}",
         f"{statistics.fmean(each['length_ratio'] for each in found):.3f}",
     ]

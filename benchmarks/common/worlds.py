@@ -18,7 +18,6 @@ from trl_bbkd.evaluation.diversity import distinct_ngrams
 from trl_bbkd.evaluation.student import generate_completions, teacher_nll
 
 
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
 # The start has learned from the teacher's answers already
 PREFERENCES = {"warmup_epochs": 0, "sample_temperature": 1.0, "sample_top_p": 1.0, "beta": 0.1, "sft_weight": 1.0}
 
@@ -30,6 +29,7 @@ class World:
     Attributes:
         train ([`~datasets.Dataset`]): Tokenised rows.
         held_out (`dict[str, list[dict]]`): Rows of `validation`, by which settings are chosen, and `test`.
+        temperatures (`tuple[float, ...]`): That students are sampled at; 1.0 is one of them.
         num_samples (`int`): Of a held-out prompt at each temperature.
         samples_a_prompt (`int`): With which every arm has as many samples of training prompts in all as GAD.
         preference_epochs (`float`): With which preference distillation trains on about as many sequences as GAD.
@@ -64,7 +64,7 @@ class World:
         rows = self.held_out[split]
         prompts = [row["prompt"] for row in rows]
         found: dict = {"nll": teacher_nll(model, self.tokenizer, rows), "texts": {}, "quality": {}}
-        for temperature in TEMPERATURES:
+        for temperature in self.temperatures:
             groups = generate_completions(
                 model,
                 self.tokenizer,
@@ -90,8 +90,11 @@ class World:
 
 
 class Tinyworld(World):
-    """Counting to 49; the judge is exact, and diversity the share of different answers to a prompt."""
+    """
+    Counting to 49; the judge is exact. Answers to a prompt always differ, so that diversity is that of their 3-grams.
+    """
 
+    temperatures = (1.2, 1.0, 0.8, 0.6, 0.4)
     max_new_tokens, num_samples, samples_a_prompt = tinyworld.ANSWER_TOKENS, 8, 8
     preference_epochs = 2.5
     # Of the discriminator of docs/results/gad.md's second table, which has not memorised the answers
@@ -169,12 +172,13 @@ class Tinyworld(World):
         return tinyworld.world.judge(prompts, texts)["valid"]
 
     def diversity(self, groups: list[list[str]]) -> float:
-        return sum(len(set(group)) / len(group) for group in groups) / len(groups)
+        return sum(distinct_ngrams(group, 3) for group in groups) / len(groups)
 
 
 class Stories(World):
     """Stories of 15 M parameters told by 260 k; the judge is the teacher's likelihood, diversity that of words' 4-grams."""
 
+    temperatures = (1.0, 0.9, 0.8, 0.7, 0.6)
     num_samples, samples_a_prompt, preference_epochs = 2, 2, 1.0
 
     def __init__(self, folder: Path, student: str, teacher: str, data: str):
