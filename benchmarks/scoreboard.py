@@ -79,8 +79,7 @@ def measure(args, students: dict[Path, Path], split: str, seed: int) -> None:
     """Of each student's folder, the file that its samples and verdicts are written to."""
     world = make_world(args)
     for folder, path in students.items():
-        found = world.measure(folder, split, seed)
-        write(path, found)
+        write(path, world.measure(folder, split, seed))
 
 
 def write(path: Path, content: dict) -> None:

@@ -172,7 +172,12 @@ class Tinyworld(World):
         return tinyworld.world.judge(prompts, texts)["valid"]
 
     def diversity(self, groups: list[list[str]]) -> float:
-        return sum(distinct_ngrams(group, 3) for group in groups) / len(groups)
+        return sum(distinct_of_a_prompt(tuple(group)) for group in groups) / len(groups)
+
+
+@functools.cache
+def distinct_of_a_prompt(texts: tuple[str, ...]) -> float:
+    return distinct_ngrams(texts, 3)
 
 
 class Stories(World):
