@@ -11,12 +11,14 @@ has been run yet.
 Each arm runs in a process of its own, whose memory is measured. What is finished is kept in `output_dir` and not run again.
 """
 
+import functools
 import json
 import math
 import multiprocessing
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.arguments import parser
@@ -75,11 +77,13 @@ def train(args, arm: str, number: int, seed: int) -> None:
     write(folder / "training.json", {"settings": settings, "seconds": time.perf_counter() - began, "MiB": used / 1024})
 
 
-def measure(args, students: dict[Path, Path], split: str, seed: int) -> None:
-    """Of each student's folder, the file that its samples and verdicts are written to."""
-    world = make_world(args)
-    for folder, path in students.items():
-        write(path, world.measure(folder, split, seed))
+def measure(args, student: Path, path: Path, split: str, seed: int) -> None:
+    """Write a student's samples and verdicts, where there are none yet."""
+    write(path, make_world(args).measure(student, split, seed, read(path)))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write(path: Path, content: dict) -> None:
@@ -98,11 +102,11 @@ def trained(args, arm: str, number: int, seed: int) -> Path:
     return folder
 
 
-def measured(args, folder: Path, split: str, seed: int) -> dict:
-    path = folder / f"{split}-{seed}.json"
-    if not path.is_file():
-        in_own_process(measure, args, {folder: path}, split, seed)
-    return json.loads(path.read_text())
+def measured(args, world, student: Path, split: str, seed: int) -> dict:
+    path = student / f"{split}-{seed}.json"
+    if world.missing(read(path)):
+        in_own_process(measure, args, student, path, split, seed)
+    return read(path)
 
 
 # Comparisons
@@ -123,29 +127,42 @@ def curve(world, found: dict, prompts) -> list[tuple[float, float]]:
     """Diversity and quality at each temperature, of some prompts."""
     points = []
     for temperature, groups in found["texts"].items():
-        verdicts = found["quality"][temperature]
-        quality = statistics.fmean(value for number in prompts for value in verdicts[number])
-        points.append((world.diversity([groups[number] for number in prompts]), quality))
+        points.append((world.diversity([groups[number] for number in prompts]), quality(found, temperature, prompts)))
     return points
 
 
-def against(world, own: dict, other: dict) -> tuple[float, float]:
-    """How much better at equal diversity, and the standard error over prompts."""
-    return jackknife(
-        lambda prompts: difference_at_equal_diversity(curve(world, own, prompts), curve(world, other, prompts)),
-        len(own["texts"]["1.0"]),
-    )
+def quality(found: dict, temperature: str, prompts) -> float:
+    return statistics.fmean(value for number in prompts for value in found["quality"][temperature][number])
+
+
+def at_equal_diversity(world, own: dict, other: dict, prompts) -> float:
+    return difference_at_equal_diversity(curve(world, own, prompts), curve(world, other, prompts))
+
+
+def at_one(own: dict, other: dict, prompts) -> float:
+    return quality(own, "1.0", prompts) - quality(other, "1.0", prompts)
+
+
+def gain(difference: Callable, found: list[dict], starts: list[dict]) -> tuple[str, str]:
+    """The mean of the seeds' differences with its standard error over prompts, and each seed's difference."""
+    each = [
+        jackknife(functools.partial(difference, own, start), len(own["texts"]["1.0"]))
+        for own, start in zip(found, starts, strict=True)
+    ]
+    error = math.sqrt(sum(error**2 for _, error in each)) / len(each)
+    mean = statistics.fmean(gained for gained, _ in each)
+    return f"{mean:+.3f} ± {error:.3f}", ", ".join(f"{gained:+.3f}" for gained, _ in each)
 
 
 def choose(args, world, arm: str) -> int:
     """The settings that are best at equal diversity on validation rows, of seed 0."""
-    start = measured(args, start_of(args, 0), "validation", 0)
+    start = measured(args, world, start_of(args, 0), "validation", 0)
     gains = []
     for number in range(len(arms_of(args.world)[arm][1])):
-        found = measured(args, trained(args, arm, number, 0), "validation", 0)
+        found = measured(args, world, trained(args, arm, number, 0), "validation", 0)
         prompts = range(len(found["texts"]["1.0"]))
-        gain = difference_at_equal_diversity(curve(world, found, prompts), curve(world, start, prompts))
-        gains.append(-math.inf if math.isnan(gain) else gain)
+        gained = at_equal_diversity(world, found, start, prompts)
+        gains.append(-math.inf if math.isnan(gained) else gained)
         print(
             f"{arm}, {arms_of(args.world)[arm][1][number]}: {gains[-1]:+.4f} at equal diversity on validation rows",
             flush=True,
@@ -154,53 +171,43 @@ def choose(args, world, arm: str) -> int:
 
 
 def row(world, arm: str, found: list[dict], starts: list[dict], training: list[dict]) -> list:
-    def at_1(each: dict) -> float:
-        return statistics.fmean(value for verdicts in each["quality"]["1.0"] for value in verdicts)
-
-    cells = [arm, f"{statistics.fmean(map(at_1, found)):.3f}", ", ".join(f"{at_1(each):.3f}" for each in found)]
+    of_seeds = [quality(each, "1.0", range(len(each["quality"]["1.0"]))) for each in found]
+    cells = [arm, f"{statistics.fmean(of_seeds):.3f}", ", ".join(f"{each:.3f}" for each in of_seeds)]
     if arm == START:
-        cells += ["", ""]
+        cells += [""] * 3
     else:
-        gains = [against(world, own, start) for own, start in zip(found, starts, strict=True)]
-        error = math.sqrt(sum(error**2 for _, error in gains)) / len(gains)
-        cells += [
-            f"{statistics.fmean(gain for gain, _ in gains):+.3f} ± {error:.3f}",
-            ", ".join(f"{gain:+.3f}" for gain, _ in gains),
-        ]
+        cells.append(gain(at_one, found, starts)[0])
+        cells += gain(functools.partial(at_equal_diversity, world), found, starts)
     cells += [
         f"{statistics.fmean(world.diversity(each['texts']['1.0']) for each in found):.3f}",
         f"{statistics.fmean(each['nll'] for each in found):.3f}",
         f"{statistics.fmean(each['length_ratio'] for each in found):.3f}",
     ]
-    if training:
-        settings = ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in training[0]["settings"].items()
-        )
-        return [
-            *cells,
-            f"{statistics.fmean(each['seconds'] for each in training):.0f}",
-            f"{max(each['MiB'] for each in training):.0f}",
-            settings,
-        ]
-    return [*cells, "", "", ""]
+    if not training:
+        return [*cells, "", "", ""]
+    settings = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in training[0]["settings"].items()
+    )
+    seconds, memory = (statistics.fmean(each["seconds"] for each in training), max(each["MiB"] for each in training))
+    return [*cells, f"{seconds:.0f}", f"{memory:.0f}", settings]
 
 
 HEADER = [
-    "arm", "quality, T=1.0", "of each seed", "at equal diversity, minus SeqKD", "of each seed", "diversity, T=1.0", "teacher NLL",
-    "length ratio", "seconds", "MiB", "chosen settings",
+    "arm", "quality, T=1.0", "of each seed", "minus SeqKD, T=1.0", "minus SeqKD, equal diversity", "of each seed",
+    "diversity, T=1.0", "teacher NLL", "length ratio", "seconds", "MiB", "chosen settings",
 ]  # fmt: skip
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     world = make_world(args)
-    starts = [measured(args, start_of(args, seed), "test", seed) for seed in args.seeds]
+    starts = [measured(args, world, start_of(args, seed), "test", seed) for seed in args.seeds]
     rows = [row(world, START, starts, starts, [])]
     for arm in args.arms or arms_of(args.world):
         number = choose(args, world, arm)
         folders = [trained(args, arm, number, seed) for seed in args.seeds]
-        found = [measured(args, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]
+        found = [measured(args, world, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]
         training = [json.loads((folder / "training.json").read_text()) for folder in folders]
         rows.append(row(world, arm, found, starts, training))
         text = markdown(HEADER, rows) + "\n"

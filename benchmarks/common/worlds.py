@@ -58,13 +58,20 @@ class World:
         """Of each prompt's samples."""
         raise NotImplementedError
 
-    def measure(self, student: Path, split: str, seed: int) -> dict:
-        """Samples and verdicts at each temperature, the NLL of the teacher's answers, and how long samples are."""
+    def missing(self, found: dict) -> list[float]:
+        """Temperatures that a student was not measured at."""
+        return [temperature for temperature in self.temperatures if str(temperature) not in found.get("texts", {})]
+
+    def measure(self, student: Path, split: str, seed: int, found: dict) -> dict:
+        """
+        Samples and verdicts at each temperature, the NLL of the teacher's answers, and how long samples are; what was
+        found before is kept.
+        """
         model = AutoModelForCausalLM.from_pretrained(student)
         rows = self.held_out[split]
         prompts = [row["prompt"] for row in rows]
-        found: dict = {"nll": teacher_nll(model, self.tokenizer, rows), "texts": {}, "quality": {}}
-        for temperature in self.temperatures:
+        found = found or {"nll": teacher_nll(model, self.tokenizer, rows), "texts": {}, "quality": {}}
+        for temperature in self.missing(found):
             groups = generate_completions(
                 model,
                 self.tokenizer,
@@ -94,7 +101,7 @@ class Tinyworld(World):
     Counting to 49; the judge is exact. Answers to a prompt always differ, so that diversity is that of their 3-grams.
     """
 
-    temperatures = (1.2, 1.0, 0.8, 0.6, 0.4)
+    temperatures = (1.2, 1.0, 0.8, 0.6, 0.4, 0.2)
     max_new_tokens, num_samples, samples_a_prompt = tinyworld.ANSWER_TOKENS, 8, 8
     preference_epochs = 2.5
     # Of the discriminator of docs/results/gad.md's second table, which has not memorised the answers

@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -194,11 +195,11 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in built)
 
 
-def check() -> None:
+def check(committed: Path, build: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as fresh:
         build(Path(fresh))
-        names = sorted(set(files(HERE)) | set(files(Path(fresh))))
-        _, different, missing = filecmp.cmpfiles(HERE, fresh, names, shallow=False)
+        names = sorted(set(files(committed)) | set(files(Path(fresh))))
+        _, different, missing = filecmp.cmpfiles(committed, fresh, names, shallow=False)
     if different or missing:
         raise SystemExit(f"not as committed: {', '.join(different + missing)}")
     print(f"{len(names)} files are as committed")
@@ -209,4 +210,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, help="where to write the files")
     parser.add_argument("--check", action="store_true", help="compare a fresh build with the committed files")
     arguments = parser.parse_args()
-    check() if arguments.check else build(arguments.out)
+    check(HERE, build) if arguments.check else build(arguments.out)
