@@ -3,6 +3,10 @@ SDFT as a baseline: TRL's own trainer (`trl.experimental.sdft`, arXiv 2601.19897
 
 The student answers the prompts, and learns on its answers what a model that is shown the teacher's answer would have said, token by
 token. That model is the student as it began (`teacher_model_kind="base"`, TRL's default), or `"ema"` or `"live"`.
+
+Whether a model makes something of the answer that it is shown can be asked of it: its nats a token for that very answer, without it,
+with it in `SOLVED`, and with it in TRL's template. stories260K, 24 rows: 1.22, 1.17, 1.39. The small world's student of the recipes, 64
+rows: 0.51, 2.61, 3.15. It has read one text at a time, and is at a loss in a context of two.
 """
 
 from pathlib import Path
@@ -45,9 +49,7 @@ def train_sdft(start: Path, folder: Path, rows: Dataset, tokenizer, **config) ->
     """
     Train a student by SDFT and save it.
 
-    A tiny model has never seen a text twice in its context: what it makes of the answer that it is shown is part of what
-    is measured. Template, answer, prompt and sample together may be longer than what the model was trained on
-    (RoPE goes on).
+    Shown answer, prompt and sample together may be longer than what the model was trained on, which nothing refuses.
 
     Args:
         start (`Path`):

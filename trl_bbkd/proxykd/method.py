@@ -13,6 +13,7 @@ class ProxyKD(ProxyMethod):
     config = "trl_bbkd.proxykd.config:ProxyKDConfig"
     trainer_type = "trl_bbkd.proxykd.trainer:ProxyKDTrainer"
     report = "trl_bbkd.proxykd.report:ProxyKDReport"
+    console_keys = ("loss", "nll", "kl", "mean_token_accuracy", "completions/mean_length", "learning_rate")
 
     def trains_proxy(self, args) -> bool:
         return bool({"warmup", "align"} & {*args.stages})
