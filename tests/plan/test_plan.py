@@ -65,6 +65,10 @@ class TestPhases:
         assert self.names(path, overrides=["--stages", "warmup", "cache", "distil"])[0] == ["proxy", "student"]
         live = ["--target_source", "live", "--sample_weighting", "none"]
         assert self.names(path, overrides=live)[-1] == ["student", "proxy"]
+        own = ["--target_source", "on_policy", "--sample_weighting", "none"]
+        phase = plan(path, 1, overrides=own).phases()[-1]
+        assert [model.name for model in phase.models] == ["student", "proxy"]
+        assert phase.sampler == "student" and phase.sampled == phase.step_rows and phase.new_tokens > 0
         path = self.proxy_recipe(tmp_path, configurations, method="bayeskd")
         assert self.names(path) == [["proxy", "student"], ["proxy", "student"], ["student"]]
 

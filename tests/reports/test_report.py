@@ -154,6 +154,19 @@ class TestStages:
         assert "| soft targets | 800 | 1 s | – | – |" in text and "| distillation | 800 | 9 s | – | – |" in text
         assert "## Stages" not in render_markdown(make_report())
 
+    def test_the_source_of_the_soft_targets_is_named(self):
+        report = make_proxykd_report()
+        assert "(`target_source: cache`): the proxy's likeliest tokens" in render_markdown(report)
+        report.settings = {"target_source": "on_policy", "kl_direction": "reverse"}
+        text = render_markdown(report)
+        assert (
+            "(`target_source: on_policy`): the proxy's whole distribution at each position of the student's own"
+            in text
+        )
+        assert "drawn anew at every step; KL(student ‖ proxy)." in text
+        report.settings = {"kl_weight": 0.0}
+        assert "## Soft targets" not in render_markdown(report)
+
     def test_the_proxys_column_is_explained(self):
         report = make_proxykd_report()
         assert "The proxy is the open model" not in render_markdown(report)

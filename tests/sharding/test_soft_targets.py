@@ -19,9 +19,12 @@ from tests.sharding.runs import FSDP2, aligned_proxykd, bayeskd, proxykd, slow_b
 
 LOGGED = ("loss", "grad_norm", "nll", "entropy", "kl", "kl_prior", "kl_posterior", "mean_token_accuracy")
 SELECTED = ("loss", "grad_norm", "selection/kept_share", "selection/uncertainty_kept", "selection/threshold_score")
+# Samples of the likeliest tokens alone, which no seed changes
+ON_POLICY = {"target_source": "on_policy", "kl_direction": "reverse", "on_policy_top_p": 1e-9}
 VARIANTS = {
     "store": (proxykd, {}),
     "live": (proxykd, {"target_source": "live"}),
+    "on policy": (proxykd, ON_POLICY),
     "LoRA": (proxykd, {"lora": True, "proxy_lora_kwargs": {"r": 4, "target_modules": "all-linear"}}),
     "alignment": (aligned_proxykd, {}),
     "alignment of an adapter": (aligned_proxykd, {"proxy_lora_kwargs": {"r": 4, "target_modules": "all-linear"}}),
@@ -87,7 +90,7 @@ def test_fsdp2_ends_as_one_process(variant, alone, tiny_model_dir, proxy, tmp_pa
     assert found["shares"]["proxy"] == pytest.approx(0.5, abs=0.02)
     for result in (found, other):
         assert result["shares"]["student"] == pytest.approx(0.5, abs=0.02)
-        assert result["live_share"] == (1.0 if variant == "live" else None)
+        assert result["live_share"] == (1.0 if variant in ("live", "on policy") else None)
     if variant == "LoRA":
         return
     # Checkpoint and student are whole

@@ -70,6 +70,15 @@ def test_proxykd_and_its_resumption(stage, tiny_model_dir, other_model_dir, tmp_
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_proxykd_on_its_own_samples(stage, tiny_model_dir, other_model_dir, tmp_path):
+    models = (tiny_model_dir, other_model_dir)
+    (alone,) = on_processes(1, proxykd, "single", *models, tmp_path / "one", **test_soft_targets.ON_POLICY)
+    found = on_processes(2, proxykd, stage, *models, tmp_path / "two", **test_soft_targets.ON_POLICY)
+    test_soft_targets.assert_same_run(alone, found[0])
+    assert_partitioned(stage, found)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_llkd_too(stage, tmp_path):
     student = save_student(tmp_path / "student", build_encoder())
     (alone,) = on_processes(1, llkd, "single", student, tmp_path / "one")

@@ -85,6 +85,18 @@ def test_loss_and_gradients_are_those_of_full_logits(targets, transform, tempera
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("targets", [("dense",), ("dense", "sparse")], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("proxy_vocab", [V, V - 5, V + 9], ids=["same ids", "fewer ids", "more ids"])
+def test_reverse_kl_and_its_gradients_are_those_of_full_logits(targets, transform, temperature, proxy_vocab):
+    inputs = make_inputs(targets, bias=True, proxy_vocab=proxy_vocab, **transform)
+    settings = {"temperature": temperature, "reverse": True}
+    found = gradients(soft_target_loss, *inputs, chunk_elements=5 * V, **settings)
+    for ours, reference in zip(found, gradients(reference_loss, *inputs, **settings), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_float32_is_within_1e_5_of_float64(targets, temperature):
@@ -152,10 +164,11 @@ def test_a_sparse_target_of_the_whole_vocabulary_is_the_dense_one(temperature):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-11)
 
 
-def test_the_own_distribution_has_no_divergence_and_no_gradient():
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_the_own_distribution_has_no_divergence_and_no_gradient(reverse):
     hidden, head, labels, _, hard, soft = make_inputs(("dense",))
     own = DenseTarget(hidden, head)
-    loss, *grads = gradients(soft_target_loss, hidden, head, labels, [own], hard * 0, soft)
+    loss, *grads = gradients(soft_target_loss, hidden, head, labels, [own], hard * 0, soft, reverse=reverse)
     assert loss.abs() < 1e-12 and all(grad.abs().max() < 1e-12 for grad in grads)
 
 

@@ -22,7 +22,15 @@ class ProxyMethod(Method):
     trainer_type: str
     store_stage = "cache"
     report = "trl_bbkd.proxy.report:ProxyReport"
-    console_keys = ("loss", "nll", "kl", "kl_prior", "kl_posterior", "mean_token_accuracy", "learning_rate")
+    console_keys: tuple[str, ...] = (
+        "loss",
+        "nll",
+        "kl",
+        "kl_prior",
+        "kl_posterior",
+        "mean_token_accuracy",
+        "learning_rate",
+    )
     input_paths = ("proxy_model", "target_store")
     init_options = ("proxy",)
     goes_on_by_itself = True

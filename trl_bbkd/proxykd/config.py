@@ -72,6 +72,15 @@ class ProxyKDConfig(ProxyConfig):
         target_source (`str`, *optional*, defaults to `"cache"`):
             `"cache"`: the proxy's `target_top_k` likeliest tokens are computed once and kept on disk, and the proxy is
             not in memory while the student trains. `"live"`: its whole distribution, computed beside the student.
+            `"on_policy"`: that distribution over the student's own answers to its rows' prompts, drawn anew at every
+            step; the NLL stays that of the teacher's answers.
+        kl_direction (`str`, *optional*, defaults to `"forward"`):
+            `"forward"`: KL(proxy ‖ student), the paper's. `"reverse"`: KL(student ‖ proxy), which needs the proxy's whole
+            distribution, so `target_source` `"live"` or `"on_policy"`.
+        on_policy_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the student's samples.
+        on_policy_top_p (`float`, *optional*, defaults to `1.0`):
+            Nucleus sampling of the student's samples.
         kl_weight (`float`, *optional*, defaults to `1.0`):
             α of equation 11. `0.0` is plain SFT, without a proxy. The paper's 100 belongs to a reduction it does not
             state; here NLL and KL are both means over tokens.
@@ -126,12 +135,21 @@ class ProxyKDConfig(ProxyConfig):
     log_completions: bool = field(default=False, metadata={"help": "Whether to print some of a round's pairs."})
 
     # Soft targets
-    target_source: Literal["cache", "live"] = field(
+    target_source: Literal["cache", "live", "on_policy"] = field(
         default="cache",
         metadata={
-            "help": "`cache`: the likeliest tokens, computed once. `live`: the whole distribution, beside the student."
+            "help": "`cache`: the likeliest tokens, computed once. `live`: the whole distribution, beside the student. "
+            "`on_policy`: that over the student's own answers, drawn at every step."
         },
     )
+    kl_direction: Literal["forward", "reverse"] = field(
+        default="forward",
+        metadata={
+            "help": "`forward`: KL(proxy ‖ student). `reverse`: KL(student ‖ proxy), not with `target_source: cache`."
+        },
+    )
+    on_policy_temperature: float = field(default=1.0, metadata={"help": "Temperature of the student's samples."})
+    on_policy_top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling of the student's samples."})
     kl_weight: float = field(
         default=1.0, metadata={"help": "Alpha of equation 11. `0.0` is plain SFT, without a proxy."}
     )
@@ -161,16 +179,27 @@ class ProxyKDConfig(ProxyConfig):
         if self.preference_weight < 0:
             raise ValueError(f"preference_weight must be at least 0, got {self.preference_weight}.")
         check_rounds(self)
-        if self.target_source == "live" and self.target_tail == "bucket":
+        if self.target_source != "cache" and self.target_tail == "bucket":
             raise ValueError(
                 "target_tail='bucket' belongs to target_source='cache': a live proxy's targets are whole."
             )
+        if self.target_source == "cache" and self.kl_direction == "reverse":
+            raise ValueError(
+                "kl_direction='reverse' needs the proxy's whole distribution, and target_source='cache' keeps its likeliest tokens. "
+                "Set target_source to 'live' or 'on_policy'."
+            )
+        check_on_policy(self)
         self._check_handed_in()
 
     @property
     def needs_proxy(self) -> bool:
         """Whether anything asks for a proxy: without a KL nothing does."""
         return self.kl_weight > 0
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether the KL is of the student's own samples."""
+        return self.target_source == "on_policy" and self.needs_proxy
 
     def _check_handed_in(self):
         if not self.needs_proxy or "distil" not in self.stages:
@@ -180,9 +209,43 @@ class ProxyKDConfig(ProxyConfig):
                 "stages leaves out 'cache', so target_store has to name a folder with the targets it would make; or set "
                 "target_source='live'."
             )
-        wants_likelihoods = self.target_source == "live" and self.sample_weighting != "none"
+        wants_likelihoods = self.target_source != "cache" and self.sample_weighting != "none"
         if "cache" not in self.stages and self.target_store is None and wants_likelihoods:
             raise ValueError(
                 f"sample_weighting={self.sample_weighting!r} needs the proxy's likelihood of every row before training, "
                 "which is computed in the stage 'cache'. Add that stage, or set sample_weighting='none'."
             )
+
+
+def check_on_policy(args: ProxyKDConfig) -> None:
+    """
+    Raises:
+        ValueError: a setting of the student's samples without them, or one that has no meaning for them.
+    """
+    if args.target_source != "on_policy":
+        for name in ("on_policy_temperature", "on_policy_top_p"):
+            if getattr(args, name) != 1.0:
+                raise ValueError(f"{name} belongs to target_source='on_policy', and it is {args.target_source!r}.")
+        return
+    if args.on_policy_temperature <= 0:
+        raise ValueError(f"on_policy_temperature must be positive, got {args.on_policy_temperature}.")
+    if not 0 < args.on_policy_top_p <= 1:
+        raise ValueError(f"on_policy_top_p must lie in (0, 1], got {args.on_policy_top_p}.")
+    for name, reason in NOT_ON_POLICY.items():
+        if getattr(args, name) != args.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is not possible with target_source='on_policy': {reason} Leave it out."
+            )
+    if args.use_vllm and "align" not in args.stages:
+        raise ValueError(
+            "use_vllm=True is the alignment's, which stages leaves out; the student's own samples are drawn with transformers. "
+            "Leave it out."
+        )
+
+
+NOT_ON_POLICY = {
+    "target_store": "samples are new at every step, so that no store has their targets.",
+    "target_top_k": "the proxy's whole distribution is taken.",
+    "max_length": "a sample is as long as max_completion_length lets it be, and max_prompt_length bounds prompts.",
+    "selection": "rows are not selected by what the student would say to them.",
+}

@@ -13,6 +13,7 @@ class ProxyKD(ProxyMethod):
     config = "trl_bbkd.proxykd.config:ProxyKDConfig"
     trainer_type = "trl_bbkd.proxykd.trainer:ProxyKDTrainer"
     report = "trl_bbkd.proxykd.report:ProxyKDReport"
+    console_keys = ("loss", "nll", "kl", "mean_token_accuracy", "completions/mean_length", "learning_rate")
 
     def trains_proxy(self, args) -> bool:
         return bool({"warmup", "align"} & {*args.stages})
@@ -38,8 +39,11 @@ class ProxyKD(ProxyMethod):
     def training_of_the_student(self, recipe, student: HeldModel) -> Phase:
         args = recipe.training_args
         phase = super().training_of_the_student(recipe, student)
-        if not args.needs_targets or args.target_source != "live":
+        if not args.needs_targets or args.target_source == "cache":
             return phase
+        if args.is_on_policy:
+            # All samples of a step at once
+            phase = replace(phase, new_tokens=args.max_completion_length, sampled=phase.step_rows)
         live = replace(self.frozen(self.proxy(recipe), args), rows=student.rows)
         kept = phase.targets_per_token if args.sample_weighting != "none" else 0
         return replace(phase, models=(student, live), loss="dense", targets_per_token=kept)

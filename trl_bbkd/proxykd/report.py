@@ -5,11 +5,28 @@ from dataclasses import dataclass
 from ..proxy.report import ProxyReport
 from ..reports.axes import SECOND, STUDENT, draw_line, set_title, share_axis
 from ..reports.curves import draw_coverage
+from ..reports.report import Section
+
+
+TARGETS = {
+    "cache": "the proxy's likeliest tokens at each position of the teacher's answers, from disk",
+    "live": "the proxy's whole distribution at each position of the teacher's answers",
+    "on_policy": "the proxy's whole distribution at each position of the student's own answers, drawn anew at every step",
+}
 
 
 @dataclass(kw_only=True)
 class ProxyKDReport(ProxyReport):
     """A run of Proxy-KD: it draws what the stages made of the proxy, and the student's losses."""
+
+    def sections(self) -> list[Section]:
+        found, settings = super().sections(), self.settings
+        if not found or settings.get("kl_weight") == 0:
+            return found
+        source = settings.get("target_source", "cache")
+        direction = "KL(student ‖ proxy)" if settings.get("kl_direction") == "reverse" else "KL(proxy ‖ student)"
+        text = f"The student's soft targets (`target_source: {source}`): {TARGETS[source]}; {direction}."
+        return [*found, Section("Soft targets", [text])]
 
     def draw_panels(self, panels: list) -> list:
         for axes, name, title in (
@@ -24,7 +41,8 @@ class ProxyKDReport(ProxyReport):
             set_title(axes, title)
         share_axis(panels[0])
 
-        draw_line(panels[2], self.log_history, "kl", STUDENT, "KL to the proxy")
+        label = "KL on own samples" if self.settings.get("target_source") == "on_policy" else "KL to the proxy"
+        draw_line(panels[2], self.log_history, "kl", STUDENT, label)
         draw_line(panels[2], self.log_history, "nll", SECOND, "NLL")
         set_title(panels[2], "The student's losses")
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from ..errors import TeacherDataError
 from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import ProxyKDConfig
+from .on_policy import OnPolicyMixin
 from .stage_rows import StageRows, split_rows
 from .stages import ProxyKDStages
 from .weights import RowWeights, row_weights
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 LENGTH_PENALTY = -0.9  # correlation of weight and length
 
 
-class ProxyKDTrainer(ProxyTargetTrainer):
+class ProxyKDTrainer(OnPolicyMixin, ProxyTargetTrainer):
     r"""
     Trainer for Proxy-KD ([arXiv 2401.07013](https://huggingface.co/papers/2401.07013), version 2).
 
@@ -26,6 +27,9 @@ class ProxyKDTrainer(ProxyTargetTrainer):
     text and from the proxy's distributions over it. One call to `train` goes through the stages: warm-up of the proxy,
     its alignment (see [`ProxyAlignmentTrainer`]), its soft targets, and distillation. Each has its own rows and is
     kept on disk below `output_dir/proxy`: a second run goes on at the first stage that is not finished.
+
+    With `target_source="on_policy"` the proxy's distributions are those over the student's own samples, drawn at every
+    step.
 
     Example:
 
@@ -72,6 +76,8 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         "proxy_model",
         "proxy_learning_rate",
         "alignment_rounds",
+        "target_source",
+        "kl_direction",
         "kl_weight",
         "sample_weighting",
         "target_top_k",
@@ -87,7 +93,16 @@ class ProxyKDTrainer(ProxyTargetTrainer):
     eprint       = {arXiv:2401.07013},
 }""",
     }
-    _same_when_resumed = (*SAME_WHEN_RESUMED, "kl_weight", "target_source", "sample_weighting")
+    _same_when_resumed = (
+        *SAME_WHEN_RESUMED,
+        "kl_weight",
+        "kl_direction",
+        "target_source",
+        "sample_weighting",
+        "on_policy_temperature",
+        "on_policy_top_p",
+        "max_completion_length",
+    )
     _config_type = ProxyKDConfig
     _stages_type = ProxyKDStages
     _without_proxy = "kl_weight=0.0 is plain SFT, which needs none."
@@ -139,7 +154,7 @@ class ProxyKDTrainer(ProxyTargetTrainer):
         if not args.needs_proxy:
             return
         stages.train_proxy()
-        is_live = args.target_source == "live"
+        is_live = args.target_source != "cache"
         wants_store = "cache" in args.stages and (not is_live or args.sample_weighting != "none")
         if wants_store or args.target_store is not None:
             store = stages.store(self._whole_rows)
@@ -147,7 +162,7 @@ class ProxyKDTrainer(ProxyTargetTrainer):
             self.data_collator.stores = [] if is_live else [store]
         if is_live and "distil" in args.stages:
             self.live_proxy = stages.loaded_proxy()
-        self.target_weights = [args.kl_weight]
+        self.target_weights, self.reverse_kl = [args.kl_weight], args.kl_direction == "reverse"
 
     def _weigh_rows(self, store) -> None:
         """Equation 9, over all rows of the student."""

@@ -141,7 +141,9 @@ def _token_losses(
     hard: torch.Tensor,
     soft: torch.Tensor,
     temperature: float,
+    reverse: bool = False,
 ) -> TokenLosses:
     scored = scored_positions(labels)
     hidden = last_hidden_states(model, input_ids, attention_mask)[:, :-1]
-    return soft_target_loss(hidden[scored], lm_head(model), labels[:, 1:][scored], targets, hard, soft, temperature)
+    tokens = labels[:, 1:][scored]
+    return soft_target_loss(hidden[scored], lm_head(model), tokens, targets, hard, soft, temperature, reverse=reverse)

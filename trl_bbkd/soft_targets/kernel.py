@@ -48,6 +48,7 @@ def soft_target_loss(
     soft: torch.Tensor,
     temperature: float = 1.0,
     chunk_elements: int | None = None,
+    reverse: bool = False,
 ) -> TokenLosses:
     """
     `hard · NLL + Σ_j soft_j · KL(target_j ‖ student)`, summed over tokens.
@@ -72,6 +73,8 @@ def soft_target_loss(
             Temperature of both sides of the KL.
         chunk_elements (`int`, *optional*):
             Elements of a chunk of logits. Changes memory and speed, not results.
+        reverse (`bool`, *optional*, defaults to `False`):
+            Whether the KL to dense targets is KL(student ‖ target).
 
     Returns:
         [`TokenLosses`]
@@ -81,14 +84,14 @@ def soft_target_loss(
     chunk_rows = max(1, (chunk_elements or CHUNK_ELEMENTS.get(device, 2**26)) // head.weight.size(0))
     return TokenLosses(
         *_SoftTargetLoss.apply(
-            hidden, head.weight, head.bias, head, labels, targets, hard, soft, temperature, dtype, chunk_rows
+            hidden, head.weight, head.bias, head, labels, targets, hard, soft, temperature, dtype, chunk_rows, reverse
         )
     )
 
 
 class _SoftTargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, labels, targets, hard, soft, temperature, dtype, chunk_rows):
+    def forward(ctx, hidden, weight, bias, head, labels, targets, hard, soft, temperature, dtype, chunk_rows, reverse):
         accumulate = torch.promote_types(dtype, torch.float32)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         gradient = wants_hidden or wants_weight or wants_bias
@@ -116,6 +119,7 @@ class _SoftTargetLoss(torch.autograd.Function):
                     temperature,
                     gradient,
                     accumulate if in_float32 else dtype,
+                    reverse,
                 )
                 del logits
                 if not gradient:
@@ -156,17 +160,18 @@ class _SoftTargetLoss(torch.autograd.Function):
         # In place, because the gradient of the weight is as large as the weight
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 9)
 
 
-def _chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, dtype):
-    """[`~loss.chunk_losses_`], on a GPU by Triton kernels, which may give the gradient in `dtype`."""
+def _chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, dtype, reverse):
+    """[`~loss.chunk_losses_`], on a GPU by Triton kernels, which may give the gradient in `dtype`. They know no reverse KL."""
     num_dense = sum(not isinstance(target, SparseTarget) for target in targets)
-    if HAS_TRITON and logits.device.type == "cuda" and logits.dtype == torch.float32 and num_dense <= 1:
+    is_known = num_dense == 0 or (num_dense == 1 and not reverse)
+    if HAS_TRITON and logits.device.type == "cuda" and logits.dtype == torch.float32 and is_known:
         from .fused import fused_chunk_losses_
 
         return fused_chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, dtype)
-    return chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient)
+    return chunk_losses_(logits, labels, targets, hard, soft, temperature, gradient, reverse)
 
 
 def _in_dtype(target: SparseTarget | DenseTarget, dtype: torch.dtype, vocab_size: int) -> SparseTarget | DenseTarget:

@@ -5,7 +5,7 @@ What a student is compared with, and the loss of one chunk of its logits.
 
 The KL is forward (target first), between distributions at a temperature τ: `softmax(z / τ)` on both sides, without the
 factor τ² by which some implementations make up for the smaller gradient. Proxy-KD's equations 7, 8, 10 and 11 are this
-loss with one target; Bayes-KD's has two.
+loss with one target; Bayes-KD's has two. To a dense target, the KL may be reverse (student first).
 """
 
 from dataclasses import dataclass
@@ -154,6 +154,7 @@ def chunk_losses_(
     soft: torch.Tensor,
     temperature: float = 1.0,
     gradient: bool = True,
+    reverse: bool = False,
 ) -> tuple[ChunkLosses, torch.Tensor | None]:
     """
     Losses of a chunk of tokens and, by formula, the gradient of their weighted sum. The arguments are overwritten.
@@ -180,6 +181,8 @@ def chunk_losses_(
             Temperature of the KL.
         gradient (`bool`, *optional*, defaults to `True`):
             Whether the gradient is wanted.
+        reverse (`bool`, *optional*, defaults to `False`):
+            Whether the KL to dense targets is reverse; see [`reverse_terms`].
 
     Returns:
         `tuple[ChunkLosses, torch.Tensor | None]`: losses, and the gradient, `(n, V)`.
@@ -194,11 +197,15 @@ def chunk_losses_(
     # Dense targets first: their logits' memory then serves the student's probabilities
     kl = logits.new_zeros(len(targets), len(labels))
     spare = None
-    dense_probs = []
+    dense_probs, reverse_grads = [], []
     for index, target in enumerate(targets):
         if isinstance(target, SparseTarget):
             continue
         shared = logits[:, : target.size(1)]
+        if reverse:
+            kl[index], reverse_grad = reverse_terms(shared * inverse, target.mul_(inverse))
+            reverse_grads.append((index, reverse_grad))
+            continue
         target.sub_(target.amax(dim=1, keepdim=True))
         if temperature != 1.0:
             target.mul_(inverse)
@@ -230,8 +237,9 @@ def chunk_losses_(
     corrections = []
     for index, target in enumerate(targets):
         if not isinstance(target, SparseTarget):
-            kl[index] += tempered_log_mass
-            spread += soft[index]
+            if not reverse:
+                kl[index] += tempered_log_mass
+                spread += soft[index]
             continue
         log_probs = logits.gather(1, target.ids) * inverse - tempered_log_mass[:, None]
         kl[index], share, correction = sparse_terms(log_probs, target)
@@ -247,6 +255,8 @@ def chunk_losses_(
         grad = probs.mul_(hard[:, None]).addcmul_(tempered, (spread * inverse)[:, None])
     for index, target_probs in dense_probs:
         grad[:, : target_probs.size(1)].sub_(target_probs.mul_((soft[index] * inverse)[:, None]))
+    for index, reverse_grad in reverse_grads:
+        grad[:, : reverse_grad.size(1)].add_(reverse_grad.mul_((soft[index] * inverse)[:, None]))
     # By linearity the NLL and all sparse targets are one soft cross-entropy. One after the other, because a GPU adds what
     # one call has twice for a token in any order
     for ids, values in ((labels[:, None], -hard[:, None]), *corrections):
@@ -278,6 +288,26 @@ def sparse_terms(log_probs: torch.Tensor, target: SparseTarget) -> tuple[torch.T
     ratio = tail / student_tail
     kl += torch.xlogy(tail, tail) - tail * student_tail.log()
     return kl, 1.0 - ratio, ratio[:, None] * listed - target_probs
+
+
+def reverse_terms(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `KL(s ‖ t) = Σ_v s_v · (log s_v - log t_v)`, and its gradient with respect to the logits of s,
+    `s_v · (log s_v - log t_v - KL)`.
+
+    Args:
+        logits, target (`torch.Tensor`):
+            `(n, V')`, logits of s and t over the ids that both models have. What the student gives to others does not count:
+            of those t is 0, and the KL would be infinite.
+
+    Returns:
+        `tuple`: KL `(n,)` in nats, gradient `(n, V')`.
+    """
+    log_ratio = torch.log_softmax(logits, dim=1)
+    probs = log_ratio.exp()
+    log_ratio.sub_(torch.log_softmax(target, dim=1))
+    kl = _dot(probs, log_ratio)
+    return kl, probs.mul_(log_ratio.sub_(kl[:, None]))
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

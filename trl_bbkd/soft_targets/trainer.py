@@ -37,7 +37,8 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
     as a mean over the answer tokens of the whole optimizer step, whatever its micro-batches, accumulation and
     processes.
 
-    Targets come from the stores of `data_collator`, in their order, and then from `live_proxy`, if there is one.
+    Targets come from the stores of `data_collator`, in their order, and then from `live_proxy`, if there is one. With
+    `reverse_kl` the KL to the live proxy is KL(student ‖ target).
 
     Args:
         model, args, train_dataset, kwargs:
@@ -69,6 +70,7 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
         )
         self.target_weights: list[float] = []
         self.live_proxy: PreTrainedModel | None = None
+        self.reverse_kl = False
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -87,20 +89,26 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
         sample_weight = inputs.get("sample_weight")
         sample_weight = torch.ones(len(scored), device=rows.device) if sample_weight is None else sample_weight
         selection_weight = inputs.get(SELECTION_WEIGHT, torch.ones(len(scored), device=rows.device))[rows]
-        weights = torch.tensor(self.target_weights, dtype=factor.dtype, device=rows.device)
+        hard_weight, target_weights = self._loss_weights(inputs)
+        weights = torch.tensor(target_weights, dtype=factor.dtype, device=rows.device)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             soft_target_inputs={
                 "labels": inputs["labels"],
                 "targets": self._targets(inputs, scored),
-                "hard": self.args.hard_weight * factor * selection_weight,
+                "hard": hard_weight * factor * selection_weight,
                 "soft": weights[:, None] * factor * sample_weight[rows] * selection_weight,
                 "temperature": self.args.distillation_temperature,
+                "reverse": self.reverse_kl,
             },
         )
         self._log_token_metrics(outputs, inputs["attention_mask"], sample_weight)
         return outputs.loss
+
+    def _loss_weights(self, inputs: dict) -> tuple[float, list[float]]:
+        """Of a batch's NLL, and of the KL to each of its targets."""
+        return self.args.hard_weight, self.target_weights
 
     def _uncertainty(self, pool: dict) -> torch.Tensor:
         scored = scored_positions(pool["labels"])
@@ -157,10 +165,14 @@ class SoftTargetTrainer(ResumableRun, StudentHubMixin, LLKDMixin, SFTTrainer):
         }
         if len(kl):
             metrics["sample_weight"] = weight / rows
-        for name, value in metrics.items():
+        for name, value in self._of_interest(metrics).items():
             self._metrics["train"][name].append(value)
         self._total_train_tokens += int(all_tokens)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _of_interest(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What is logged of a batch's token means."""
+        return metrics
 
     def _kl_names(self, count: int) -> list[str]:
         return ["kl"] if count == 1 else [f"kl_{number}" for number in range(count)]
