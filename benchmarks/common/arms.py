@@ -7,10 +7,21 @@ A training takes a world, the start's folder, its own, a seed and settings, and 
 from collections.abc import Callable
 from pathlib import Path
 
+from .arguments import evidence_arguments
+
 
 TINYWORLD, STORIES = WORLDS = ("tinyworld", "stories")
 SFT_RATES = 3e-4, 1e-3, 2e-3
+SDFT_RATES = 1e-4, 3e-4, 1e-3
 GAD_RATES = {TINYWORLD: (1e-3, 2e-3, 4e-3), STORIES: (7.5e-5, 1.5e-4, 3e-4)}
+# As many samples as GAD has, each of them once
+ON_POLICY = {
+    "target_source": "on_policy",
+    "kl_direction": "reverse",
+    "per_device_train_batch_size": 256,
+    "max_steps": 120,
+}
+ORACLE = "the judge itself"
 TEACHER_EPOCHS = {TINYWORLD: 0.5, STORIES: 0.75}
 DPO_RATES = {TINYWORLD: (2e-4, 7e-4, 2e-3), STORIES: (3e-5, 1e-4, 3e-4)}
 
@@ -71,14 +82,32 @@ def train_proxykd(world, start: Path, folder: Path, seed: int, settings: dict) -
             str(folder),
             stages=["cache", "distil"],
             distil_on_all_rows=True,
-            **world.proxy_arguments(seed),
-            **settings,
+            **world.proxy_arguments(seed) | settings,
         ),
         train_dataset=world.train,
         processing_class=world.tokenizer,
     )
     trainer.train()
     trainer.save_model(str(folder))
+
+
+def train_sdft(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
+    from common import sdft
+
+    gad = world.gad_config(folder, seed)
+    sdft.train_sdft(
+        start,
+        folder,
+        world.train,
+        world.tokenizer,
+        max_steps=gad.max_steps,
+        per_device_train_batch_size=gad.per_device_train_batch_size,
+        num_generations=gad.num_generations,
+        max_completion_length=world.max_new_tokens,
+        lr_scheduler_type=gad.lr_scheduler_type,
+        **evidence_arguments(seed),
+        **settings,
+    )
 
 
 def train_bayeskd(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
@@ -92,9 +121,6 @@ def train_bayeskd(world, start: Path, folder: Path, seed: int, settings: dict) -
     )
     trainer.train()
     trainer.save_model(str(folder))
-
-
-ORACLE = "the judge itself"
 
 
 def arms_of(world: str) -> dict[str, tuple[Callable, list[dict]]]:
@@ -118,10 +144,15 @@ def arms_of(world: str) -> dict[str, tuple[Callable, list[dict]]]:
         ),
         "PreferenceKD, by the judge itself": (train_preference, rates(dpo, judge=ORACLE)),
     }
+    arms["SDFT"] = (train_sdft, rates(SDFT_RATES))
     if world == TINYWORLD:
         # The stories have no larger open model with the student's tokenizer
         arms |= {
             "Proxy-KD": (train_proxykd, [{"kl_weight": weight} for weight in (1.0, 10.0, 100.0)]),
+            "Proxy-KD, on policy": (
+                train_proxykd,
+                [{"kl_weight": weight, **ON_POLICY} for weight in (1.0, 10.0, 100.0)],
+            ),
             "Bayes-KD": (train_bayeskd, [{"posterior_weight": weight} for weight in (0.3, 1.0, 3.0)]),
         }
     return arms
