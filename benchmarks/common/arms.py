@@ -1,5 +1,6 @@
 """
-What the score-board's students learn by, and the settings that are tried of each: three a method, whatever it has.
+What the score-board's students learn by, and the settings that are tried of each: as many of every method, three in
+tinyworld and two of the stories.
 
 A training takes a world, the start's folder, its own, a seed and settings, and leaves the student in its folder.
 """
@@ -11,9 +12,11 @@ from .arguments import evidence_arguments
 
 
 TINYWORLD, STORIES = WORLDS = ("tinyworld", "stories")
-SFT_RATES = 3e-4, 1e-3, 2e-3
-SDFT_RATES = 1e-4, 3e-4, 1e-3
-GAD_RATES = {TINYWORLD: (1e-3, 2e-3, 4e-3), STORIES: (7.5e-5, 1.5e-4, 3e-4)}
+SFT_RATES = {TINYWORLD: (3e-4, 1e-3, 2e-3), STORIES: (3e-4, 1e-3)}
+SDFT_RATES = {TINYWORLD: (1e-4, 3e-4, 1e-3), STORIES: (1e-4, 3e-4)}
+GAD_RATES = {TINYWORLD: (1e-3, 2e-3, 4e-3), STORIES: (7.5e-5, 1.5e-4)}
+ANCHORS = {TINYWORLD: (0.1, 0.3, 1.0), STORIES: (0.3, 1.0)}
+ENTROPIES = {TINYWORLD: (0.1, 0.3, 1.0), STORIES: (0.1, 0.3)}
 # As many samples as GAD has, each of them once
 ON_POLICY = {
     "target_source": "on_policy",
@@ -23,7 +26,7 @@ ON_POLICY = {
 }
 ORACLE = "the judge itself"
 TEACHER_EPOCHS = {TINYWORLD: 0.5, STORIES: 0.75}
-DPO_RATES = {TINYWORLD: (2e-4, 7e-4, 2e-3), STORIES: (3e-5, 1e-4, 3e-4)}
+DPO_RATES = {TINYWORLD: (2e-4, 7e-4, 2e-3), STORIES: (1e-4, 3e-4)}
 
 
 def train_gad(world, start: Path, folder: Path, seed: int, settings: dict) -> None:
@@ -127,13 +130,13 @@ def arms_of(world: str) -> dict[str, tuple[Callable, list[dict]]]:
     """Of each arm its training and the settings that are tried."""
     gad, dpo = GAD_RATES[world], DPO_RATES[world]
     arms = {
-        "SeqKD, as many answers more": (train_sft, rates(SFT_RATES)),
+        "SeqKD, as many answers more": (train_sft, rates(SFT_RATES[world])),
         "GAD": (train_gad, rates(gad)),
         "GAD, token credit": (train_gad, rates(gad, discriminator_credit="token")),
-        "GAD, anchored": (train_gad, [{"learning_rate": gad[1], "sft_weight": weight} for weight in (0.1, 0.3, 1.0)]),
+        "GAD, anchored": (train_gad, [{"learning_rate": gad[1], "sft_weight": weight} for weight in ANCHORS[world]]),
         "GAD, less own likelihood": (
             train_gad,
-            [{"learning_rate": gad[1], "discriminator_entropy": share} for share in (0.1, 0.3, 1.0)],
+            [{"learning_rate": gad[1], "discriminator_entropy": share} for share in ENTROPIES[world]],
         ),
         "PreferenceKD, judge: discriminator": (train_preference, rates(dpo, judge="discriminator")),
         "PreferenceKD, judge: overlap": (train_preference, rates(dpo, judge="overlap")),
@@ -144,7 +147,7 @@ def arms_of(world: str) -> dict[str, tuple[Callable, list[dict]]]:
         ),
         "PreferenceKD, by the judge itself": (train_preference, rates(dpo, judge=ORACLE)),
     }
-    arms["SDFT"] = (train_sdft, rates(SDFT_RATES))
+    arms["SDFT"] = (train_sdft, rates(SDFT_RATES[world]))
     if world == TINYWORLD:
         # The stories have no larger open model with the student's tokenizer
         arms |= {

@@ -190,7 +190,7 @@ def distinct_of_a_prompt(texts: tuple[str, ...]) -> float:
 class Stories(World):
     """Stories of 15 M parameters told by 260 k; the judge is the teacher's likelihood, diversity that of words' 4-grams."""
 
-    temperatures = (1.0, 0.9, 0.8, 0.7, 0.6)
+    temperatures = (1.0, 0.8, 0.6)
     num_samples, samples_a_prompt, preference_epochs = 2, 2, 1.0
 
     def __init__(self, folder: Path, student: str, teacher: str, data: str):
