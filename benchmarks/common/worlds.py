@@ -2,6 +2,7 @@
 
 import functools
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import real_text
@@ -227,7 +228,8 @@ class Stories(World):
         return folder
 
     def gad_config(self, folder: Path, seed: int, **settings) -> GADConfig:
-        return real_text.gad_config(self.args, seed, folder, **settings)
+        rate = {"learning_rate": settings.pop("learning_rate", self.args.learning_rate)}
+        return real_text.gad_config(Namespace(**vars(self.args) | rate), seed, folder, **settings)
 
     def preference_config(self, folder: Path, seed: int, **settings) -> PreferenceKDConfig:
         return PreferenceKDConfig(
