@@ -77,6 +77,8 @@ CHANGES = {
     "no such column": ({"prompt_column": "question"}, "has no column 'question'; columns found: prompt"),
     "no such split": ({"dataset_name": ".", "dataset_train_split": "test"}, "has no file for the `test` split"),
     "a name of no parameter": ({"max_tokens_name": "max_new"}, "expected one of max_tokens, max_completion_tokens"),
+    "no name on the Hub": ({"push_to_hub": True}, "push_to_hub: it needs `hub_dataset_id`, the repository of the set"),
+    "a student's name on the Hub": ({"hub_model_id": "me/a"}, "'hub_model_id'; did you mean 'hub_dataset_id'?"),
     "system prompt of texts": ({"system_prompt": "x", "keep_system_prompt": True}, "Add `conversational: true`."),
 }
 
