@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_bbkd.collect.settings import CollectConfig
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -30,6 +32,8 @@ def test_site_builds_strictly(tmp_path):
     assert 'href="choose.html"' in start and 'href="contributing.html"' in start
     assert "discriminator_learning_rate" in api and "alignment_rounds" in api
     check_tables_of_keys((tmp_path / "site/recipes.html").read_text())
+    collect = (tmp_path / "site/collect.html").read_text()
+    assert collect.count("<tr><td><code") == len(fields(CollectConfig)) and ">max_<wbr>cost</code>" in collect
     assert not (tmp_path / "site/site").exists()
 
 
