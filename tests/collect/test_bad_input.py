@@ -157,5 +157,25 @@ def test_an_unknown_model_ends_the_run_after_one_request(server, tmp_path, monke
     assert "unknown model: The model `teacher-9` does not exist. 3 answers are not asked for yet" in line
 
 
+def test_a_cap_that_no_request_fits_under(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts_file(tmp_path, ["A?", "B?"])
+    before = server.requests
+    main(["collect", str(write_recipe(server, tmp_path, max_total_tokens=64))])
+    assert server.requests == before
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "Stopped at `max_total_tokens: 64`. The worst case of a single request is more than it leaves. 2 answers are not asked "
+        "for yet: the same command goes on."
+    )
+
+
+def test_what_is_in_the_place_of_the_journal(refusal, tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file/sub/journal.sqlite"
+    assert refusal(output_dir=str(path.parent)) == (
+        f"{path} cannot be opened: Not a directory. Name another output_dir, or another journal."
+    )
+
+
 def test_no_such_recipe(capsys):
     assert "there is no recipe nowhere.yaml. `collect` names the one of the package" in refused(capsys, "nowhere.yaml")

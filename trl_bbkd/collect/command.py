@@ -76,7 +76,8 @@ def collect(settings: CollectConfig) -> bool:
     if end is not None and end.kind == "error":
         raise EndpointError(f"{end.text.rstrip('.')}.{_open(survey.not_asked)}")
     if end is not None and end.kind == "cap":
-        _say(f"Stopped at `{end.text}: {getattr(settings, end.text):g}`.{_open(survey.not_asked)}")
+        fits = "" if collection.tally.spent.requests else " The worst case of a single request is more than it leaves."
+        _say(f"Stopped at `{end.text}: {getattr(settings, end.text):g}`.{fits}{_open(survey.not_asked)}")
     if repository and not interrupted:
         if survey.rows:
             _say(f"On the Hub: {push_set(folder, repository, [FILE], key)}")
@@ -138,7 +139,8 @@ async def _run(collection, currency: str | None) -> None:
             await collection.run()
         finally:
             teller.cancel()
-    _say(collection.tally.line(currency))
+    if collection.tally.answered or collection.tally.failed:
+        _say(collection.tally.line(currency))
 
 
 async def _tell(collection, currency: str | None, show) -> None:
