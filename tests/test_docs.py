@@ -114,3 +114,13 @@ def test_keys_of_the_guides_exist(page):
         "main_process_port",
     }  # the launcher's
     assert len(keys) > 4 and keys - known == set()
+
+
+def test_keys_of_the_page_of_collections_exist():
+    text = re.sub(r"```.*?```", "", (ROOT / "docs/collect.md").read_text(), flags=re.DOTALL)
+    code = " ".join(re.findall(r"`([^`]+)`", text))
+    keys = set(re.findall(r"\b[a-z]+_[a-z_]+\b", code))
+    # Columns, parameters of endpoints, and programs' options
+    keys -= {"finish_reason", "reasoning_content", "reasoning_effort", "allow_fallbacks", "do_sample", "https_proxy"}
+    keys -= {"left_out", "max_completion_tokens"}
+    assert len(keys) > 20 and keys - {field.name for field in fields(CollectConfig)} == set()
