@@ -109,12 +109,17 @@ def _create(hub: HubServer, body: bytes) -> dict:
     asked = json.loads(body)
     repo_id = f"{asked['organization'] or 'somebody'}/{asked['name']}"
     hub.repositories.setdefault(repo_id, asked)
-    return {"url": f"{hub.url}/{repo_id}", "name": repo_id}
+    return {"url": _address(hub, repo_id), "name": repo_id}
+
+
+def _address(hub: HubServer, repo_id: str) -> str:
+    kind = "datasets/" if hub.repositories.get(repo_id, {}).get("type") == "dataset" else ""
+    return f"{hub.url}/{kind}{repo_id}"
 
 
 def _preupload(hub: HubServer, body: bytes, repo_id: str, revision: str) -> dict:
     files = [file["path"] for file in json.loads(body)["files"]]
-    large = (".safetensors", ".png")
+    large = (".safetensors", ".png", ".parquet")
     return {
         "files": [
             {"path": path, "uploadMode": "lfs" if path.endswith(large) else "regular", "shouldIgnore": False}
@@ -148,15 +153,15 @@ def _commit(hub: HubServer, body: bytes, repo_id: str, revision: str) -> dict:
             commit.files[value["path"]] = hub.objects[value["oid"]]
     hub.commits.append(commit)
     oid = f"{len(hub.commits):040x}"
-    return {"commitUrl": f"{hub.url}/{repo_id}/commit/{oid}", "commitOid": oid}
+    return {"commitUrl": f"{_address(hub, repo_id)}/commit/{oid}", "commitOid": oid}
 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
     ("POST", "/api/repos/create", _create),
     ("POST", "/api/validate-yaml", lambda hub, body: {"errors": [], "warnings": []}),
-    ("POST", rf"/api/models/{_REPO}/preupload/([\w.-]+)", _preupload),
-    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _batch),
+    ("POST", rf"/api/(?:models|datasets)/{_REPO}/preupload/([\w.-]+)", _preupload),
+    ("POST", rf"/(?:datasets/)?{_REPO}\.git/info/lfs/objects/batch", _batch),
     ("PUT", r"/lfs/(\w{64})", _store),
-    ("POST", rf"/api/models/{_REPO}/commit/([\w.-]+)", _commit),
+    ("POST", rf"/api/(?:models|datasets)/{_REPO}/commit/([\w.-]+)", _commit),
 )

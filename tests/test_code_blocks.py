@@ -61,12 +61,15 @@ def parsed(block, folder, monkeypatch):
 
 def trl_bbkd_takes(words, monkeypatch):
     found = []
-    for name in ("push_to_hub", "init_recipe"):
+    for name in ("push_to_hub", "init_recipe", "collect_answers"):
         monkeypatch.setattr(cli, name, found.append)
+    monkeypatch.setattr(cli, "collect_answers", lambda options, unknown: found.append(unknown))
     monkeypatch.setattr(cli, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
     cli.main(words)
     if words[0] == "train":
         recipe_takes(*found[0])
+    elif words[0] == "collect":
+        assert found == [[]]
 
 
 def recipe_takes(recipe, arguments):
@@ -213,6 +216,7 @@ def judges(block, folder, monkeypatch):
 README, EXAMPLES, SKILL, NEW_RECIPE = (
     f"tests/test_{name}.py::test_" for name in ("readme", "examples", "skill", "new_recipe")
 )
+COLLECT = "tests/collect/test_loop.py::test_the_commands_of_the_docs"
 PLAN = "tests/plan/test_docs.py::test_the_page_shows_what_is_printed"
 TESTED = {
     "README.md": {
@@ -230,6 +234,11 @@ TESTED = {
         "# trl_bbkd/smoothed/method.py: imports nothing heavy, since it is read before anything is trained": door_of_a_method,
     },
     "docs/bayeskd.md": {"import numpy as np": README + "code_of_the_bayeskd_docs_runs"},
+    "docs/collect.md": {
+        "base_url: https://api.openai.com/v1": COLLECT,
+        "trl-bbkd collect teacher.yaml": COLLECT,
+        "trl-bbkd collect teacher.yaml --push_to_hub --hub_dataset_id me/answers": parsed,
+    },
     "docs/gad.md": {
         "use_peft: true                  # a LoRA student; with it ...": part_of_gad_recipe,
         "python benchmarks/real_text.py --student stories260K --teacher stories15M-fp16 --data "

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_bbkd.collect.settings import CollectConfig
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -30,6 +32,8 @@ def test_site_builds_strictly(tmp_path):
     assert 'href="choose.html"' in start and 'href="contributing.html"' in start
     assert "discriminator_learning_rate" in api and "alignment_rounds" in api
     check_tables_of_keys((tmp_path / "site/recipes.html").read_text())
+    collect = (tmp_path / "site/collect.html").read_text()
+    assert collect.count("<tr><td><code") == len(fields(CollectConfig)) and ">max_<wbr>cost</code>" in collect
     assert not (tmp_path / "site/site").exists()
 
 
@@ -110,3 +114,13 @@ def test_keys_of_the_guides_exist(page):
         "main_process_port",
     }  # the launcher's
     assert len(keys) > 4 and keys - known == set()
+
+
+def test_keys_of_the_page_of_collections_exist():
+    text = re.sub(r"```.*?```", "", (ROOT / "docs/collect.md").read_text(), flags=re.DOTALL)
+    code = " ".join(re.findall(r"`([^`]+)`", text))
+    keys = set(re.findall(r"\b[a-z]+_[a-z_]+\b", code))
+    # Columns, parameters of endpoints, and programs' options
+    keys -= {"finish_reason", "reasoning_content", "reasoning_effort", "allow_fallbacks", "do_sample", "https_proxy"}
+    keys -= {"left_out", "max_completion_tokens"}
+    assert len(keys) > 20 and keys - {field.name for field in fields(CollectConfig)} == set()

@@ -1,4 +1,4 @@
-"""The tables of `recipes.md`: every key of every method, read from the dataclasses when the site is built."""
+"""The tables of `recipes.md` and `collect.md`: every key, read from the dataclasses when the site is built."""
 
 import dataclasses
 import enum
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-PAGE = "recipes.md"
+PAGES = ("recipes.md", "collect.md")
 MARKER = re.compile(r"<!-- keys: (\w+) -->")
 CONFIGS = {
     "gad": "GADConfig",
@@ -59,14 +59,16 @@ class Key(typing.NamedTuple):
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Put the tables where their markers are."""
-    if page.file.src_uri != PAGE:
+    if page.file.src_uri not in PAGES:
         return markdown
     return MARKER.sub(lambda marker: tables(marker[1]), markdown)
 
 
 @functools.cache
 def tables(method: str) -> str:
-    """The tables of one method, as Markdown."""
+    """The tables of one method, or of a collection, as Markdown."""
+    if method == "collect":
+        return _table(keys_of_collect())
     keys = keys_of(method)
     taken = [key for key in keys if not key.verdict.startswith("refused")]
     own = [key for key in taken if key.is_ours]
@@ -102,6 +104,14 @@ def keys_of(method: str) -> list[Key]:
         for field in (field for field in dataclasses.fields(cls) if field.init):
             keys.setdefault(field.name, _key(field, cls, hints[field.name], verdicts.get(field.name, "")))
     return list(keys.values())
+
+
+def keys_of_collect() -> list[Key]:
+    """Every key of a recipe of `trl-bbkd collect`."""
+    from trl_bbkd.collect.settings import CollectConfig
+
+    hints = typing.get_type_hints(CollectConfig)
+    return [_key(field, CollectConfig, hints[field.name], "") for field in dataclasses.fields(CollectConfig)]
 
 
 def _verdicts(method: str) -> dict[str, str]:

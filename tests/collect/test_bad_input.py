@@ -77,6 +77,8 @@ CHANGES = {
     "no such column": ({"prompt_column": "question"}, "has no column 'question'; columns found: prompt"),
     "no such split": ({"dataset_name": ".", "dataset_train_split": "test"}, "has no file for the `test` split"),
     "a name of no parameter": ({"max_tokens_name": "max_new"}, "expected one of max_tokens, max_completion_tokens"),
+    "no name on the Hub": ({"push_to_hub": True}, "push_to_hub: it needs `hub_dataset_id`, the repository of the set"),
+    "a student's name on the Hub": ({"hub_model_id": "me/a"}, "'hub_model_id'; did you mean 'hub_dataset_id'?"),
     "system prompt of texts": ({"system_prompt": "x", "keep_system_prompt": True}, "Add `conversational: true`."),
 }
 
@@ -153,6 +155,26 @@ def test_an_unknown_model_ends_the_run_after_one_request(server, tmp_path, monke
     line = refused(capsys, write_recipe(server, tmp_path, model="teacher-9"))
     assert server.requests == before + 1
     assert "unknown model: The model `teacher-9` does not exist. 3 answers are not asked for yet" in line
+
+
+def test_a_cap_that_no_request_fits_under(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts_file(tmp_path, ["A?", "B?"])
+    before = server.requests
+    main(["collect", str(write_recipe(server, tmp_path, max_total_tokens=64))])
+    assert server.requests == before
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "Stopped at `max_total_tokens: 64`. The worst case of a single request is more than it leaves. 2 answers are not asked "
+        "for yet: the same command goes on."
+    )
+
+
+def test_what_is_in_the_place_of_the_journal(refusal, tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / "file/sub/journal.sqlite"
+    assert refusal(output_dir=str(path.parent)) == (
+        f"{path} cannot be opened: Not a directory. Name another output_dir, or another journal."
+    )
 
 
 def test_no_such_recipe(capsys):

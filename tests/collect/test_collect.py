@@ -87,6 +87,24 @@ def test_samples_come_one_by_one_where_it_cannot(tmp_path, capsys):
     assert "equal" not in capsys.readouterr().err
 
 
+def test_samples_come_one_by_one_where_it_refuses_to(tmp_path):
+    """As Anthropic's endpoint is said to; a prompt that is refused for itself is asked for once a sample, and listed."""
+
+    class Refusing(TeacherServer):
+        async def _answer(self, writer, path, raw, key):
+            if "n" in json.loads(raw):
+                self.requests += 1
+                return await self._error(writer, 400, "n: must be exactly 1", "invalid_request_error")
+            return await super()._answer(writer, path, raw, key)
+
+    with Refusing() as server:
+        found = run(server, tmp_path, ["[400] Too long?", *QUESTIONS[:3]], num_samples=2, temperature=1.0)
+    # Two prompts are asked for together, and the seed is looked at
+    assert server.requests == 2 + 8 + 1 and len(found) == 6
+    assert "| `n` | refused |" in card(tmp_path)
+    assert [(line["row"], line["failed"]) for line in left_out(tmp_path)] == [(0, "status 400")] * 2
+
+
 def test_equal_samples_are_told(tmp_path, capsys):
     """As `transformers serve` answers whose generation config does not sample."""
     with TeacherServer(ignores={"n", "seed", "sampling"}) as server:

@@ -41,6 +41,22 @@ def test_help_has_every_key_and_imports_nothing_heavy():
     assert all(f"--{field.name} " in done.stdout for field in fields(CollectConfig))
 
 
+def test_a_recipe_is_refused_before_anything_heavy_is_imported(tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "base_url: http://h/v1\nmodel: m\ndataset_name: p\noutput_dir: o\nmax_requests: 0\n"
+    )
+    (tmp_path / "keyless.yaml").write_text("base_url: http://h/v1\nmodel: m\ndataset_name: p\noutput_dir: o\n")
+    code = (
+        "import sys\nfrom trl_bbkd.cli import main\nfor name in ('bad', 'keyless'):\n"
+        "    try: main(['collect', name + '.yaml'])\n    except SystemExit as stopped: assert stopped.code == 2\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n" and [line.startswith("error: ") for line in done.stderr.splitlines()] == [True] * 2
+
+
 def test_a_run_imports_nothing_of_torch(tmp_path):
     prompts_file(tmp_path, ["A?"])
     with TeacherServer() as server:

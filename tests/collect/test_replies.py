@@ -33,6 +33,10 @@ ENDS_THE_RUN = {
     "page": (404, {"detail": "Not Found"}),
     "model": (404, error("The model `x` does not exist", "model_not_found")),
     "model, as transformers serve says it": (400, {"detail": "Model x not found locally"}),
+    "model, as a transformers serve of one model says it": (
+        400,
+        {"detail": "Server is pinned to 'y'; requested 'x'."},
+    ),
     "model, in a text": (400, {"message": "unknown model x"}),
     "moved": (301, b""),
 }

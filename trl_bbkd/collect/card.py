@@ -57,7 +57,7 @@ def card(settings: CollectConfig, survey: Survey, spent: Spent, found: dict[str,
         lines += ["What the endpoint did with them, by its answers:", "", *table(["parameter", "result"], rows), ""]
     lines += ["## Counts", "", *table(["what", "number"], _counts(survey)), ""]
     if survey.reasons or survey.failures:
-        lines += [f"`{LEFT_OUT}` lists what was left out and what failed, row by row.", ""]
+        lines += [f"`{LEFT_OUT}`, where it was collected, lists what was left out and what failed, row by row.", ""]
     lines += ["## Cost", "", *_cost(settings, survey, spent), "", "## Terms of use", "", TERMS, ""]
     return "\n".join(lines)
 

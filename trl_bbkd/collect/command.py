@@ -31,11 +31,12 @@ def collect(settings: CollectConfig) -> bool:
 
     Raises:
         [`~errors.DistillationError`]: something in the recipe, the prompts or the journal does not fit, or the endpoint
-            refuses. What was answered before is kept.
+            or the Hub refuses. What was answered before is kept.
     """
     key = key_of(settings)
     # Only now: what reads data sets takes a second to import
     from ..host.files import write_atomically
+    from ..hub.answers import create_repository, push_set
     from .answer_set import FILE, AnswerSet
     from .card import card, warnings
     from .journal import Journal
@@ -51,6 +52,10 @@ def collect(settings: CollectConfig) -> bool:
             _say(f"Reading {len(prompts):,} prompts.")
         collection.count()
         _say(_opening(collection.tally, journal.unheard()))
+        # Before the first request: a Hub that refuses is known before anything is paid
+        repository = None
+        if settings.push_to_hub and settings.hub_dataset_id:
+            repository = create_repository(settings.hub_dataset_id, settings.hub_private_repo, key)
         interrupted = False
         if collection.tally.expected:
             interrupted = _ask(collection, settings)
@@ -71,7 +76,13 @@ def collect(settings: CollectConfig) -> bool:
     if end is not None and end.kind == "error":
         raise EndpointError(f"{end.text.rstrip('.')}.{_open(survey.not_asked)}")
     if end is not None and end.kind == "cap":
-        _say(f"Stopped at `{end.text}: {getattr(settings, end.text):g}`.{_open(survey.not_asked)}")
+        fits = "" if collection.tally.spent.requests else " The worst case of a single request is more than it leaves."
+        _say(f"Stopped at `{end.text}: {getattr(settings, end.text):g}`.{fits}{_open(survey.not_asked)}")
+    if repository and not interrupted:
+        if survey.rows:
+            _say(f"On the Hub: {push_set(folder, repository, [FILE], key)}")
+        else:
+            _say("Nothing was pushed: there is no answer.")
     return not interrupted
 
 
@@ -128,7 +139,8 @@ async def _run(collection, currency: str | None) -> None:
             await collection.run()
         finally:
             teller.cancel()
-    _say(collection.tally.line(currency))
+    if collection.tally.answered or collection.tally.failed:
+        _say(collection.tally.line(currency))
 
 
 async def _tell(collection, currency: str | None, show) -> None:

@@ -134,7 +134,10 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
         except (OSError, sqlite3.OperationalError) as error:
-            raise JournalError(f"{path} cannot be opened: {error}.") from None
+            why = getattr(error, "strerror", None) or error
+            raise JournalError(
+                f"{path} cannot be opened: {why}. Name another output_dir, or another journal."
+            ) from None
         try:
             self._open()
         except sqlite3.OperationalError as error:

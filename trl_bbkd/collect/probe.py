@@ -6,7 +6,7 @@ from .replies import Answers, Choice
 from .settings import CollectConfig
 
 
-HONOURED, IGNORED, FEWER = "honoured", "ignored", "answered with fewer"
+HONOURED, IGNORED, REFUSED, FEWER = "honoured", "ignored", "refused", "answered with fewer"
 NOT_CHECKED = "sent, not checked"
 PREFIX_TOKENS = 16
 WHOLE, SHORT, MISSING = "whole", "short", "missing"

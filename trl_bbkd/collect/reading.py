@@ -45,6 +45,8 @@ NAMES_ELSEWHERE = {
     **dict.fromkeys(("limit", "max_samples", "max_rows"), ("max_prompts",)),
     **dict.fromkeys(("temp",), ("temperature",)),
     **dict.fromkeys(("extra", "generation_kwargs", "model_kwargs"), ("extra_body",)),
+    **dict.fromkeys(("hub_model_id", "repo_id", "hub_repo_id", "hub_id"), ("hub_dataset_id",)),
+    **dict.fromkeys(("private", "hub_private"), ("hub_private_repo",)),
 }
 
 

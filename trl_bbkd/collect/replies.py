@@ -16,6 +16,7 @@ OVERLOADED = (RATE_LIMITED, UNREACHABLE, "status 503", "status 529")
 QUOTA_WORDS = ("insufficient_quota", "billing_hard_limit_reached", "insufficient balance")
 UNKNOWN_MODEL = re.compile(
     r"\bmodel\b.{0,80}(not found|not exist|unknown|not available)|(unknown|invalid|no such) model|model_not_found"
+    r"|server is pinned to"
 )
 ENDS_THE_RUN = (401, 402, 403, 404)
 MAY_PASS = (408, 409, 425, 429)

@@ -3,11 +3,15 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from .prompts import Prompt
 from .settings import CollectConfig
+
+
+if TYPE_CHECKING:
+    # Reads data sets: a second to import
+    from .prompts import Prompt
 
 
 # Beside its text: role, separators, and what opens the answer
@@ -36,7 +40,7 @@ class Asked(NamedTuple):
             Numbers of the answers, which follow each other.
     """
 
-    prompt: Prompt
+    prompt: "Prompt"
     samples: tuple[int, ...]
 
 
@@ -65,13 +69,13 @@ class RequestMaker:
             body["seed"] = self.settings.seed + asked.samples[0]
         return body
 
-    def key(self, prompt: Prompt, sample: int) -> bytes:
+    def key(self, prompt: "Prompt", sample: int) -> bytes:
         """Under which an answer is kept: the same for the same answer, however it was asked for."""
         return _digest(
             {"endpoint": self.endpoint, "body": self._body(prompt), "seed": self.settings.seed, "sample": sample}
         )
 
-    def keys(self, prompt: Prompt) -> list[bytes]:
+    def keys(self, prompt: "Prompt") -> list[bytes]:
         """Those of all of a prompt's answers."""
         return [self.key(prompt, sample) for sample in range(self.settings.num_samples)]
 
@@ -84,7 +88,7 @@ class RequestMaker:
         answers = body.get("n", 1) * body[self.settings.max_tokens_name]
         return WorstCase(size + TOKENS_OF_A_MESSAGE * (len(messages) + 1), answers)
 
-    def _body(self, prompt: Prompt) -> dict[str, Any]:
+    def _body(self, prompt: "Prompt") -> dict[str, Any]:
         body = {"model": self.settings.model, "messages": prompt.messages, **self.parameters}
         return body | {"tools": prompt.tools} if prompt.tools else body
 

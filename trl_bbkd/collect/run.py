@@ -13,7 +13,7 @@ from .budget import Budget, CapReached, Spent
 from .client import Client
 from .journal import ANSWER, FAILURE, Entry, Journal, now
 from .pacing import LONGEST_PAUSE, Pace, backoff
-from .probe import FEWER, HONOURED, IGNORED, NOT_CHECKED, compare, is_same_beginning, lacks, seed_request
+from .probe import FEWER, HONOURED, IGNORED, NOT_CHECKED, REFUSED, compare, is_same_beginning, lacks, seed_request
 from .prompts import Prompts
 from .redaction import Redactor
 from .replies import RATE_LIMITED, UNREACHABLE, Answers, Fault, Usage, read
@@ -26,6 +26,8 @@ from .tally import Tally
 LOOKS = 3
 # Of a row, beside the faults that `max_retries` counts
 MOST_REFUSALS = 20
+# What an endpoint may say to a parameter that it does not take
+NOT_TAKEN = ("status 400", "status 422")
 
 
 class End(NamedTuple):
@@ -177,6 +179,11 @@ class Collection:
                 for sample in asked.samples[len(outcome.choices) :]:
                     await self._ask_in_turn(Asked(asked.prompt, (sample,)))
                 return _Look(body, outcome)
+            if self.found is None and len(asked.samples) > 1 and outcome.kind in NOT_TAKEN:
+                # It may be `n`, where little is known of the endpoint yet
+                request.settle(self, {})
+                looks = [await self._ask_in_turn(Asked(asked.prompt, (sample,))) for sample in asked.samples]
+                return next(filter(None, looks), None)
             is_refusal = outcome.kind in (RATE_LIMITED, UNREACHABLE)
             refusals, faults = refusals + is_refusal, faults + (not is_refusal)
             if (outcome.wait or 0) > LONGEST_PAUSE:
@@ -268,6 +275,8 @@ class Collection:
                     self.stop(End("error", f"none of the first {LOOKS} requests was answered. {self._last_failure}"))
                 continue
             found = compare(self.settings, look.body, look.answers)
+            if len(asked.samples) > 1 and "n" not in look.body:
+                found = {"n": REFUSED} | found
             lacked.append(found)
             # One answer may lack it by accident
             if (name := lacks(found)) is None or len(lacked) > 1:

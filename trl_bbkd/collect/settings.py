@@ -1,6 +1,7 @@
 """What a recipe of `trl-bbkd collect` may say. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -107,6 +108,12 @@ class CollectConfig:
             Ask again what failed in an earlier run.
         journal (`str`, *optional*):
             File of the journal, `journal.sqlite` in `output_dir` by default.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Send the set and its card to the Hub, as a data set, with the token of `hf auth login` or `HF_TOKEN`.
+        hub_dataset_id (`str`, *optional*):
+            Repository of the set, such as `me/answers`.
+        hub_private_repo (`bool`, *optional*, defaults to `True`):
+            Whether the repository, where there is none yet, is made private.
     """
 
     base_url: str = field(metadata=_help("Address of the endpoint, such as https://api.openai.com/v1."))
@@ -161,6 +168,9 @@ class CollectConfig:
     currency: str = field(default="USD", metadata=_help("Of the prices."))
     retry_failed: bool = field(default=False, metadata=_help("Ask again what failed in an earlier run."))
     journal: str | None = field(default=None, metadata=_help("File of the journal."))
+    push_to_hub: bool = field(default=False, metadata=_help("Send the set to the Hub, as a data set."))
+    hub_dataset_id: str | None = field(default=None, metadata=_help("Repository of the set, such as me/answers."))
+    hub_private_repo: bool = field(default=True, metadata=_help("Whether a new repository is private."))
 
     def __post_init__(self):
         for name in ("base_url", "model", "output_dir", "dataset_name"):
@@ -176,6 +186,8 @@ class CollectConfig:
             raise ValueError("top_logprobs: endpoints give them with `logprobs: true` alone. Add it.")
         if self.return_token_ids and not self.logprobs:
             raise ValueError("return_token_ids: token ids come with `logprobs: true`. Add it.")
+        if self.push_to_hub and not self.hub_dataset_id:
+            raise ValueError("push_to_hub: it needs `hub_dataset_id`, the repository of the set, such as me/answers.")
         for name in self.extra_body or ():
             if name in OWN_PARAMETERS:
                 advice = "answers are read whole" if name == "stream" else "a recipe has a key for it"
@@ -208,8 +220,8 @@ class CollectConfig:
 
     @property
     def teacher(self) -> str:
-        """The teacher's name in the set."""
-        return self.teacher_name or self.model
+        """The teacher's name in the set: of a server's path to its model, the last part."""
+        return self.teacher_name or (PurePath(self.model).name if self.model.startswith("/") else self.model)
 
 
 def _check_address(base_url: str) -> None:

@@ -210,7 +210,7 @@ def _check_student(output_dir: str | Path, folders: Iterable[str]) -> None:
 def creation_error(error: Exception, repo_id: str, output_dir: str, token: str | None) -> HubError:
     """What to say when `repo_id` cannot be created."""
     return HubError(
-        f"The repository {repo_id} cannot be created on the Hub: {_reason(error, token)}. {_remedy(error)}Nothing on "
+        f"The repository {repo_id} cannot be created on the Hub: {reason(error, token)}. {remedy(error)}Nothing on "
         f"disk is lost: `push_to_hub: false` trains without the Hub, and `trl-bbkd push {shlex.quote(str(output_dir))} "
         f"{_name_to_take(error, repo_id)}` sends a student that is finished."
     )
@@ -225,12 +225,13 @@ def _push_error(error: Exception, output_dir, repo_id: str, token: str | None, f
         *(f"--with={folder}" for folder in folders),
     ]
     return HubError(
-        f"The student could not be pushed to {repo_id}: {_reason(error, token)}. It is complete on disk, in "
-        f"{output_dir}. {_remedy(error)}Push it again with `{shlex.join(command)}`."
+        f"The student could not be pushed to {repo_id}: {reason(error, token)}. It is complete on disk, in "
+        f"{output_dir}. {remedy(error)}Push it again with `{shlex.join(command)}`."
     )
 
 
-def _reason(error: Exception, token: str | None) -> str:
+def reason(error: Exception, token: str | None) -> str:
+    """What the Hub or its client says, without secrets."""
     if isinstance(error, HfHubHTTPError):
         text = f"the Hub answered {error.response.status_code} {error.response.reason_phrase}"
         text += f" ({error.server_message})" if error.server_message else ""
@@ -244,9 +245,10 @@ def _name_to_take(error: Exception, repo_id: str) -> str:
     return GOOD_NAME if isinstance(error, HFValidationError) else repo_id
 
 
-def _remedy(error: Exception) -> str:
+def remedy(error: Exception, good_name: str = GOOD_NAME) -> str:
+    """What a user can do, if that can be told; a sentence and a space."""
     if isinstance(error, HFValidationError):
-        return f"Write the repository like {GOOD_NAME}. "
+        return f"Write the repository like {good_name}. "
     if isinstance(error, OfflineModeIsEnabled):
         return "Unset HF_HUB_OFFLINE. "
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
