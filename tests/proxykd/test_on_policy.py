@@ -27,6 +27,7 @@ ON_POLICY = {
     "warmup_share": 0.0,
     "alignment_share": 0.0,
 }
+ENDS = list(range(2, 12))  # the tokenizer's own among them
 # Of the likeliest token alone: samples that no seed changes
 GREEDY = {"on_policy_top_p": 1e-9}
 
@@ -40,7 +41,7 @@ def student(tmp_path_factory, tiny_model_dir):
     """One whose answers end with any of many tokens, so that they are of different lengths."""
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("ending") / "student"))
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": list(range(2, 80))}))
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ENDS}))
     return str(folder)
 
 
@@ -78,7 +79,7 @@ def test_gradient_is_that_of_the_formula(batches, tmp_path, student, other_model
         tmp_path,
         2,
         4,
-        ("loss", "nll", "kl", "completions/mean_length"),
+        ("loss", "nll", "kl", "completions/mean_length", "completions/clipped_ratio"),
         hard_weight=0.5,
         kl_weight=3.0,
         max_grad_norm=0.0,
@@ -87,7 +88,7 @@ def test_gradient_is_that_of_the_formula(batches, tmp_path, student, other_model
     model, proxy = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (student, other_model_dir)
     )
-    nll, weighted, kl, tokens, sampled, lengths = 0.0, 0.0, 0.0, 0, 0, []
+    nll, weighted, kl, tokens, sampled, lengths, cut = 0.0, 0.0, 0.0, 0, 0, [], 0
     for batch in batches:
         for log_probs, labels in log_probs_of(model, batch):
             nll -= log_probs.gather(1, labels[:, None]).sum()
@@ -98,10 +99,13 @@ def test_gradient_is_that_of_the_formula(batches, tmp_path, student, other_model
             each = {"forward": log_t.exp() * (log_t - log_s), "reverse": log_s.exp() * (log_s - log_t)}[direction]
             weighted, kl, sampled = weighted + weight * each.sum(), kl + each.sum(), sampled + len(labels)
             lengths.append(len(labels))
+            cut += int(labels[-1]) not in ENDS
     loss = 0.5 * nll / tokens + 3.0 * weighted / sampled
     loss.backward()
     assert len(batches) == 4 and len(set(lengths)) > 1 and 0 < batches[0]["sample_weight"].std()
     expected = {"loss": loss, "kl": kl / sampled, "completions/mean_length": sampled / 8}
+    expected["completions/clipped_ratio"] = cut / 8
+    assert 0 < cut < 8
     for name, value in expected.items():
         # A mean over micro-batches is another where they differ in tokens
         assert found["log"][name] == pytest.approx(float(value), rel=1e-4 if name != "kl" else 0.05), name
