@@ -23,9 +23,8 @@ def student(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def rows(standard_rows, tokenizer):
-    return tokenize_teacher_data(Dataset.from_list(standard_rows[:6]), tokenizer, max_completion_length=40)[
-        0
-    ].to_list()
+    rows = [{**row, "prompt": f"{number} {row['prompt']}"} for number, row in enumerate(standard_rows[:6])]
+    return tokenize_teacher_data(Dataset.from_list(rows), tokenizer, max_completion_length=40)[0].to_list()
 
 
 @pytest.fixture(scope="module")

@@ -42,18 +42,20 @@ class MeasuredHeldOut(MixinBase):
             values = list(itertools.compress(values, self._are_new))
             self._held_out.add(name, sum(values), len(values))
 
-    def _measure_teacher_nll(self, batch: dict[str, torch.Tensor], rows: list[dict]) -> None:
+    def _measure_answers(self, batch: dict[str, torch.Tensor], rows: list[dict]) -> None:
         """The NLL of all answers to the prompts of an evaluation batch, one answer to each at a time."""
-        answers = [self._answers_to(row) for row in rows]
+        answers = [self._answers_to(row["prompt_ids"], row["teacher_ids"]) for row in rows]
         # As often on every process, since each must run the model
         for number in range(self._held_out_answers.most):
-            of_rows = [{"teacher_ids": own[min(number, len(own) - 1)]} for own in answers]
-            teacher = self._teacher_tensors(of_rows)
+            teacher = self._teacher_tensors([{"teacher_ids": own[min(number, len(own) - 1)]} for own in answers])
             counts = [new and number < len(own) for new, own in zip(self._are_new, answers, strict=True)]
             mask = teacher["teacher_mask"] & torch.tensor(counts, device=teacher["teacher_mask"].device)[:, None]
-            with torch.no_grad():
-                log_probs, mask, _ = self._teacher_log_probs(self.model, batch | teacher | {"teacher_mask": mask})
-            self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
+            self._measure_teacher_nll(batch | teacher | {"teacher_mask": mask})
+
+    def _measure_teacher_nll(self, inputs: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            log_probs, mask, _ = self._teacher_log_probs(self.model, inputs)
+        self._held_out.add("teacher_nll", -(log_probs * mask).sum().item(), mask.sum().item())
 
     def _get_eval_sampler(self, eval_dataset):
         """Each prompt once, however many of the rows share it."""

@@ -190,7 +190,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
         self._teacher_rows = TeacherRows(args, processing_class, config)
         train_dataset = self._teacher_rows.prepare_training(train_dataset)
         eval_dataset = self._teacher_rows.prepare_evaluation(eval_dataset)
-        self._training_answers = AnswersByPrompt(train_dataset)
+        self._training_answers = self._held_out_answers = AnswersByPrompt(train_dataset)
 
         self._end_id = end_token_id(processing_class, next(iter(train_dataset))["prompt"])
         if args.use_vllm and self._end_id != processing_class.eos_token_id:
@@ -351,7 +351,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
             self._are_new = self._held_out.are_new(len(inputs))
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            self._measure_teacher_nll(output, inputs)
+            self._measure_answers(output, inputs)
             return output
         updates, metrics = self._estimate_advantages(output, self._rewards, self._evidence.student_tokens)
         self._log_metrics("train", metrics)
@@ -382,15 +382,15 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
         first_rows = [row for row, number in enumerate(numbers) if row == 0 or number != numbers[row - 1]]
         return PairBatch.with_all_answers(
             prompt_ids=[list(self._prompt_ids[row]) for row in first_rows],
-            answers=[self._answers_to(inputs[row]) for row in first_rows],
+            answers=[self._answers_to(self._prompt_ids[row], inputs[row]["teacher_ids"]) for row in first_rows],
             student_ids=student_ids,
             prompt_index=[number - numbers[0] for number in numbers],
         )
 
-    def _answers_to(self, row: dict) -> list[list[int]]:
-        """All answers to a row's prompt that are trained, or evaluated, on: the row's own first."""
+    def _answers_to(self, prompt_ids: list[int], own: list[int]) -> list[list[int]]:
+        """All answers to a prompt that are trained, or evaluated, on: the row's own first."""
         answers = self._training_answers if self.model.training else self._held_out_answers
-        return answers(row["prompt_ids"], row["teacher_ids"])
+        return answers(prompt_ids, own)
 
     def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
