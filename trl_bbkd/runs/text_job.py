@@ -229,7 +229,7 @@ class TextJob(Job):
             command=self.card.command,
             settings=self.card.settings,
             evaluation={
-                "prompts": len(self.held_out_rows),
+                "prompts": self.plan.prompts,
                 "samples": self.plan.samples,
                 "max_new_tokens": args.max_completion_length,
                 "seed": SEED,
