@@ -31,6 +31,7 @@ def nectar_row(row: dict) -> dict[str, str]:
 def main() -> None:
     from datasets import concatenate_datasets, load_dataset
 
+    from trl_bbkd.data.splitting import split_by_input
     from trl_bbkd.data.teacher_data import check_teacher_data
 
     sources = [
@@ -41,8 +42,8 @@ def main() -> None:
         [source.map(convert, remove_columns=source.column_names) for source, convert in sources]
     )
     rows = rows.filter(lambda row: bool(row["completion"].strip()))
-    parts = rows.train_test_split(test_size=TEST_ROWS, seed=0)
-    for split, part in parts.items():
+    train, test = split_by_input(rows, "prompt", TEST_ROWS, seed=0)
+    for split, part in {"train": train, "test": test}.items():
         print(split, check_teacher_data(part))
         part.to_parquet(FOLDER / f"{split}.parquet")
 

@@ -23,9 +23,8 @@ def student(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def rows(standard_rows, tokenizer):
-    return tokenize_teacher_data(Dataset.from_list(standard_rows[:6]), tokenizer, max_completion_length=40)[
-        0
-    ].to_list()
+    rows = [{**row, "prompt": f"{number} {row['prompt']}"} for number, row in enumerate(standard_rows[:6])]
+    return tokenize_teacher_data(Dataset.from_list(rows), tokenizer, max_completion_length=40)[0].to_list()
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +160,26 @@ class TestEvaluateStudent:
         metrics = evaluate_teacher(rows, has_a_vowel)
         assert metrics["valid@t1.0"] == 1.0 and metrics["length_ratio@t1.0"] == 1.0
         assert metrics["characters@t1.0"] == sum(len(row["completion"]) for row in rows) / len(rows)
+
+    def test_a_prompt_with_several_answers_is_sampled_once(self, student, tokenizer, rows):
+        """Its samples weigh as one prompt's, its answers' lengths as their mean; the NLL is that of all answers."""
+        several = [*rows, {**rows[0], "completion": " b", "teacher_ids": [*rows[0]["teacher_ids"][:2], 2]}]
+        settings = {"max_new_tokens": 5, "num_samples": 3, "seed": 3}
+        by_row: dict[str, list[float]] = {}
+        once = evaluate_student(student, tokenizer, rows, has_a_vowel, **settings)
+        found = evaluate_student(student, tokenizer, several, has_a_vowel, by_row=by_row, **settings)
+        assert found["valid@t1.0"] == once["valid@t1.0"] and found["length@t0.7"] == once["length@t0.7"]
+        assert found["teacher_nll"] == pytest.approx(teacher_nll(student, tokenizer, several))
+        assert found["teacher_nll"] != pytest.approx(once["teacher_nll"])
+        assert {name: len(values) for name, values in by_row.items()} == {
+            name: 7 if name == "teacher_nll" else 6 for name in by_row
+        }
+        lengths = [len(row["teacher_ids"]) for row in rows]
+        mean = (sum(lengths) - lengths[0] + (lengths[0] + 3) / 2) / 6
+        assert found["length_ratio@greedy"] == pytest.approx(found["length@greedy"] / mean)
+        teacher = evaluate_teacher(several, has_a_vowel)
+        assert teacher["length@t1.0"] == pytest.approx(mean)
+        assert teacher["valid@t1.0"] == pytest.approx((5 + 0.5) / 6)
 
     def test_conversational_rows(self, student, tokenizer, conversational_rows):
         data, _ = tokenize_teacher_data(

@@ -9,7 +9,7 @@ from tests.conftest import SENTENCES
 from .helpers import FixedSamplesTrainer, GradientRecorder, discriminator_steps, make_config, weights
 
 
-ROWS = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(16)]
+ROWS = [{"prompt": f"{i} {SENTENCES[2 * i % 8]}", "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(16)]
 
 
 def trained(model, output, per_device, accumulation, warmup_epochs, **config):

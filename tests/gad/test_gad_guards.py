@@ -7,7 +7,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import SENTENCES
 from tests.processes import on_processes
 from trl_bbkd.data.teacher_data import tokenize_teacher_data
 from trl_bbkd.discriminator.model import Discriminator
@@ -17,7 +16,7 @@ from trl_bbkd.gad.critic import Critic
 from trl_bbkd.host.reference import REFERENCE_ADAPTER
 
 from .helpers import FixedSamplesTrainer, are_different, assert_same_weights, make_trainer, weights
-from .on_processes import trained_evaluated_and_resumed
+from .on_processes import ROWS, trained_evaluated_and_resumed
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -114,8 +113,7 @@ class TestTwoProcesses:
         student = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
         student.load_state_dict(ranks[0]["straight"]["student"])
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-        rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(6)]
-        rows, _ = tokenize_teacher_data(Dataset.from_list(rows), tokenizer, max_completion_length=24)
+        rows, _ = tokenize_teacher_data(Dataset.from_list(ROWS[:6]), tokenizer, max_completion_length=24)
         lengths = [len(ids) for ids in rows["teacher_ids"]]
         assert len(set(lengths)) > 1 and sum(lengths[:3]) != sum(lengths[3:])
         expected = teacher_nll(student, tokenizer, rows.to_list())
@@ -129,8 +127,7 @@ class TestTwoProcesses:
         student = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
         student.load_state_dict(ranks[0]["straight"]["student"])
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-        rows = [{"prompt": SENTENCES[2 * i % 8], "completion": " " + SENTENCES[(2 * i + 1) % 8]} for i in range(5)]
-        rows, _ = tokenize_teacher_data(Dataset.from_list(rows), tokenizer, max_completion_length=24)
+        rows, _ = tokenize_teacher_data(Dataset.from_list(ROWS[:5]), tokenizer, max_completion_length=24)
         expected = teacher_nll(student, tokenizer, rows.to_list())
         assert ranks[0]["metrics of 5"]["eval_teacher_nll"] == pytest.approx(expected, rel=1e-5)
         # Batches of 3 samples: the first process has samples 0-2 and 6-8, the second 3-5, 9 and two repeated ones

@@ -32,6 +32,8 @@ OVERRIDDEN = {
     ],
     (VLLMGeneration, "_iter_named_params"): ["self"],
     (VLLMGeneration, "sync_weights"): ["self"],
+    (GRPOTrainer, "_get_eval_sampler"): ["self", "eval_dataset"],
+    (GRPOTrainer, "_get_train_sampler"): ["self", "dataset"],
     (GRPOTrainer, "_load_optimizer_and_scheduler"): ["self", "checkpoint"],
     (GRPOTrainer, "_set_signature_columns_if_needed"): ["self"],
     (GRPOTrainer, "get_eval_dataloader"): ["self", "eval_dataset"],

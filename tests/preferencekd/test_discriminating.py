@@ -9,7 +9,7 @@ from tests.proxykd.helpers import LORA
 from trl_bbkd.discriminator.model import Discriminator
 from trl_bbkd.discriminator.trainer import DiscriminatorTrainer
 from trl_bbkd.preferencekd import discriminating
-from trl_bbkd.preferencekd.discriminating import DiscriminatorJudge, settings, train_on
+from trl_bbkd.preferencekd.discriminating import DiscriminatorJudge, pairs_of, settings, train_on
 from trl_bbkd.preferencekd.rounds import kept_table
 
 from .helpers import make_trainer
@@ -116,6 +116,35 @@ def test_two_processes_train_it_alike(tmp_path, tiny_model_dir):
     assert two[0]["scores"] == two[1]["scores"]
     for scores, expected in zip(two[0]["scores"], one["scores"], strict=True):
         assert scores == pytest.approx(expected, abs=2e-2)
+
+
+def test_every_answer_to_a_prompt_is_among_its_pairs(tmp_path, tiny_model_dir):
+    """Also where the rows that share it are in other rounds."""
+    answers = [["one", "two"], ["three"], ["four", "five", "four"]]
+    rows = [
+        {"prompt": f"{prompt}?", "completion": f" {answer}"}
+        for number in range(3)
+        for prompt, own in enumerate(answers)
+        for answer in own[number : number + 1]
+    ]
+    trainer = make_trainer(tmp_path, tiny_model_dir, rows, held_out=0, **CONFIG)
+    shard = trainer._shard(2)
+    pairs = pairs_of(trainer._judged_rows(shard, [[[5], [6]]] * len(shard)))
+    decode = trainer.processing_class.decode
+    for number, row in enumerate(shard):
+        own = [answer for answer, of in enumerate(pairs.answer_index) if of == number]
+        texts = [decode(pairs.teacher_ids[answer], skip_special_tokens=True).strip() for answer in own]
+        expected = answers[int(row["prompt"][0])]
+        assert texts[0] == row["completion"].strip() and sorted(texts) == sorted(set(expected))
+        assert [pairs.answer_share[answer] for answer in own] == pytest.approx(
+            [expected.count(text) / len(expected) for text in texts]
+        )
+
+
+def test_of_held_out_rows_all_answers_are_measured(tmp_path, tiny_model_dir):
+    rows = [{"prompt": f"{number // 2}?", "completion": f" {number}"} for number in range(20)]
+    trainer = make_trainer(tmp_path, tiny_model_dir, rows, held_out=4, answers_per_prompt=1, judge="overlap")
+    assert len(trainer._teacher_rows) == 8 and len(trainer._held_out) == 4
 
 
 class TestRefused:

@@ -32,6 +32,7 @@ class TestValues:
         [
             ("max_completion_length: 0", "max_completion_length must be at least 1, got 0"),
             ("max_prompt_length: 0", "max_prompt_length must be at least 1, got 0"),
+            ("answers_per_prompt: 0", "answers_per_prompt must be at least 1, got 0"),
             ("per_device_train_batch_size: 0", "per_device_train_batch_size must be at least 1, got 0"),
             ("discriminator_batch_size: 0", "discriminator_batch_size must be at least 1, got 0"),
             ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be at least 1, got 0"),

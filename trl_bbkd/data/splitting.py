@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 from datasets import Dataset
@@ -10,6 +11,23 @@ from datasets import Dataset
 def input_key(value) -> str:
     """What a prompt, a text or messages are compared by."""
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def rows_by_input(keys: Iterable[Hashable]) -> list[list[int]]:
+    """
+    Which rows belong together.
+
+    Args:
+        keys (`Iterable`):
+            What the input of each row is compared by.
+
+    Returns:
+        `list[list[int]]`: the rows' numbers, one list for each input, in the order in which inputs come first.
+    """
+    rows: dict[Hashable, list[int]] = defaultdict(list)
+    for number, key in enumerate(keys):
+        rows[key].append(number)
+    return list(rows.values())
 
 
 def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -30,13 +48,17 @@ def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple
         `tuple`: training rows and held-out rows, each in the order they came. If all rows have the same input, rows are
         divided, as there is nothing else to divide.
     """
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    inputs = dataset[column] if column in dataset.column_names else range(len(dataset))
-    for number, value in enumerate(inputs):
-        rows_of[input_key(value)].append(number)
-    groups = list(rows_of.values())
+    keys = map(input_key, dataset[column]) if column in dataset.column_names else range(len(dataset))
+    groups = rows_by_input(keys)
     if len(groups) == 1:
         groups = [[number] for number in groups[0]]
+    held_out = drawn_rows(groups, most, seed)
+    train = [number for number in range(len(dataset)) if number not in held_out]
+    return dataset.select(train), dataset.select(sorted(held_out))
+
+
+def drawn_rows(groups: list[list[int]], most: int, seed: int) -> set[int]:
+    """The rows of some of the groups, whole ones in random order: as many as fit into `most` rows, and at least the smallest."""
     picked: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups)):
         if len(picked) + len(groups[group]) <= most:
@@ -44,6 +66,4 @@ def split_by_input(dataset: Dataset, column: str, most: int, seed: int) -> tuple
         if len(picked) == most:
             break
     smallest = min(groups, key=len)
-    held_out = set(picked or smallest)
-    train = [number for number in range(len(dataset)) if number not in held_out]
-    return dataset.select(train), dataset.select(sorted(held_out))
+    return set(picked or smallest)

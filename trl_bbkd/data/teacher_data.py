@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import Features, IterableDataset, List, Value
 
 from ..errors import TeacherDataError, kind_of
+from .answers import with_most_answers
 from .messages import ReasoningPolicy, answer_text, plain_messages, short
 from .rendering import ChatRenderer, end_token_id
 from .teacher_files import ROW_COLUMN, load_teacher_data, named, places_of, row_names
@@ -69,6 +70,8 @@ class TeacherDataCounts:
             Kept rows whose answer holds the text of an end token, at which it was cut: they have no end.
         reasoning_kept, reasoning_dropped (`int`, *optional*):
             Kept rows whose answer has reasoning, by what became of it.
+        answers_left_out (`int`, *optional*):
+            Rows left out because as many as `answers_per_prompt` have their prompt before them.
         earlier_reasoning_left_out (`int`, *optional*):
             Kept rows in whose prompts the chat template leaves out the reasoning of earlier turns.
     """
@@ -82,6 +85,7 @@ class TeacherDataCounts:
     reasoning_kept: int | None = None
     reasoning_dropped: int | None = None
     earlier_reasoning_left_out: int | None = None
+    answers_left_out: int | None = None
 
     def table_rows(self) -> list[tuple[str, str]]:
         """Label and value of each count, for a table."""
@@ -94,6 +98,7 @@ class TeacherDataCounts:
         }
         # Told only where there are any
         special = {
+            "answers left out, answers_per_prompt": self.answers_left_out,
             "answers cut at the text of an end token": self.cut_at_end_token,
             "answers with reasoning (kept)": self.reasoning_kept,
             "answers with reasoning (dropped)": self.reasoning_dropped,
@@ -265,6 +270,7 @@ def tokenize_teacher_data(
     max_completion_length: int,
     max_prompt_length: int | None = None,
     max_length: int | None = None,
+    answers_per_prompt: int | None = None,
     chat_template_kwargs: dict | None = None,
     reasoning: ReasoningPolicy = "keep",
     held_out: bool = False,
@@ -287,6 +293,8 @@ def tokenize_teacher_data(
             Rows with more prompt tokens are dropped and counted.
         max_length (`int`, *optional*):
             Tokens of context the student has; each prompt must leave `max_completion_length` of them free.
+        answers_per_prompt (`int`, *optional*):
+            Most rows that share a prompt, the first ones. The others are left out and counted.
         chat_template_kwargs (`dict`, *optional*):
             Passed to `apply_chat_template`. What a row has in its column `chat_template_kwargs` comes before them.
         reasoning (`str`, *optional*, defaults to `"keep"`):
@@ -306,6 +314,11 @@ def tokenize_teacher_data(
         raise TeacherDataError("The tokenizer has no end-of-sequence token; set `tokenizer.eos_token`.")
     counts = check_teacher_data(dataset)
     streaming = isinstance(dataset, IterableDataset)
+    if streaming and answers_per_prompt is not None:
+        raise TeacherDataError(
+            f"answers_per_prompt={answers_per_prompt} counts the rows of a prompt, and a stream's are not known before they are "
+            "read. Turn streaming off, or leave it out."
+        )
     if isinstance(next(iter(dataset))["prompt"], list):
         ChatRenderer(tokenizer)  # a template is missed before the first row
 
@@ -351,6 +364,9 @@ def tokenize_teacher_data(
             f"No room for an answer: all {counts.rows} prompts are longer than `max_prompt_length: {max_prompt_length}` "
             "tokens."
         )
+    if answers_per_prompt is not None:
+        rows, dataset = len(dataset), with_most_answers(dataset, answers_per_prompt)
+        counts.answers_left_out = rows - len(dataset)
     _count(counts, dataset, end_token_id(tokenizer, dataset[0]["prompt"]), reasoning)
     if PartialState().is_main_process:
         for warning in _warnings(counts, dataset, max_completion_length, held_out):
@@ -360,7 +376,7 @@ def tokenize_teacher_data(
 
 def tokenize_as_configured(dataset, tokenizer, args, *, max_length: int | None = None, held_out: bool = False):
     """
-    [`tokenize_teacher_data`] with what a configuration says of it. Rows that went through it are returned as they are.
+    [`tokenize_teacher_data`] with what a configuration says of it, of held-out rows all answers to a prompt. Rows that went through it are returned as they are.
 
     Args:
         dataset, tokenizer, max_length, held_out:
@@ -379,6 +395,7 @@ def tokenize_as_configured(dataset, tokenizer, args, *, max_length: int | None =
         max_completion_length=args.max_completion_length,
         max_prompt_length=args.max_prompt_length,
         max_length=max_length,
+        answers_per_prompt=None if held_out else args.answers_per_prompt,
         chat_template_kwargs=args.chat_template_kwargs,
         reasoning=args.reasoning,
         held_out=held_out,
@@ -404,7 +421,7 @@ def _count(counts: TeacherDataCounts, dataset, end_id: int, reasoning: Reasoning
         return sum(bool(each & note) for each in notes)
 
     counts.kept = len(dataset)
-    counts.dropped_prompts = counts.rows - counts.kept
+    counts.dropped_prompts = counts.rows - counts.kept - (counts.answers_left_out or 0)
     unfinished = sum(ids[-1:] != [end_id] for ids in dataset["teacher_ids"])
     counts.cut_at_end_token = noted(Note.CUT_AT_END_TOKEN)
     counts.truncated_answers = unfinished - counts.cut_at_end_token

@@ -1,5 +1,6 @@
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from ..host.engines import gathered, make_engine, whole
 from .model import Discriminator, collate_responses
 from .objectives import (
+    AnswerShares,
     bradley_terry_loss,
     cross_entropy_loss,
     group_std,
@@ -29,19 +31,48 @@ class PairBatch:
 
     Parameters:
         prompt_ids (`list[list[int]]`):
-            The `P` distinct prompts on this process.
+            The `P` prompts on this process.
         teacher_ids (`list[list[int]]`):
-            The teacher's answer to each of them. Ends in EOS if and only if it was not truncated.
+            The teacher's `A` answers to them. Each ends in EOS if and only if it was not truncated.
         student_ids (`list[list[int]]`):
             `B` samples of the student, under the same rule.
         prompt_index (`list[int]`):
             For each sample, the index of its prompt.
+        answer_index (`list[int]`, *optional*):
+            For each of the teacher's answers, the index of its prompt. By default, every prompt has one.
+        answer_share (`list[float]`, *optional*):
+            How much each of them counts among the answers to its prompt.
     """
 
     prompt_ids: list[list[int]]
     teacher_ids: list[list[int]]
     student_ids: list[list[int]]
     prompt_index: list[int]
+    answer_index: list[int] = field(default_factory=list)
+    answer_share: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.answer_index = self.answer_index or list(range(len(self.teacher_ids)))
+        self.answer_share = self.answer_share or [1.0] * len(self.teacher_ids)
+
+    @classmethod
+    def with_all_answers(
+        cls,
+        prompt_ids: list[list[int]],
+        answers: list[list[list[int]]],
+        student_ids: list[list[int]],
+        prompt_index: list[int],
+    ) -> "PairBatch":
+        """Pair each sample with all answers to its prompt. Equal ones are scored once, and count as often as they are there."""
+        counts = [Counter(map(tuple, of_prompt)) for of_prompt in answers]
+        return cls(
+            prompt_ids=prompt_ids,
+            teacher_ids=[list(answer) for of_prompt in counts for answer in of_prompt],
+            student_ids=student_ids,
+            prompt_index=prompt_index,
+            answer_index=[number for number, of_prompt in enumerate(counts) for _ in of_prompt],
+            answer_share=[count / of_prompt.total() for of_prompt in counts for count in of_prompt.values()],
+        )
 
     @classmethod
     def from_triples(cls, triples: list[tuple[list[int], list[int], list[int]]]) -> "PairBatch":
@@ -58,9 +89,10 @@ class PairBatch:
         )
 
     def triples(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """`(prompt_ids, teacher_ids, student_ids)` of each sample."""
+        """`(prompt_ids, teacher_ids, student_ids)` of each sample, with the first of the answers to its prompt."""
+        first = {prompt: answer for answer, prompt in reversed(list(enumerate(self.answer_index)))}
         return [
-            (self.prompt_ids[index], self.teacher_ids[index], student)
+            (self.prompt_ids[index], self.teacher_ids[first[index]], student)
             for index, student in zip(self.prompt_index, self.student_ids, strict=True)
         ]
 
@@ -72,11 +104,24 @@ class PairBatch:
             teacher_ids=self.teacher_ids + other.teacher_ids,
             student_ids=self.student_ids + other.student_ids,
             prompt_index=self.prompt_index + [offset + index for index in other.prompt_index],
+            answer_index=self.answer_index + [offset + index for index in other.answer_index],
+            answer_share=self.answer_share + other.answer_share,
         )
+
+    def shares(self, device: torch.device) -> AnswerShares:
+        return AnswerShares(
+            torch.tensor(self.answer_index, device=device), torch.tensor(self.answer_share, device=device)
+        )
+
+    def by_prompt(self, of_answers: torch.Tensor) -> torch.Tensor:
+        """Of what `(A,)` values are of the teacher's answers, each prompt's mean, `(P,)`."""
+        shares = self.shares(of_answers.device)
+        means = torch.zeros(len(self.prompt_ids), dtype=of_answers.dtype, device=of_answers.device)
+        return means.index_add(0, shares.prompt_index, shares.share.to(of_answers.dtype) * of_answers)
 
     @property
     def prompts(self) -> list[list[int]]:
-        return self.prompt_ids + [self.prompt_ids[i] for i in self.prompt_index]
+        return [self.prompt_ids[i] for i in (*self.answer_index, *self.prompt_index)]
 
     @property
     def responses(self) -> list[list[int]]:
@@ -88,7 +133,7 @@ class PairScores(NamedTuple):
     Scores of a [`PairBatch`].
 
     Parameters:
-        teacher (`torch.Tensor` of shape `(P,)`), student (`torch.Tensor` of shape `(B,)`):
+        teacher (`torch.Tensor` of shape `(A,)`), student (`torch.Tensor` of shape `(B,)`):
             Raw scores.
         student_tokens (`torch.Tensor` of shape `(B, T)`, *optional*):
             What each token of the samples, right-padded with zeros, adds to its score; only for
@@ -229,12 +274,13 @@ class DiscriminatorTrainer:
     def measure(self, pairs: PairBatch, scores: PairScores) -> dict[str, float]:
         """Metrics of already scored pairs, averaged over processes."""
         prompt_index = torch.tensor(pairs.prompt_index, device=scores.student.device)
-        sides = (scores.teacher, scores.student, prompt_index)
+        sides = (scores.teacher, scores.student, prompt_index, pairs.shares(scores.student.device))
+        teacher = pairs.by_prompt(scores.teacher)[prompt_index]
         metrics = {
             "discriminator/loss": self.loss_fn(*sides),
             "discriminator/accuracy": pair_accuracy(*sides),
-            "discriminator/margin": (scores.teacher[prompt_index] - scores.student).mean(),
-            "discriminator/teacher_score": scores.teacher[prompt_index].mean(),
+            "discriminator/margin": (teacher - scores.student).mean(),
+            "discriminator/teacher_score": teacher.mean(),
             "discriminator/student_score": scores.student.mean(),
             "discriminator/group_std": group_std(scores.student, prompt_index, len(pairs.prompt_ids)),
         }
@@ -265,19 +311,23 @@ class DiscriminatorTrainer:
         self.engine.set_learning_rate(learning_rate)
         num_fresh_teacher, device = len(pairs.teacher_ids), scores.student.device
         # The mean over processes, by which DDP's averaged gradient is that of the token mean over all of them
-        teacher_tokens = torch.tensor(float(sum(map(len, pairs.teacher_ids))), device=device)
+        fresh_share = torch.tensor(pairs.answer_share, device=device)
+        fresh_lengths = torch.tensor([len(ids) for ids in pairs.teacher_ids], device=device)
+        teacher_tokens = (fresh_share * fresh_lengths).sum()
         teacher_tokens = self.accelerator.reduce(teacher_tokens, reduction="mean").item()
         if self.replay is not None:
             pairs, scores = self._with_past_pairs(pairs, scores)
-        prompt_index = torch.tensor(pairs.prompt_index, device=device)
+        prompt_index, answers = torch.tensor(pairs.prompt_index, device=device), pairs.shares(device)
         metrics = {}
         for update in range(self.args.discriminator_updates_per_batch):
             if update > 0:
                 scores = self.score(pairs)
-            _, *gradients = loss_and_score_gradients(self.loss_fn, scores.teacher, scores.student, prompt_index)
+            _, *gradients = loss_and_score_gradients(
+                self.loss_fn, scores.teacher, scores.student, prompt_index, answers
+            )
             score_gradient = torch.cat(gradients)
             likelihood_gradient = torch.zeros_like(score_gradient)
-            likelihood_gradient[:num_fresh_teacher] = -sft_weight / teacher_tokens
+            likelihood_gradient[:num_fresh_teacher] = -sft_weight / teacher_tokens * fresh_share
             teacher_log_likelihood = 0.0
 
             self.discriminator.train()
@@ -292,8 +342,10 @@ class DiscriminatorTrainer:
                     objective = (output.scores * score_gradient[rows]).sum()
                     if sft_weight > 0:
                         objective = objective + (output.log_likelihoods * likelihood_gradient[rows]).sum()
-                        is_fresh_teacher = torch.tensor(rows, device=device) < num_fresh_teacher
-                        teacher_log_likelihood += output.log_likelihoods.detach()[is_fresh_teacher].sum().item()
+                        numbers = torch.tensor(rows, device=device)
+                        is_fresh = numbers < num_fresh_teacher
+                        fresh = output.log_likelihoods.detach()[is_fresh] * fresh_share[numbers[is_fresh]]
+                        teacher_log_likelihood += fresh.sum().item()
                     self.engine.backward(objective)
             metrics = {"discriminator/grad_norm": self.engine.step()}
             if sft_weight > 0:

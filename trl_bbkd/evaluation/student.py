@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.splitting import input_key, rows_by_input
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 from ..errors import JudgeError, kind_of
 from ..host._compat import wait_for_each_other
@@ -301,15 +302,16 @@ def evaluate_student(
         model, tokenizer, max_new_tokens, num_samples, batch_size, seed, chat_template_kwargs:
             As in [`generate_completions`].
         rows (`list[dict]`):
-            Held-out rows with `prompt` and `teacher_ids`.
+            Held-out rows with `prompt` and `teacher_ids`. A prompt that several share is sampled as if it were in one; the
+            NLL is that of all its answers.
         sample_metrics (`Callable`, *optional*):
             Judge: `(prompts, completions) -> {name: [one number a completion]}`. Its first metric decides which
             answers are valid (those at 1).
         temperatures (`Iterable[float]`, *optional*, defaults to `(1.0, 0.7, 0.0)`):
             Temperatures to sample at.
         by_row (`dict[str, list[float]]`, *optional*):
-            Filled with the row's own value, one a row, of each metric of the judge (the mean over the row's samples)
-            and of `teacher_nll` (the mean over its tokens).
+            Filled with each metric of the judge (the mean over a prompt's samples), one value a prompt, in the order in
+            which rows have them first; and with `teacher_nll` (the mean over the answer's tokens), one a row.
         progress_bar (`str`, *optional*):
             Text before a bar of the completions made. `None` shows none.
         vllm ([`~evaluation.vllm.TrainersVLLM`], *optional*):
@@ -327,10 +329,12 @@ def evaluate_student(
     """
     metrics: dict[str, float] = {}
     is_main_process = place()[0] == 0
-    prompts = [row["prompt"] for row in rows]
-    teacher_length = sum(len(row["teacher_ids"]) for row in rows) / len(rows)
-    end_ids = end_token_ids(model, tokenizer, prompts[0])
     prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
+    groups = rows_by_input(map(tuple, prompt_ids))
+    prompt_ids = [prompt_ids[numbers[0]] for numbers in groups]
+    prompts = [rows[numbers[0]]["prompt"] for numbers in groups]
+    teacher_length = _mean_over_prompts([len(row["teacher_ids"]) for row in rows], groups)
+    end_ids = end_token_ids(model, tokenizer, prompts[0])
     with contextlib.nullcontext() if vllm is None else vllm.holding(model):
         for temperature in temperatures:
             at = temperature_name(temperature)
@@ -358,7 +362,7 @@ def evaluate_student(
                 judged = judge(sample_metrics, sampled_prompts, texts)
                 metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
                 if by_row is not None:
-                    by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
+                    by_row |= {f"{name}@{at}": _means(values, len(prompts)) for name, values in judged.items()}
                 if temperature == 1:
                     first = next(iter(judged.values()))
                     valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
@@ -381,17 +385,23 @@ def evaluate_student(
     return metrics
 
 
-def _means(values: list[float], rows: int) -> list[float]:
-    """The mean of each row's samples, which are neighbours."""
-    samples = len(values) // rows
-    return [sum(values[row * samples : (row + 1) * samples]) / samples for row in range(rows)]
+def _means(values: list[float], prompts: int) -> list[float]:
+    """The mean of each prompt's samples, which are neighbours."""
+    samples = len(values) // prompts
+    return [sum(values[prompt * samples : (prompt + 1) * samples]) / samples for prompt in range(prompts)]
+
+
+def _mean_over_prompts(values: Sequence[float], groups: list[list[int]]) -> float:
+    """The mean of what rows have, in which a prompt weighs as one, however many rows share it."""
+    return sum(sum(values[number] for number in numbers) / len(numbers) for numbers in groups) / len(groups)
 
 
 def evaluate_teacher(
     rows: list[dict], sample_metrics: SampleMetrics | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, float]:
     """
-    The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once.
+    The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once. Several answers
+    to a prompt weigh as one.
 
     Args:
         rows (`list[dict]`):
@@ -405,10 +415,13 @@ def evaluate_teacher(
     texts = [answer_text(row["completion"]) for row in rows]
     if tokenizer is not None and not isinstance(rows[0]["prompt"], str):
         texts = tokenizer.batch_decode([row["teacher_ids"] for row in rows], skip_special_tokens=True)
-    metrics = {"length@t1.0": sum(len(row["teacher_ids"]) for row in rows) / len(rows), "length_ratio@t1.0": 1.0}
+    # Prompts that are not tokenised yet are compared as they are written
+    groups = rows_by_input(input_key(row.get("prompt_ids", row["prompt"])) for row in rows)
+    length = _mean_over_prompts([len(row["teacher_ids"]) for row in rows], groups)
+    metrics = {"length@t1.0": length, "length_ratio@t1.0": 1.0}
     if sample_metrics is not None:
         judged = judge(sample_metrics, [row["prompt"] for row in rows], texts)
-        metrics |= {f"{name}@t1.0": sum(values) / len(values) for name, values in judged.items()}
+        metrics |= {f"{name}@t1.0": _mean_over_prompts(values, groups) for name, values in judged.items()}
     return metrics
 
 

@@ -32,6 +32,9 @@ class GADConfig(GRPOConfig):
 
         max_prompt_length (`int`, *optional*, defaults to `2048`):
             Longest prompt, in tokens. Rows with a longer one are dropped, and counted. `None` keeps every row.
+        answers_per_prompt (`int`, *optional*):
+            Most training rows that share a prompt. The first ones are kept, the others left out and counted. `None` keeps
+            every row.
         reasoning (`str`, *optional*, defaults to `"keep"`):
             What becomes of the reasoning of the teacher's messages: `"keep"` it, as the chat template spells it, or
             `"drop"` it.
@@ -56,6 +59,10 @@ class GADConfig(GRPOConfig):
         discriminator (`str`, *optional*):
             Checkpoint the discriminator starts from: a local path or a Hub id. `None` takes the student's. `"shared"`
             makes it a second LoRA adapter on the frozen base model of a LoRA student, which is then in memory once.
+        discriminator_rows (`str`, *optional*, defaults to `"all"`):
+            Rows that the stages learn from. `"all"`: both from all. `"unseen"` (ours): the warm-up from one share,
+            `warmup_epochs / num_train_epochs` of the rows, and the adversarial stage from the others, whose answers the
+            discriminator does not know by heart. All rows of a prompt are in the same share. Steps stay as many.
         discriminator_head (`str`, *optional*, defaults to `"scalar"`):
             How a response is scored. `"scalar"`: a linear head at the last response token, as in the paper.
             `"likelihood"` (ours): a learned scale times the discriminator's own log-likelihood of the response, plus
@@ -168,6 +175,10 @@ class GADConfig(GRPOConfig):
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Longest prompt in tokens. Rows with a longer one are dropped and counted."}
     )
+    answers_per_prompt: int | None = field(
+        default=None,
+        metadata={"help": "Most training rows that share a prompt: the first ones. If `None`, every row."},
+    )
     reasoning: ReasoningPolicy = field(default="keep", metadata={"help": REASONING_HELP})
 
     # Stages
@@ -197,6 +208,12 @@ class GADConfig(GRPOConfig):
         metadata={
             "help": "Checkpoint the discriminator starts from. If `None`, the student's checkpoint. `shared`: a second "
             "LoRA adapter on the frozen base model of a LoRA student."
+        },
+    )
+    discriminator_rows: Literal["all", "unseen"] = field(
+        default="all",
+        metadata={
+            "help": "`all`: both stages learn from all rows. `unseen`: warm-up and adversarial stage have different prompts."
         },
     )
     discriminator_head: Literal["scalar", "likelihood"] = field(
@@ -362,6 +379,12 @@ class GADConfig(GRPOConfig):
             raise ValueError(
                 f"discriminator_sft_weight={self.discriminator_sft_weight} acts during warm-up, but warmup_epochs is "
                 "0. Set one of the two."
+            )
+        if self.discriminator_rows == "unseen" and not 0 < self.warmup_epochs < self.num_train_epochs:
+            raise ValueError(
+                "discriminator_rows='unseen' divides the rows between the two stages, but with "
+                f"warmup_epochs={self.warmup_epochs} of num_train_epochs={self.num_train_epochs} there is only one. Set "
+                "warmup_epochs between the two, or leave discriminator_rows out."
             )
         if self.discriminator_sft_weight > 0 and self.discriminator_head != "likelihood":
             raise ValueError(

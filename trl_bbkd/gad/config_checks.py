@@ -116,6 +116,7 @@ def check_bounds(config) -> None:
         "discriminator_patience": 1,
         "discriminator_batch_size": 1,
         "max_prompt_length": 1,
+        "answers_per_prompt": 1,
         "gamma": 0,
         "lam": 0,
         "critic_learning_rate": 0,

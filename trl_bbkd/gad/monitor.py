@@ -207,7 +207,8 @@ class TrainingMonitor:
             found["memorised"] = (
                 f"the discriminator knows the teacher's training answers by heart (accuracy {trained:.2f} on training prompts, "
                 f"{accuracy:.2f} on held-out ones): its reward says little of other text. Start it from a checkpoint that has not "
-                "been trained on these answers, stop it when it gets no better there (discriminator_patience), or give it more rows."
+                "been trained on these answers, keep answers back from the warm-up (discriminator_rows='unseen'), stop it when it gets no "
+                "better there (discriminator_patience), or give it more rows."
             )
         return self._tell(step, found)
 

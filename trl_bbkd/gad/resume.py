@@ -33,6 +33,7 @@ SAME_WHEN_RESUMED = (
     "discriminator_lora_kwargs",
     "discriminator_loss",
     "discriminator_replay_size",
+    "discriminator_rows",
 )
 
 
@@ -83,6 +84,7 @@ class ResumableGAD(ResumableRun):
                 output_dir,
                 phase="warmup" if self._in_warmup else "adversarial",
                 warmup_steps=self._warmup_steps,
+                warmup_share=self._warmup_share,
                 monitor=self.monitor.state(),
             )
 
@@ -104,7 +106,7 @@ class ResumableGAD(ResumableRun):
             # The next micro-batch begins a generation batch
             self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         self.monitor.load_state(state["monitor"])
-        self._warmup_steps = state["warmup_steps"]
+        self._warmup_steps, self._warmup_share = state["warmup_steps"], state["warmup_share"]
         self._in_warmup = state["phase"] == "warmup"
         self.beta = 0.0 if self._in_warmup else self.args.beta
         if not self._in_warmup:

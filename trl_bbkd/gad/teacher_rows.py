@@ -7,6 +7,7 @@ from ..data.teacher_data import TeacherDataCounts, is_tokenized, tokenize_as_con
 from ..errors import TeacherDataError
 from ..host.preflight import refuse_too_few_rows
 from .config import GADConfig
+from .samplers import stage_rows
 
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ class TeacherRows:
 
     Args:
         args ([`GADConfig`]):
-            Its `max_prompt_length`, `max_completion_length`, `chat_template_kwargs` and `reasoning`.
+            Its `max_prompt_length`, `max_completion_length`, `answers_per_prompt`, `chat_template_kwargs` and `reasoning`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The student's.
         config ([`~transformers.PretrainedConfig`]):
@@ -67,11 +68,32 @@ class TeacherRows:
 
         Raises:
             ValueError: there are fewer prompts than one generation batch has. A stream cannot be counted.
+            [`~errors.TeacherDataError`]: `discriminator_rows="unseen"` cannot divide the rows.
         """
         rows = self.prepare(rows, "train")
         if isinstance(rows, Dataset):
             refuse_too_few_rows(len(rows), self._prompts_per_batch(), "prompts", self._how_to_fill_a_batch())
+        if self.args.discriminator_rows == "unseen":
+            self._check_stages(rows)
         return rows
+
+    def _check_stages(self, rows: Dataset | IterableDataset) -> None:
+        if isinstance(rows, IterableDataset):
+            raise TeacherDataError(
+                "discriminator_rows='unseen' divides the rows between the stages, and a stream's are not known before they are "
+                "read. Turn streaming off, or leave discriminator_rows out."
+            )
+        needed = self._prompts_per_batch()
+        share = self.args.warmup_epochs / self.args.num_train_epochs
+        for stage, numbers in zip(
+            ("warm-up", "adversarial stage"), stage_rows(rows, share, self.args.seed), strict=True
+        ):
+            if len(numbers) < needed:
+                raise TeacherDataError(
+                    f"discriminator_rows='unseen' leaves {len(numbers)} of {len(rows)} rows for the {stage}, and a batch has "
+                    f"{needed} prompts. Get more teacher rows, set warmup_epochs ({self.args.warmup_epochs}) nearer to half of "
+                    f"num_train_epochs ({self.args.num_train_epochs}), or {self._how_to_fill_a_batch()}."
+                )
 
     def prepare_evaluation(self, rows):
         """

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
+from ..data.answers import AnswersByPrompt
 from ..data.teacher_data import INTERNAL_COLUMNS, end_token_id
 from ..discriminator.embeddings import match_embeddings
 from ..discriminator.model import Discriminator
@@ -189,6 +190,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
         self._teacher_rows = TeacherRows(args, processing_class, config)
         train_dataset = self._teacher_rows.prepare_training(train_dataset)
         eval_dataset = self._teacher_rows.prepare_evaluation(eval_dataset)
+        self._training_answers = self._held_out_answers = AnswersByPrompt(train_dataset)
 
         self._end_id = end_token_id(processing_class, next(iter(train_dataset))["prompt"])
         if args.use_vllm and self._end_id != processing_class.eos_token_id:
@@ -299,6 +301,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
             ValueError: As in [`~host.resume.ResumableRun.train`]; if there are fewer prompts than one generation batch has.
         """
         self.train_dataset = self._teacher_rows.prepare_training(self.train_dataset)
+        if self.train_dataset is not self._training_answers.rows:
+            self._training_answers = AnswersByPrompt(self.train_dataset)
         self._begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -347,9 +351,7 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
             self._are_new = self._held_out.are_new(len(inputs))
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            teacher = self._teacher_tensors(inputs)
-            are_new = torch.tensor(self._are_new, device=self.accelerator.device)
-            self._measure_teacher_nll(output | teacher | {"teacher_mask": teacher["teacher_mask"] & are_new[:, None]})
+            self._measure_answers(output, inputs)
             return output
         updates, metrics = self._estimate_advantages(output, self._rewards, self._evidence.student_tokens)
         self._log_metrics("train", metrics)
@@ -378,12 +380,17 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
         student_ids = [with_one_end(list(ids), self.eos_token_ids, self._end_id) for ids in completion_ids]
         numbers = self._prompt_numbers(len(inputs))
         first_rows = [row for row, number in enumerate(numbers) if row == 0 or number != numbers[row - 1]]
-        return PairBatch(
+        return PairBatch.with_all_answers(
             prompt_ids=[list(self._prompt_ids[row]) for row in first_rows],
-            teacher_ids=[list(inputs[row]["teacher_ids"]) for row in first_rows],
+            answers=[self._answers_to(self._prompt_ids[row], inputs[row]["teacher_ids"]) for row in first_rows],
             student_ids=student_ids,
             prompt_index=[number - numbers[0] for number in numbers],
         )
+
+    def _answers_to(self, prompt_ids: list[int], own: list[int]) -> list[list[int]]:
+        """All answers to a prompt that are trained, or evaluated, on: the row's own first."""
+        answers = self._training_answers if self.model.training else self._held_out_answers
+        return answers(prompt_ids, own)
 
     def discriminator_score(self, prompts, completions, completion_ids, log_extra, teacher_completion, **kwargs):
         """Reward function: the discriminator's score of each sample, as it was before this batch's update."""
@@ -449,7 +456,8 @@ class GADTrainer(ResumableGAD, TwoStageGAD, SampledWithVLLM, MeasuredHeldOut, St
 
     def _length_ratio(self, pairs: PairBatch) -> float:
         student = sum(map(len, pairs.student_ids))
-        teacher = sum(len(pairs.teacher_ids[index]) for index in pairs.prompt_index)
+        lengths = pairs.by_prompt(torch.tensor([len(ids) for ids in pairs.teacher_ids], dtype=torch.float64))
+        teacher = lengths[pairs.prompt_index].sum().item()
         totals = torch.tensor([[student, teacher]], dtype=torch.float32, device=self.accelerator.device)
         student, teacher = self.accelerator.gather(totals).sum(dim=0).tolist()
         return student / teacher

@@ -1,6 +1,7 @@
 """The two stages of a run of GAD: warm-up on the teacher's text, then the adversarial stage."""
 
 import contextlib
+import itertools
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..discriminator.trainer import PairBatch
 from ..host._compat import pad, without_backward_of_leaves, without_step
 from ..host.typed import MixinBase
 from .monitor import TrainingMonitor
+from .samplers import StageSampler, stage_rows
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class TwoStageGAD(MixinBase):
     def _begin(self) -> None:
         """Begin at the warm-up, whatever a run of the same trainer has left; weights and optimizers stay."""
         self._warmup_steps: int | None = None
+        self._warmup_share = self.args.warmup_epochs / self.args.num_train_epochs
         self._in_warmup = False
         self._policy_is_held = False
         self._reference_is_set = False
@@ -45,6 +48,38 @@ class TwoStageGAD(MixinBase):
         )
         # Round away what floating point adds, then up to a step at which a generation batch starts
         return int(-(-round(max_steps * share, 6) // steps_per_batch)) * steps_per_batch
+
+    def _get_train_sampler(self, dataset=None):
+        if self.args.discriminator_rows == "all":
+            return super()._get_train_sampler(dataset)
+        batch_size = self.args.generation_batch_size // self.num_generations
+        return StageSampler(
+            self._stages,
+            batches_per_epoch=len(self.train_dataset) // batch_size,
+            batch_size=batch_size,
+            num_generations=self.num_generations,
+            repeats=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _stages(self) -> tuple[list[int], list[int], int]:
+        """The rows of the two stages, and how many generation batches the first has."""
+        warmup_steps = self._warmup_steps
+        if warmup_steps is None:
+            warmup_steps = self._count_warmup_steps(self.state.max_steps)
+        batch_size = self.args.generation_batch_size // self.num_generations
+        micro_batches = self.num_iterations * self.args.steps_per_generation
+        accumulation = self.args.gradient_accumulation_steps
+        per_epoch = len(self.train_dataset) // batch_size
+        steps_per_epoch = -(-per_epoch * micro_batches // accumulation)
+
+        def first_step(batch: int) -> int:
+            epoch, number = divmod(batch, per_epoch)
+            return epoch * steps_per_epoch + number * micro_batches // accumulation
+
+        warmup_batches = next(batch for batch in itertools.count() if first_step(batch) >= warmup_steps)
+        return *stage_rows(self.train_dataset, self._warmup_share, self.args.seed), warmup_batches
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -80,6 +115,8 @@ class TwoStageGAD(MixinBase):
         self.beta = 0.0 if self._in_warmup else self.args.beta
         if not self._in_warmup and not self._reference_is_set:
             self._set_reference()
+            if self.args.discriminator_rows == "unseen" and self.discriminator_trainer.replay is not None:
+                self.discriminator_trainer.replay.pairs.clear()  # of rows that are not to be seen again
 
     @property
     def _discriminator_only_steps(self) -> int:

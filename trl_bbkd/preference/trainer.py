@@ -170,7 +170,7 @@ class PreferenceRoundsTrainer(TrainedInRounds):
     def _rows_to_measure(self, dataset: Dataset | None, tokenizer, args) -> list[dict] | None:
         if dataset is None:
             return None
-        held_out, _ = tokenize_as_configured(dataset, tokenizer, args)
+        held_out, _ = tokenize_as_configured(dataset, tokenizer, args, held_out=True)
         return soft_target_rows(held_out, tokenizer, args.chat_template_kwargs).to_list()
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):

@@ -43,10 +43,10 @@ class DiscriminatorJudge:
 
 
 def pairs_of(rows: list[Judged]) -> PairBatch:
-    """Each row's teacher's answer beside its samples, as a discriminator is trained on them."""
-    return PairBatch(
+    """The teacher's answers to each row's prompt beside the row's samples, as a discriminator is trained on them."""
+    return PairBatch.with_all_answers(
         prompt_ids=[row.prompt_ids for row in rows],
-        teacher_ids=[row.teacher_ids for row in rows],
+        answers=[list(row.answers_ids) for row in rows],
         student_ids=[ids for row in rows for ids in row.candidate_ids],
         prompt_index=[number for number, row in enumerate(rows) for _ in row.candidate_ids],
     )

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.answers import AnswersByPrompt
 from ..data.splitting import input_key
 from ..discriminator.checks import check_vocabulary
 from ..errors import TeacherDataError
@@ -104,6 +105,7 @@ class JudgedRounds(PreferenceRoundsTrainer):
     def _judged_rows(self, shard: Dataset, candidates: list[list[list[int]]]) -> list[Judged]:
         decode = self.processing_class.batch_decode
         own = decode(list(shard["teacher_ids"]), skip_special_tokens=True)
+        answers = AnswersByPrompt(self._teacher_rows)
         rows = zip(shard["prompt"], shard["prompt_ids"], shard["teacher_ids"], own, candidates, strict=True)
         return [
             Judged(
@@ -113,6 +115,7 @@ class JudgedRounds(PreferenceRoundsTrainer):
                 prompt_ids=prompt_ids,
                 candidate_ids=samples,
                 teacher_ids=teacher_ids,
+                answers_ids=answers(prompt_ids, teacher_ids),
             )
             for prompt, prompt_ids, teacher_ids, answer, samples in rows
         ]

@@ -26,6 +26,8 @@ class Judged(NamedTuple):
             The teacher's answers to this prompt, the row's own first.
         prompt_ids (`list[int]`), candidate_ids (`list[list[int]]`), teacher_ids (`list[int]`):
             The same in the student's tokens, of the teacher's answers the row's own.
+        answers_ids (`list[list[int]]`):
+            All of the teacher's answers to this prompt, as often as rows have them, the row's own first.
     """
 
     prompt: str | list[dict]
@@ -34,6 +36,7 @@ class Judged(NamedTuple):
     prompt_ids: list[int]
     candidate_ids: list[list[int]]
     teacher_ids: list[int]
+    answers_ids: Sequence[list[int]] = ()
 
 
 class Judge(Protocol):

@@ -19,7 +19,7 @@ class Method:
             Its name, as in `"Proxy-KD"`.
         config (`str`):
             The configuration: a dataclass on [`~transformers.TrainingArguments`]. That of a student that writes text has
-            `max_prompt_length`, `max_completion_length`, `chat_template_kwargs` and `reasoning`, as
+            `max_prompt_length`, `max_completion_length`, `answers_per_prompt`, `chat_template_kwargs` and `reasoning`, as
             [`~soft_targets.config.SoftTargetConfig`] has.
         arguments (`str`):
             What a recipe has beside it, model and data: [`~runs.recipe.RecipeArguments`], or

@@ -13,6 +13,7 @@ from .recipe_file import RecipeFile
 AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "max_completion_length",
+    "answers_per_prompt",
     "max_prompt_length",
     "max_length",
     "eval_prompts",

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
 
-from ..data.splitting import input_key
+from ..data.answers import count_prompts, first_prompts
+from ..data.splitting import input_key, rows_by_input
 from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
@@ -69,9 +69,9 @@ class TextJob(Job):
             )
         self._tokenize(train, test, most)
         self.plan = sampling_plan(
-            self.script_args, self._planned_steps(), len(self.test), self.script_args.seqkd_baseline
+            self.script_args, self._planned_steps(), count_prompts(self.test), self.script_args.seqkd_baseline
         )
-        self.held_out_rows = self.test[: self.plan.prompts]
+        self.held_out_rows = first_prompts(self.test, self.plan.prompts)
         self.vllm: TrainersVLLM | None = None
         self.measure = functools.partial(
             self._evaluate,
@@ -138,9 +138,9 @@ class TextJob(Job):
             chat_template_kwargs=self.args.chat_template_kwargs,
             reasoning=self.args.reasoning,
         )
-        self.train, train_counts = tokenize(train)
+        self.train, train_counts = tokenize(train, answers_per_prompt=self.args.answers_per_prompt)
         test, test_counts = tokenize(test, held_out=True)
-        self.test = list(itertools.islice(test, most))
+        self.test = first_prompts(test, most)
         self.counts = {"train": train_counts, "test": test_counts}
         if self.is_main_process:
             print(train_counts)
@@ -229,7 +229,7 @@ class TextJob(Job):
             command=self.card.command,
             settings=self.card.settings,
             evaluation={
-                "prompts": len(self.held_out_rows),
+                "prompts": self.plan.prompts,
                 "samples": self.plan.samples,
                 "max_new_tokens": args.max_completion_length,
                 "seed": SEED,
@@ -317,10 +317,13 @@ class TextJob(Job):
     def _differences(self, method: str, other: str) -> dict[str, dict[str, float]]:
         """Of each metric, how far the method's student is from another, and how sure that is."""
         own, others = (self.progress[name]["by_row"] for name in (method, other))
-        tokens = [len(row["teacher_ids"]) for row in self.held_out_rows]
+        groups = rows_by_input(tuple(row["prompt_ids"]) for row in self.held_out_rows)
         prompts = [input_key(row["prompt"]) for row in self.held_out_rows]
+        # The judge's metrics are of prompts, the NLL of answers
+        judged = {"weights": None, "groups": [prompts[numbers[0]] for numbers in groups]}
+        answers = {"weights": [len(row["teacher_ids"]) for row in self.held_out_rows], "groups": prompts}
         return {
-            name: paired_difference(own[name], others[name], tokens if name == "teacher_nll" else None, prompts)
+            name: paired_difference(own[name], others[name], **(answers if name == "teacher_nll" else judged))
             for name in own
         }
 
@@ -374,7 +377,7 @@ class SamplingPlan:
         )
 
 
-def sampling_plan(script_args: RecipeArguments, steps: int, rows: int, has_baseline: bool) -> SamplingPlan:
+def sampling_plan(script_args: RecipeArguments, steps: int, held_out: int, has_baseline: bool) -> SamplingPlan:
     """
     What the recipe says of the report's sampling, or as much as suits the training's length.
 
@@ -383,8 +386,8 @@ def sampling_plan(script_args: RecipeArguments, steps: int, rows: int, has_basel
             `eval_prompts` and `eval_samples`.
         steps (`int`):
             Optimizer steps of the training.
-        rows (`int`):
-            Held-out rows.
+        held_out (`int`):
+            Held-out prompts.
         has_baseline (`bool`):
             Whether SeqKD is trained.
     """
@@ -392,7 +395,7 @@ def sampling_plan(script_args: RecipeArguments, steps: int, rows: int, has_basel
     samples = script_args.eval_samples or min(max(steps // 30, 1), EVALUATION_SAMPLES)
     points = len(curve_steps(steps))
     return SamplingPlan(
-        prompts=min(prompts, rows),
+        prompts=min(prompts, held_out),
         samples=samples,
         curve_samples=math.ceil(samples / 2),
         students=3 if has_baseline else 2,
