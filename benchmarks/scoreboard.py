@@ -24,6 +24,7 @@ from pathlib import Path
 from common.arguments import parser
 from common.arms import WORLDS, arms_of
 from common.tables import markdown
+from common.tradeoff import plot
 
 from trl_bbkd.evaluation.diversity import difference_at_equal_diversity, jackknife
 
@@ -131,6 +132,18 @@ def curve(world, found: dict, prompts) -> list[tuple[float, float]]:
     return points
 
 
+def mean_curve(world, found: list[dict]) -> dict[str, tuple[float, float]]:
+    """Over the seeds, diversity and quality at each temperature."""
+    prompts = range(len(found[0]["texts"]["1.0"]))
+    temperatures = sorted(found[0]["texts"], key=float)
+    seeds = [dict(zip(each["texts"], curve(world, each, prompts), strict=True)) for each in found]
+    return {
+        temperature: tuple(map(statistics.fmean, zip(*(points[temperature] for points in seeds), strict=True)))
+        for temperature in temperatures
+        if all(temperature in points for points in seeds)
+    }
+
+
 def quality(found: dict, temperature: str, prompts) -> float:
     return statistics.fmean(value for number in prompts for value in found["quality"][temperature][number])
 
@@ -203,13 +216,15 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     world = make_world(args)
     starts = [measured(args, world, start_of(args, seed), "test", seed) for seed in args.seeds]
-    rows = [row(world, START, starts, starts, [])]
+    rows, curves = [row(world, START, starts, starts, [])], {START: mean_curve(world, starts)}
     for arm in args.arms or arms_of(args.world):
         number = choose(args, world, arm)
         folders = [trained(args, arm, number, seed) for seed in args.seeds]
         found = [measured(args, world, folder, "test", seed) for folder, seed in zip(folders, args.seeds, strict=True)]
         training = [json.loads((folder / "training.json").read_text()) for folder in folders]
         rows.append(row(world, arm, found, starts, training))
+        curves[arm] = mean_curve(world, found)
+        plot(world.folder / "tradeoff.png", world.title, world.quality_name, world.diversity_name, curves)
         text = markdown(HEADER, rows) + "\n"
         print(text, flush=True)
         (world.folder / "table.md").write_text(text)

@@ -30,6 +30,7 @@ class World:
     Attributes:
         train ([`~datasets.Dataset`]): Tokenised rows.
         held_out (`dict[str, list[dict]]`): Rows of `validation`, by which settings are chosen, and `test`.
+        title, quality_name, diversity_name (`str`): Of the picture.
         temperatures (`tuple[float, ...]`): That students are sampled at; 1.0 is one of them.
         num_samples (`int`): Of a held-out prompt at each temperature.
         samples_a_prompt (`int`): With which every arm has as many samples of training prompts in all as GAD.
@@ -102,6 +103,8 @@ class Tinyworld(World):
     Counting to 49; the judge is exact. Answers to a prompt always differ, so that diversity is that of their 3-grams.
     """
 
+    title = "Counting to 49: students of one start, sampled at several temperatures"
+    quality_name, diversity_name = "valid answers", "distinct 3-grams among 8 answers to a prompt"
     temperatures = (1.2, 1.0, 0.8, 0.6, 0.4, 0.2)
     max_new_tokens, num_samples, samples_a_prompt = tinyworld.ANSWER_TOKENS, 8, 8
     preference_epochs = 2.5
@@ -191,6 +194,11 @@ def distinct_of_a_prompt(texts: tuple[str, ...]) -> float:
 class Stories(World):
     """Stories of 15 M parameters told by 260 k; the judge is the teacher's likelihood, diversity that of words' 4-grams."""
 
+    title = "Stories: students of one start, sampled at several temperatures"
+    quality_name, diversity_name = (
+        "the teacher's log-likelihood, nats a character",
+        "distinct 4-grams of an answer to each prompt",
+    )
     temperatures = (1.0, 0.8, 0.6)
     num_samples, samples_a_prompt, preference_epochs = 2, 2, 1.0
 

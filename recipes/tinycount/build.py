@@ -1,11 +1,11 @@
 """
-Make every file of the counting world: the teacher's answers, a student and a discriminator.
+Make every file of the counting world: the teacher's answers, a student, and a larger model: a discriminator, or a proxy.
 
     python recipes/tinycount/build.py [--out DIR]   write the files (default: beside this script)
     python recipes/tinycount/build.py --check       build them again elsewhere and compare byte for byte
 
 Both models are trained from scratch on careless stories, as in `recipes/tinyworld`, and then by SFT on the teacher's answers:
-the student until it gains little more, the discriminator until its likelihood of answers it has not seen falls. All of it is in
+the student until it gains little more, the larger one until its likelihood of answers it has not seen falls. All of it is in
 float64, then rounded to 12 bits. Takes about twenty minutes on one core.
 """
 
@@ -26,7 +26,7 @@ import build as tinyworld  # noqa: E402
 
 
 STUDENT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-DISCRIMINATOR = tinyworld.DISCRIMINATOR
+LARGER = tinyworld.DISCRIMINATOR
 BATCH = 64
 
 
@@ -82,9 +82,9 @@ def build(out: Path) -> None:
     student = tinyworld.train_on_web_text(tokenizer, STUDENT, steps=1000, learning_rate=8e-3)
     student = sft(student, tokenizer, train, steps=8000, learning_rate=1.2e-2)
     tinyworld.save_model(student, tokenizer, out / "student")
-    discriminator = tinyworld.train_on_web_text(tokenizer, DISCRIMINATOR, steps=1500, learning_rate=3e-3)
-    discriminator = sft(discriminator, tokenizer, train, steps=800, learning_rate=3e-3)
-    tinyworld.save_model(discriminator, tokenizer, out / "discriminator")
+    larger = tinyworld.train_on_web_text(tokenizer, LARGER, steps=1500, learning_rate=3e-3)
+    larger = sft(larger, tokenizer, train, steps=800, learning_rate=3e-3)
+    tinyworld.save_model(larger, tokenizer, out / "larger")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ import world  # noqa: E402
 
 HERE = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS, ANSWERED_TWICE = 4000, 256, 400
-MODELS = ("student", "discriminator", "proxy")
 CARELESS = 0.3  # share of numbers in the web text that are drawn at random
 MANTISSA_BITS = 12
 MAX_LENGTH = 64
@@ -191,7 +190,7 @@ def build(out: Path) -> None:
 
 def files(folder: Path) -> list[str]:
     """The built files of `folder`, relative to it."""
-    built = [*folder.glob("*.jsonl"), *(file for model in MODELS for file in folder.glob(f"{model}/*"))]
+    built = [*folder.glob("*.jsonl"), *(file for model in folder.glob("*/config.json") for file in model.parent.iterdir())]
     return sorted(str(path.relative_to(folder)) for path in built)
 
 
