@@ -93,12 +93,17 @@ def make_report(judged=True, report_type=GADReport, **changes):
     return report
 
 
+def with_interval(difference, standard_error):
+    ends = [None if standard_error is None else difference + sign * 2 * standard_error for sign in (-1, 1)]
+    return {"difference": difference, "standard_error": standard_error, "low": ends[0], "high": ends[1]}
+
+
 def compare(report, standard_error=0.01):
     """Give a report the differences of its own numbers."""
     own = report.results.get(report.method, {})
     report.differences = {
         name: {
-            key: {"difference": own[key] - found[key], "standard_error": standard_error}
+            key: with_interval(own[key] - found[key], standard_error)
             for key in own
             if key.startswith("valid") or key == "teacher_nll"
         }
@@ -252,28 +257,28 @@ class TestTable:
         text = console.file.getvalue()
         for row in report.rows:
             assert all(cell in text for cell in row)
-        assert "GAD is better by 0.061 (standard error 0.010)" in " ".join(text.split())
+        assert "GAD is better by 0.061 (0.041 to 0.081)" in " ".join(text.split())
 
 
 class TestSummary:
     def test_says_which_is_better_whichever_way(self):
         report = make_report()
         assert "0.792 after GAD and 0.211 before" in report.summary
-        assert "SeqKD on the same text reaches 0.731: GAD is better by 0.061 (standard error 0.010)." in report.summary
+        assert "SeqKD on the same text reaches 0.731: GAD is better by 0.061 (0.041 to 0.081)." in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.7
         compare(report)
-        assert "GAD is worse by 0.031 (standard error 0.010)." in report.summary
+        assert "GAD is worse by 0.031 (0.011 to 0.051)." in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.74
         compare(report)
-        assert "GAD is as good within the noise, 0.009 (standard error 0.010) apart." in report.summary
+        assert "reaches 0.731: no difference seen (−0.011 to +0.029)." in report.summary
 
     @pytest.mark.parametrize("standard_error", [None, math.nan])
-    def test_there_is_no_verdict_without_a_standard_error(self, standard_error):
+    def test_there_is_no_verdict_without_an_interval(self, standard_error):
         report = make_report()
         compare(report, standard_error)
-        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+        assert "reaches 0.731: no verdict on GAD without an interval." in report.summary
         report.differences = {}
-        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+        assert "reaches 0.731: no verdict on GAD without an interval." in report.summary
 
     def test_what_fell_is_named(self):
         report = make_report()
