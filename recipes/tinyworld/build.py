@@ -190,7 +190,10 @@ def build(out: Path) -> None:
 
 def files(folder: Path) -> list[str]:
     """The built files of `folder`, relative to it."""
-    built = [*folder.glob("*.jsonl"), *(file for model in folder.glob("*/config.json") for file in model.parent.iterdir())]
+    built = [
+        *folder.glob("*.jsonl"),
+        *(file for model in folder.glob("*/config.json") for file in model.parent.iterdir()),
+    ]
     return sorted(str(path.relative_to(folder)) for path in built)
 
 
