@@ -83,17 +83,25 @@ class Writer:
             samples.append([[" ".join(map(str, text)) for text in answers] for answers in drawn])
             # The fewer words, the better: as colder samples are
             qualities.append(self.generator.normal(self.skill - 0.1 * math.log(words), 0.1, size=self.prompts))
-        return SampledCurve(samples, qualities)
+        return SampledCurve(samples, qualities, n=2)
 
 
 def test_a_sampled_curve_is_that_of_its_texts():
-    samples = [[["a b c d e", "a b c d e"], ["a b c d x", "v w x y z"]], [["a b c d"], ["a b c d"]]]
-    curve = SampledCurve(samples, [[1.0, 0.0], [0.5, 1.0]])
-    draws = [["a b c d e", "a b c d x"], ["a b c d e", "v w x y z"]]
-    points = [(sum(map(distinct_ngrams, draws)) / 2, 0.5), (0.5, 0.75)]
+    first, second = ["a b c d e", "a b c d x"], ["a b c d e", "v w x y z"]
+    curve = SampledCurve([[first, second], [["a b c d"] * 2] * 2, [["a b c d"]] * 2], [[1.0, 0.0], [0.5, 1.0], [1, 1]])
+    # What is sampled once is no point where others are sampled several times
+    points = [((distinct_ngrams(first) + distinct_ngrams(second)) / 2, 0.5), (0.5, 0.75)]
+    assert np.array(curve(np.array([0, 1]))) == pytest.approx(np.array(points))
+    assert curve(np.array([1])) == [(1.0, 0.0), (0.5, 1.0)]
+    # Nothing is as long as an n-gram
+    assert SampledCurve([[["a b"] * 2], [["a b c d"] * 2]], [[1.0], [0.0]])(np.array([0])) == [(0.5, 0.0)]
+
+
+def test_with_one_sample_a_prompt_answers_are_taken_together():
+    curve = SampledCurve([[["a b c d e"], ["a b c d x"]], [["a b c d"], ["a b c d"]]], [[1.0, 0.0], [0.5, 1.0]])
+    points = [(distinct_ngrams(["a b c d e", "a b c d x"]), 0.5), (0.5, 0.75)]
     assert np.array(curve(np.array([0, 1]))) == pytest.approx(np.array(points))
     assert curve(np.array([0])) == [(1.0, 1.0), (1.0, 0.5)]
-    # Nothing is as long as an n-gram
     assert SampledCurve([[["a b"]], [["a b c d"]]], [[1.0], [0.0]])(np.array([0])) == [(1.0, 0.0)]
 
 

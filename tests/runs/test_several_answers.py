@@ -28,7 +28,13 @@ def folder(tmp_path):
 
 def test_a_report_samples_each_prompt_once(folder, tiny_model_dir):
     """Three of the four held-out prompts, with their nine answers."""
-    job = TextJob(load_recipe(write_recipe(folder, tiny_model_dir, folder / "out", eval_prompts=3, eval_samples=2)))
+    job = TextJob(
+        load_recipe(
+            write_recipe(
+                folder, tiny_model_dir, folder / "out", eval_prompts=3, eval_samples=2, eval_temperatures=[1.0]
+            )
+        )
+    )
     assert len(job.train) == 48 and len(job.held_out_rows) == 9 and job.plan.prompts == 3
     judge, asked, job.progress = job.sample_metrics, [], {}
 
@@ -39,7 +45,7 @@ def test_a_report_samples_each_prompt_once(folder, tiny_model_dir):
     for name, seed in (("GAD", 0), ("SeqKD", 1)):
         by_row: dict[str, list[float]] = {}
         student = AutoModelForCausalLM.from_pretrained(build_model(folder / name, seed=seed))
-        metrics = job.measure(student, temperatures=(1.0,), sample_metrics=counted, by_row=by_row)
+        metrics = job.measure(student, sample_metrics=counted, by_row=by_row)
         job.progress[name] = {"metrics": metrics, "by_row": by_row}
     assert len(asked[0]) == 6 and len(set(asked[0])) == 3
     differences = job._differences("GAD", "SeqKD")

@@ -116,12 +116,14 @@ def jackknife(statistic: Callable[[np.ndarray], float], count: int, num_groups: 
 
 class SampledCurve:
     """
-    A student's diversity and quality at each temperature, of any of the prompts that it answered. Diversity is distinct-n of one
-    draw, an answer to each prompt, and the mean over draws: it does not depend on how many samples a prompt has.
+    A student's diversity and quality at each temperature, of any of the prompts that it answered. Diversity is distinct-n of
+    a prompt's samples, the mean over prompts (per-input diversity, Kirk et al., 2023, arXiv 2310.06452); where no prompt
+    has several, that of the answers to all prompts together.
 
     Args:
         samples (`Sequence[Sequence[Sequence[str]]]`):
-            At each temperature, for each prompt its samples, as many for each.
+            At each temperature, for each prompt its samples, as many for each. A temperature with one sample a prompt, where
+            others have several, is left out.
         qualities (`Sequence[Sequence[float]]`):
             At each temperature, for each prompt the mean quality of its samples.
         n (`int`, *optional*, defaults to `4`):
@@ -129,27 +131,37 @@ class SampledCurve:
     """
 
     def __init__(self, samples: Sequence[Sequence[Sequence[str]]], qualities: Sequence[Sequence[float]], n: int = 4):
-        numbers: dict[tuple[str, ...], int] = {}
-        self._ngrams = [
-            [
-                [
-                    np.array([numbers.setdefault(ngram, len(numbers)) for ngram in _ngrams(text, n)], int)
-                    for text in draw
-                ]
-                for draw in zip(*answers, strict=True)
-            ]
-            for answers in samples
-        ]
-        self._qualities = np.array(qualities, dtype=float)
+        most = max(len(answers[0]) for answers in samples)
+        kept = [number for number, answers in enumerate(samples) if len(answers[0]) > 1 or most == 1]
+        self._qualities = np.array(qualities, dtype=float)[kept]
+        if most > 1:
+            # Of each prompt once, whatever prompts are asked for
+            of_prompts = np.array([[distinct_ngrams(texts, n) for texts in samples[number]] for number in kept])
+            self._diversity = lambda prompts: _mean_of_known(of_prompts[:, prompts])
+        else:
+            self._diversity = _of_all_together([[texts[0] for texts in answers] for answers in samples], n)
 
     def __call__(self, prompts: np.ndarray) -> Curve:
         """The curve of the prompts of these numbers. A temperature at which no answer has an n-gram is no point of it."""
         qualities = self._qualities[:, prompts].mean(axis=1)
-        points = [
-            (sum(_distinct([draw[prompt] for prompt in prompts]) for draw in draws) / len(draws), float(quality))
-            for draws, quality in zip(self._ngrams, qualities, strict=True)
-        ]
-        return [point for point in points if not math.isnan(point[0])]
+        points = zip(self._diversity(prompts), map(float, qualities), strict=True)
+        return [(float(diversity), quality) for diversity, quality in points if not math.isnan(diversity)]
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Of each line, without what is not a number."""
+    known = ~np.isnan(values)
+    counts = known.sum(axis=1)
+    return np.where(counts > 0, np.where(known, values, 0).sum(axis=1) / np.maximum(counts, 1), math.nan)
+
+
+def _of_all_together(samples: list[list[str]], n: int) -> Callable[[np.ndarray], list[float]]:
+    numbers: dict[tuple[str, ...], int] = {}
+    ngrams = [
+        [np.array([numbers.setdefault(ngram, len(numbers)) for ngram in _ngrams(text, n)], int) for text in texts]
+        for texts in samples
+    ]
+    return lambda prompts: [_distinct([texts[prompt] for prompt in prompts]) for texts in ngrams]
 
 
 def _distinct(ngrams: list[np.ndarray]) -> float:

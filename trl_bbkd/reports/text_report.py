@@ -156,7 +156,8 @@ class TextReport(Report):
         if any(has_interval(found.get(self.equal_diversity)) for found in self.differences.values()):
             text.append(
                 f"Quality at equal diversity is the mean difference of `{self.judged_metrics[0]}` where both students' answers, "
-                "sampled at several temperatures, have as many distinct 4-grams: sampling colder gains nothing there."
+                "sampled at several temperatures, have as many distinct 4-grams (among the samples of a prompt, where there are several): "
+                "sampling colder gains nothing there."
             )
         if self.judged_metrics:
             text.append(
