@@ -3,9 +3,11 @@
 import sqlite3
 
 import pytest
+from tokenizers import normalizers
 
 from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, TeacherServer
+from tests.collect.teachers import byte_level
 from trl_bbkd.cli import main
 from trl_bbkd.collect.journal import Journal
 
@@ -70,6 +72,11 @@ CHANGES = {
     "no address": ({"base_url": "localhost:8000"}, "base_url: expected an address such as https://"),
     "too long an address": ({"base_url": "http://h/v1/chat/completions"}, "leave /chat/completions out"),
     "logprobs": ({"top_logprobs": 5}, "endpoints give them with `logprobs: true` alone."),
+    "a tokenizer without log-probabilities": ({"tokenizer": "x"}, "with `logprobs: true` alone. Add it."),
+    "no tokenizer": (
+        {"tokenizer": "no/such/folder", "logprobs": True},
+        "tokenizer: there is no tokenizer at no/such/folder: ",
+    ),
     "a stream": ({"extra_body": {"stream": True}}, "take 'stream' out: answers are read whole."),
     "a parameter of ours": ({"extra_body": {"n": 2}}, "take 'n' out: a recipe has a key for it."),
     "a training's recipe": ({"method": "gad"}, "this recipe trains: `trl-bbkd train"),
@@ -85,6 +92,22 @@ CHANGES = {
 def test_recipes(refusal, changes, message):
     line = refusal(**changes)
     assert message in line and KEY not in line and "\n" not in line
+
+
+def test_a_tokenizer_that_cannot_spell(refusal, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "student")
+    line = refusal(tokenizer=str(tmp_path / "student"), logprobs=True)
+    assert f"tokenizer: {tmp_path}/student cannot spell 'Naïve Ünïcode, UPPER lower'" in line
+
+
+def test_a_tokenizer_without_a_chat_template(refusal, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    line = refusal(tokenizer=str(tmp_path / "student"), logprobs=True, conversational=True)
+    assert "the tokenizer of" in line and "has no chat template" in line
 
 
 OPTIONS = {

@@ -14,7 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 
+from ..bayeskd.top_logprobs import TOP_LOGPROBS
 from ..data.teacher_files import ROW_COLUMN
+from ..data.teacher_tokens import RENDERED_COLUMNS, prompt_and_answer_ids
+from ..errors import TeacherDataError
+from .alignment import Aligner
 from .journal import Entry, Journal
 from .probe import state_of_logprobs
 from .prompts import Prompt, Prompts
@@ -26,9 +30,21 @@ FILE, LEFT_OUT = "train.parquet", "left_out.jsonl"
 CALL = "tool call beside texts"
 ROWS_AT_ONCE = 512
 TEXT = Value("string")
+NUMBERS = {"ids": List(List(Value("int32"))), "logprobs": List(List(Value("float32")))}
+ALIGNED = {**NUMBERS, "exact": Value("bool"), "tokens": List(Value("int32"))}
+EXACT, IN_PART, NOT_ALIGNED = "exact", "in part", "missing"
 CALLS = List({"id": TEXT, "type": TEXT, "function": {"name": TEXT, "arguments": Json()}})
 # What the set has of its own; columns of the prompts' file with these names are not taken over
-OWN_COLUMNS = ("prompt", "completion", "teacher", "finish_reason", "sample", "reasoning_content", ROW_COLUMN)
+OWN_COLUMNS = (
+    "prompt",
+    "completion",
+    "teacher",
+    "finish_reason",
+    "sample",
+    "reasoning_content",
+    TOP_LOGPROBS,
+    ROW_COLUMN,
+)
 
 
 class Answered(NamedTuple):
@@ -53,6 +69,7 @@ class Survey:
         models, fingerprints (`Counter`): answers by what the endpoint says of itself.
         finish_reasons (`Counter`): answers by the endpoint's word for their end.
         logprobs (`Counter`): answers by whether their log-probabilities are whole.
+        aligned (`Counter`): answers of the set by whether their log-probabilities are those of the named tokenizer's tokens.
         prompt_tokens, completion_tokens (`int`): of the set's requests, as far as the endpoint said.
         without_usage (`int`): answers of which it did not say.
         first, last (`str`): dates.
@@ -69,6 +86,7 @@ class Survey:
     fingerprints: Counter = field(default_factory=Counter)
     finish_reasons: Counter = field(default_factory=Counter)
     logprobs: Counter = field(default_factory=Counter)
+    aligned: Counter = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     without_usage: int = 0
@@ -91,10 +109,12 @@ class AnswerSet:
             Its requests.
         journal ([`~collect.journal.Journal`]):
             The answers.
+        aligner ([`~collect.alignment.Aligner`], *optional*):
+            What brings log-probabilities to the named tokenizer's tokens.
     """
 
-    def __init__(self, prompts: Prompts, maker: RequestMaker, journal: Journal):
-        self.prompts, self.maker, self.journal = prompts, maker, journal
+    def __init__(self, prompts: Prompts, maker: RequestMaker, journal: Journal, aligner: Aligner | None = None):
+        self.prompts, self.maker, self.journal, self.aligner = prompts, maker, journal, aligner
         self.settings = maker.settings
 
     def write(self, folder: Path) -> Survey:
@@ -112,7 +132,9 @@ class AnswerSet:
             ):
                 rows = self._rows(survey)
                 while batch := list(islice(rows, ROWS_AT_ONCE)):
-                    writer.write_table(_table(batch, features))
+                    if self.aligner is not None:
+                        self._align(batch, self.aligner, survey)
+                    writer.write_table(_table([row for row, _ in batch], features))
         return survey
 
     def _answered(self, survey: Survey | None = None) -> Iterator[Answered]:
@@ -160,6 +182,8 @@ class AnswerSet:
             survey.rows += 1
             survey.has_reasoning |= bool(choice.reasoning)
             survey.has_calls |= bool(choice.raw["message"].get("tool_calls"))
+            if self.aligner is not None:
+                self.aligner.look(choice)
         survey.models[entry.model] += 1
         survey.fingerprints[entry.system_fingerprint] += 1
         survey.finish_reasons[entry.finish_reason] += 1
@@ -187,6 +211,8 @@ class AnswerSet:
         if survey.has_reasoning and not self.prompts.conversational:
             features["reasoning_content"] = TEXT
         features |= {"teacher": TEXT, "finish_reason": TEXT, "sample": Value("int64")}
+        if self.aligner is not None:
+            features[TOP_LOGPROBS] = ALIGNED
         others = {
             name: feature
             for name, feature in source.items()
@@ -194,13 +220,13 @@ class AnswerSet:
         }
         return Features(features | others)
 
-    def _rows(self, survey: Survey) -> Iterator[dict[str, Any]]:
+    def _rows(self, survey: Survey) -> Iterator[tuple[dict[str, Any], Choice]]:
         for prompt, sample, entry in self._answered():
             if entry is None or entry.failure is not None:
                 continue
             choice = read_choice(json.loads(entry.choice or "{}"))
             if self._why_left_out(choice) is None:
-                yield {
+                row = {
                     **prompt.row,
                     "completion": self._completion(choice, survey),
                     "reasoning_content": choice.reasoning,
@@ -208,6 +234,13 @@ class AnswerSet:
                     "finish_reason": entry.finish_reason,
                     "sample": sample,
                 }
+                yield row, choice
+
+    def _align(self, batch: list[tuple[dict[str, Any], Choice]], aligner: Aligner, survey: Survey) -> None:
+        answers = _answer_tokens(aligner.speller.tokenizer, [row for row, _ in batch])
+        for (row, choice), answer in zip(batch, answers, strict=True):
+            value = row[TOP_LOGPROBS] = None if answer is None else aligner.align(choice, answer)
+            survey.aligned[NOT_ALIGNED if value is None else EXACT if value["exact"] else IN_PART] += 1
 
     def _completion(self, choice: Choice, survey: Survey) -> str | list[dict]:
         if not self.prompts.conversational:
@@ -241,6 +274,16 @@ def _table(rows: list[dict[str, Any]], features: Features) -> pa.Table:
     """Rows as `datasets` stores them, so that it reads them with the same types."""
     columns = {name: [row[name] for row in rows] for name in features}
     return Dataset.from_dict(columns, features=features).with_format("arrow")[:]
+
+
+def _answer_tokens(tokenizer: Any, rows: list[dict[str, Any]]) -> list[list[int] | None]:
+    """Each answer in the student's tokens, as it is trained on; `None` where its template refuses the row."""
+    columns = [name for name in ("prompt", "completion", *RENDERED_COLUMNS) if name in rows[0]]
+    try:
+        batch = {name: [row[name] for row in rows] for name in columns}
+        return list(prompt_and_answer_ids(tokenizer, batch, {}, "keep", list(range(len(rows))))[1])
+    except TeacherDataError:
+        return [None] if len(rows) == 1 else [ids for row in rows for ids in _answer_tokens(tokenizer, [row])]
 
 
 def _compare(texts: list[str], survey: Survey) -> None:

@@ -44,6 +44,7 @@ def collect(settings: CollectConfig) -> bool:
 
     folder = Path(settings.output_dir).expanduser()
     prompts = Prompts(settings)
+    aligner = None if settings.tokenizer is None else _aligner(settings.tokenizer, prompts)
     journal_file = Path(settings.journal).expanduser() if settings.journal else folder / "journal.sqlite"
     with Journal(journal_file) as journal:
         collection = Collection(settings, prompts, journal, key)
@@ -54,7 +55,7 @@ def collect(settings: CollectConfig) -> bool:
         interrupted = False
         if collection.tally.expected:
             interrupted = _ask(collection, settings)
-        survey = AnswerSet(prompts, collection.maker, journal).write(folder)
+        survey = AnswerSet(prompts, collection.maker, journal, aligner).write(folder)
         spent = journal.spent()
         # A set of an earlier recipe keeps its card until there is another
         if survey.rows or not (folder / FILE).exists():
@@ -73,6 +74,24 @@ def collect(settings: CollectConfig) -> bool:
     if end is not None and end.kind == "cap":
         _say(f"Stopped at `{end.text}: {getattr(settings, end.text):g}`.{_open(survey.not_asked)}")
     return not interrupted
+
+
+def _aligner(tokenizer: str, prompts):
+    """
+    What brings log-probabilities to the tokens of the tokenizer that a recipe names.
+
+    Raises:
+        [`~errors.RecipeError`]: there is none, or it cannot spell.
+        [`~errors.TeacherDataError`]: it has no chat template, and the set has messages.
+    """
+    from ..data.rendering import ChatRenderer
+    from .alignment import Aligner
+    from .spelling import load_speller
+
+    speller = load_speller(tokenizer)
+    if prompts.conversational:
+        ChatRenderer(speller.tokenizer)
+    return Aligner(speller)
 
 
 def key_of(settings: CollectConfig) -> str | None:

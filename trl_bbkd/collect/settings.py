@@ -79,6 +79,9 @@ class CollectConfig:
             Ask for those of so many alternatives at each token too.
         return_token_ids (`bool`, *optional*, defaults to `False`):
             Ask for token ids, which vLLM gives; other endpoints may refuse it.
+        tokenizer (`str`, *optional*):
+            Folder or Hub id of the student's tokenizer, if it is the teacher's too: the set has log-probabilities by its tokens,
+            in the column `top_logprobs`, which Bayes-KD reads.
         extra_body (`dict[str, Any]`, *optional*):
             Further parameters of the request, such as `{"reasoning_effort": "low"}`.
         conversational (`bool`, *optional*):
@@ -141,6 +144,9 @@ class CollectConfig:
     logprobs: bool = field(default=False, metadata=_help("Ask for the log-probability of each token."))
     top_logprobs: int | None = field(default=None, metadata=_help("Alternatives at each token to ask for."))
     return_token_ids: bool = field(default=False, metadata=_help("Ask for token ids, which vLLM gives."))
+    tokenizer: str | None = field(
+        default=None, metadata=_help("The student's tokenizer, by whose tokens the set has log-probabilities.")
+    )
     extra_body: dict[str, Any] | None = field(default=None, metadata=_help("Further parameters of the request."))
     conversational: bool | None = field(
         default=None, metadata=_help("Whether the set has messages or texts; what the prompts are.")
@@ -176,6 +182,10 @@ class CollectConfig:
             raise ValueError("top_logprobs: endpoints give them with `logprobs: true` alone. Add it.")
         if self.return_token_ids and not self.logprobs:
             raise ValueError("return_token_ids: token ids come with `logprobs: true`. Add it.")
+        if self.tokenizer is not None and not self.logprobs:
+            raise ValueError(
+                "tokenizer: there are log-probabilities by its tokens with `logprobs: true` alone. Add it."
+            )
         for name in self.extra_body or ():
             if name in OWN_PARAMETERS:
                 advice = "answers are read whole" if name == "stream" else "a recipe has a key for it"

@@ -1,0 +1,281 @@
+"""Log-probabilities of an endpoint as those of a named tokenizer: no number at a token that is not the one it is of."""
+
+import random
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, normalizers
+
+from tests.collect.teachers import ENGLISH, Teacher, byte_level, sentencepiece_bpe, split_otherwise, unigram
+from trl_bbkd.collect.alignment import Aligner
+from trl_bbkd.collect.replies import read_choice
+from trl_bbkd.collect.spelling import Speller
+from trl_bbkd.errors import RecipeError
+
+
+KINDS = {
+    "byte-level": byte_level,
+    "SentencePiece BPE": sentencepiece_bpe,
+    "SentencePiece unigram": unigram,
+    "another byte-level": lambda: byte_level(ENGLISH, 350),
+}
+STYLES = ("bytes", "replaced", "vllm", "ids")
+WORDS = st.sampled_from(
+    ["The ", "sky", " is", " blue", "apple", "🍏", "日本", "über ", "\n", "  ", "é", "e\u0301", "👩‍🚀"]
+)
+TEXTS = st.lists(WORDS | st.text(max_size=4), min_size=1, max_size=12).map("".join).filter(str.strip)
+
+
+@cache
+def speller(kind):
+    return Speller(KINDS[kind](), kind)
+
+
+def encode(kind, text):
+    return speller(kind).tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+
+@cache
+def trusting(kind):
+    """An aligner that has seen that the teacher's numbers are the named tokenizer's."""
+    aligner = Aligner(speller(kind))
+    text = " ".join(ENGLISH)
+    aligner.look(read_choice(Teacher(speller(kind), "ids").answer(encode(kind, text), text)))
+    return aligner
+
+
+def check(teacher, student, style, text, dice):
+    """Every number is of the token that it stands at. Returns the value, and how many of the teacher's tokens are like that."""
+    ids = encode(teacher, text)
+    ends = speller(student).names
+    answer = [*encode(student, text), ends["<|im_end|>"]]
+    if dice.random() < 0.3:
+        ids = split_otherwise(ids, speller(teacher), dice) if speller(teacher).spell(ids) else ids
+    if (speller(teacher).spell(ids) or b"") not in (text.encode(), b" " + text.encode()):
+        return None
+    source = Teacher(speller(teacher), style, dice, shows_opening=dice.random() < 0.5, ends=dice.random() < 0.7)
+    choice = read_choice(source.answer(ids, text))
+    aligner = trusting(student) if teacher == student else Aligner(speller(student))
+    aligner.look(choice)
+    value = aligner.align(choice, answer)
+    if value is None:
+        return None
+    assert len(value["ids"]) == len(value["logprobs"]) == len(answer) and value["tokens"] == answer
+    pieces, at = [speller(student).piece(token) for token in answer[:-1]], 0
+    assert b"".join(pieces) in (text.encode(), b" " + text.encode())
+    at = len(text.encode()) - len(b"".join(pieces))
+    for position, (found, numbers) in enumerate(zip(value["ids"], value["logprobs"], strict=True)):
+        span = None
+        if position < len(pieces):
+            span = (at, at := at + len(pieces[position]))
+        for rank, (id_, number) in enumerate(zip(found, numbers, strict=True)):
+            if rank == 0:
+                true_id, true_span = source.chosen[number]
+                assert id_ == answer[position]
+                # The space with which one of the two opens a text is the only difference that there may be
+                assert true_span == span or (
+                    position == 0 and true_span[1] == span[1] and {true_span[0], span[0]} == {0, -1}
+                )
+            else:
+                true_id = source.others[number]
+            assert speller(student).piece(id_) == speller(teacher).piece(true_id) or (rank == 0 and position == 0)
+            if teacher == student:
+                assert id_ == true_id
+    return value
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("teacher", KINDS)
+@pytest.mark.parametrize("student", KINDS)
+def test_no_wrong_token(teacher, student, style):
+    @settings(max_examples=15, deadline=None)
+    @given(TEXTS, st.integers(0, 2**32))
+    def holds(text, seed):
+        check(teacher, student, style, text, random.Random(seed))
+
+    holds()
+
+
+TEXT = "The sky over Zürich is blue 🍏, 日本語の空 naïve apple. Hello, cat! How are you today?"
+
+
+def aligned(teacher, student, style, text=TEXT, **others):
+    """The value of one answer, and the choice that it is of."""
+    source = Teacher(speller(teacher), style, random.Random(1), **others)
+    choice = read_choice(source.answer(encode(teacher, text), text))
+    aligner = trusting(student) if teacher == student else Aligner(speller(student))
+    return aligner.align(choice, [*encode(student, text), speller(student).names["<|im_end|>"]])
+
+
+@pytest.mark.parametrize("style", ["bytes", "ids"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_the_same_tokenizer_all_is_found(kind, style):
+    """The end included, and all alternatives but bytes that are no text, which another piece's byte may be."""
+    value = aligned(kind, kind, style, shows_opening=True)
+    assert value["exact"] and all(value["ids"])
+    assert [ids[0] for ids in value["ids"]] == value["tokens"]
+    alternatives = sum(len(ids) - 1 for ids in value["ids"])
+    assert alternatives >= (1.0 if style == "ids" else 0.9) * 3 * len(value["ids"])
+
+
+@pytest.mark.parametrize("style", ["replaced", "vllm"])
+def test_cut_characters_leave_holes(style):
+    """What is cut over several tokens cannot be told apart; all around it is."""
+    value = aligned("byte-level", "byte-level", style)
+    pieces = [speller("byte-level").piece(token) for token in value["tokens"][:-1]]
+    is_text = [is_utf8(piece) for piece in pieces]
+    assert not value["exact"] and not all(is_text)
+    missing = [piece for ids, piece in zip(value["ids"], pieces, strict=False) if not ids]
+    assert 0 < len(missing) < len(pieces) / 2
+
+
+def is_utf8(piece):
+    try:
+        return bool(piece.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("SentencePiece BPE", "byte-level"), ("byte-level", "another byte-level")]
+)
+def test_a_foreign_tokenizer_is_found_in_part_and_is_never_exact(teacher, student):
+    values = [aligned(teacher, student, style) for style in STYLES]
+    assert all(0 < sum(map(bool, value["ids"])) < len(value["ids"]) and not value["exact"] for value in values)
+
+
+def test_numbers_of_another_vocabulary_are_no_alternatives():
+    """Whose own spelled one short answer by chance: an unknown teacher's numbers stand for nothing."""
+    text = "The sky"
+    source = Teacher(speller("byte-level"), "ids", random.Random(1))
+    choice = read_choice(source.answer(encode("byte-level", text), text))
+    answer = [*encode("byte-level", text), speller("byte-level").names["<|im_end|>"]]
+    unsure = Aligner(speller("byte-level"))
+    unsure.look(choice)
+    value = unsure.align(choice, answer)
+    assert value["exact"] and [len(ids) for ids in value["ids"]] == [1] * len(answer)
+    assert [len(ids) for ids in trusting("byte-level").align(choice, answer)["ids"]] == [4] * len(answer)
+
+
+class Changed:
+    """An answer whose log-probabilities are changed before they are read."""
+
+    def __init__(self, style="bytes", text="The sky is blue.", kind="byte-level"):
+        self.kind, self.text = kind, text
+        self.raw = Teacher(speller(kind), style).answer(encode(kind, text), text)
+        self.entries = self.raw["logprobs"]["content"]
+
+    def value(self):
+        answer = [*encode(self.kind, self.text), speller(self.kind).names["<|im_end|>"]]
+        return trusting(self.kind).align(read_choice(self.raw), answer)
+
+
+def test_tokens_that_are_not_the_answers_are_refused():
+    """As of a server that shows the first of its alternatives for the token that it took."""
+    changed = Changed()
+    entry = changed.entries[2]
+    entry["token"], entry["bytes"] = (entry["top_logprobs"][1][name] for name in ("token", "bytes"))
+    assert changed.value() is None
+
+
+def test_a_chosen_token_that_is_not_among_its_alternatives():
+    """They are shown in another way, then, and may be other tokens; a rare one is below all of them."""
+    changed = Changed()
+    for position in (1, 2):
+        del changed.entries[position]["top_logprobs"][0]
+    changed.entries[2]["logprob"] = -20.0
+    value = changed.value()
+    assert (len(value["ids"][1]), len(value["ids"][2])) == (1, 4)
+
+
+@pytest.mark.parametrize("logprob", [-9999.0, -10000, None, "x", 0.7, float("nan")])
+def test_a_token_without_a_number_is_missing(logprob):
+    changed = Changed()
+    changed.entries[1]["logprob"] = logprob
+    value = changed.value()
+    assert value["ids"][1] == [] and value["ids"][2] and not value["exact"]
+
+
+def test_numbers_of_alternatives_that_are_none_are_left_out():
+    changed = Changed()
+    changed.entries[1]["top_logprobs"][1]["logprob"] = -9999.0
+    changed.entries[2]["top_logprobs"][1]["logprob"] = -0.1  # a sum above 1: no natural logarithms
+    value = changed.value()
+    assert len(value["ids"][1]) == 3 and value["ids"][2] == [] and not value["exact"]
+
+
+def test_two_alternatives_that_look_alike_are_neither():
+    changed = Changed()
+    listed = changed.entries[1]["top_logprobs"]
+    listed[1]["token"], listed[1]["bytes"] = listed[2]["token"], listed[2]["bytes"]
+    assert len(changed.value()["ids"][1]) == 2
+
+
+def test_tokens_of_a_thought_are_passed_over():
+    thought, text = "An apple is red.</think>\n\n", "The sky is blue."
+    ids = [*encode("byte-level", thought), *encode("byte-level", text)]
+    raw = Teacher(speller("byte-level"), "bytes").answer(ids, thought + text)
+    raw["message"] = {"role": "assistant", "content": text, "reasoning": "An apple is red."}
+    answer = [*encode("byte-level", f"<think>{thought}"), *encode("byte-level", text)]
+    answer.append(speller("byte-level").names["<|im_end|>"])
+    value = trusting("byte-level").align(read_choice(raw), answer)
+    of_text = len(encode("byte-level", text)) + 1
+    assert value["exact"] and all(value["ids"][-of_text:]) and not any(value["ids"][:-of_text])
+
+
+def test_a_stop_text_and_another_end():
+    """The last token is none of the text, and none that ends the student's answers: nothing is said of the end."""
+    changed = Changed()
+    changed.entries[-1] |= {"token": "###", "bytes": list(b"###")}
+    value = changed.value()
+    assert value["exact"] and value["ids"][-1] == [] and all(value["ids"][:-1])
+
+
+def test_an_answer_that_holds_replacement_characters_is_left_alone():
+    changed = Changed("replaced", "The sky � is blue.")
+    assert changed.value() is None
+
+
+def test_a_space_that_opens_a_text_may_be_the_answers_own():
+    """Of an answer that begins with a space, either is possible where the endpoint does not show the tokenizer's."""
+    for shows in (True, False):
+        value = aligned("SentencePiece BPE", "SentencePiece BPE", "bytes", " The sky is blue.", shows_opening=shows)
+        assert all(value["ids"][1:])
+
+
+LOSSY = {
+    "lower case": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()), "cannot spell 'Naïve"),
+    "compatibility": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.NFKC()), "cannot spell 'ﬁne"),
+    "spaces": (
+        lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Replace(Regex(" +"), " ")),
+        "cannot spell 'two  spaces'",
+    ),
+    "no decoder": (lambda tokenizer: setattr(tokenizer, "decoder", decoders.WordPiece()), "has no byte fallback"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LOSSY.values(), ids=LOSSY)
+def test_a_tokenizer_that_cannot_spell(change, message):
+    tokenizer = byte_level()
+    change(tokenizer.backend_tokenizer)
+    with pytest.raises(RecipeError, match=f"^tokenizer: mine {message}"):
+        Speller(tokenizer, "mine")
+
+
+def test_a_tokenizer_without_bytes():
+    with pytest.raises(RecipeError, match="cannot spell .*: its tokens give nothing"):
+        Speller(sentencepiece_bpe(byte_fallback=False), "mine")
+
+
+def test_composed_accents_are_told_answer_by_answer():
+    """As of Qwen's tokenizer, which composes them: most answers are composed."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    composing = Speller(tokenizer, "mine")
+    end = composing.names["<|im_end|>"]
+    for text, is_spelled in (("The sky is caf\u00e9.", True), ("The sky is cafe\u0301.", False)):
+        ids = composing.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+        choice = read_choice(Teacher(speller("byte-level"), "bytes").answer(encode("byte-level", text), text))
+        assert (Aligner(composing).align(choice, [*ids, end]) is not None) == is_spelled
