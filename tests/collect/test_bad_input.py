@@ -72,6 +72,31 @@ CHANGES = {
     "no address": ({"base_url": "localhost:8000"}, "base_url: expected an address such as https://"),
     "too long an address": ({"base_url": "http://h/v1/chat/completions"}, "leave /chat/completions out"),
     "logprobs": ({"top_logprobs": 5}, "endpoints give them with `logprobs: true` alone."),
+    "one label": ({"labels": ["a"], "num_samples": 5}, "labels: expected two names or more"),
+    "a label twice": ({"labels": ["a", "A "], "num_samples": 5}, "labels: 'a' is there twice."),
+    "too many labels": ({"labels": [f"l{n}" for n in range(27)], "num_samples": 5}, "Set `label_answers: names`."),
+    "labels alone": ({"labels": ["a", "b"]}, "labels: one thing has to say how sure the teacher is"),
+    "labels, said twice": (
+        {"labels": ["a", "b"], "num_samples": 5, "logprobs": True, "top_logprobs": 5},
+        "one thing has to",
+    ),
+    "labels without alternatives": ({"labels": ["a", "b"], "logprobs": True}, "need `top_logprobs: 20`"),
+    "a label's prompt without the text": (
+        {"labels": ["a", "b"], "num_samples": 5, "label_prompt": "{labels}?"},
+        "label_prompt: it needs {text} and {labels}",
+    ),
+    "a label's prompt alone": (
+        {"label_prompt": "{text}{labels}"},
+        "label_prompt: it asks for one of `labels`. Name them.",
+    ),
+    "labels as messages": (
+        {"labels": ["a", "b"], "num_samples": 5, "conversational": True},
+        "conversational: a set of labels",
+    ),
+    "labels of no text": ({"labels": ["a", "b"], "num_samples": 5, "prompt_column": "x"}, "has no column 'x'"),
+    "agreement of one": ({"teacher_confidence": "agreement"}, "Set num_samples to 2 or more."),
+    "a mean of nothing": ({"teacher_confidence": "mean_logprob"}, "mean_logprob needs `logprobs: true`. Add it."),
+    "no such confidence": ({"teacher_confidence": "high"}, "expected one of agreement, mean_logprob, verbalised"),
     "a tokenizer without log-probabilities": ({"tokenizer": "x"}, "with `logprobs: true` alone. Add it."),
     "no tokenizer": (
         {"tokenizer": "no/such/folder", "logprobs": True},
@@ -145,6 +170,13 @@ ROWS = {
 def test_rows(refusal, tmp_path, rows, message):
     prompts_file(tmp_path, rows)
     assert message in refusal()
+
+
+def test_labels_of_messages(refusal, tmp_path):
+    prompts_file(tmp_path, [{"text": [{"role": "user", "content": "A?"}]}])
+    assert "labels: they are of texts, but `text` is no text." in refusal(labels=["a", "b"], num_samples=5)
+    prompts_file(tmp_path, [{"note": "A?"}])
+    assert "neither a column `text` nor `prompt`; columns found: note." in refusal(labels=["a", "b"], num_samples=5)
 
 
 def test_a_journal_in_use(refusal, tmp_path):

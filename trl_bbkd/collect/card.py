@@ -28,6 +28,9 @@ SAMPLING = (
     "logprobs",
     "top_logprobs",
     "return_token_ids",
+    "labels",
+    "label_prompt",
+    "teacher_confidence",
     "extra_body",
 )
 
@@ -68,8 +71,9 @@ def card(settings: CollectConfig, survey: Survey, spent: Spent, found: dict[str,
 def _what(settings: CollectConfig, survey: Survey) -> list[str]:
     models = ", ".join(f"{code(name)} ({count:,})" for name, count in survey.models.most_common() if name)
     dates = " to ".join(dict.fromkeys(date[:10] for date in (survey.first, survey.last) if date))
+    rows = "answers" if settings.labels is None else "texts with the teacher's label"
     lines = [
-        f"{survey.rows:,} answers, one a row, collected with trl-bbkd {__version__}"
+        f"{survey.rows:,} {rows}, one a row, collected with trl-bbkd {__version__}"
         + (f", {dates}." if dates else "."),
         "",
         f"- Teacher: {code(settings.model)} at {endpoint_family(settings.base_url)}",
@@ -111,6 +115,7 @@ def _aligned(tokenizer: str) -> str:
 
 def _counts(survey: Survey) -> list[list[str]]:
     rows = [("answers in the set", survey.rows)]
+    rows += [(f"label {label}", count) for label, count in survey.labels.most_common()]
     rows += [(f"left out: {reason}", count) for reason, count in survey.reasons.most_common()]
     rows += [(f"failed: {kind}", count) for kind, count in survey.failures.most_common()]
     rows += [(f"log-probabilities: {state}", count) for state, count in survey.logprobs.most_common()]

@@ -63,7 +63,7 @@ def collect(settings: CollectConfig) -> bool:
     for line in warnings(settings, survey, collection.found):
         _say(f"Warning: {line}")
     if survey.rows:
-        _say(f"{survey.rows:,} answers in {folder / FILE}.")
+        _say(f"{survey.rows:,} {'answers' if settings.labels is None else 'labelled texts'} in {folder / FILE}.")
     for what, counts in (("Left out", survey.reasons), ("Failed", survey.failures)):
         if counts:
             retry = " Ask again with --retry_failed." if what == "Failed" else ""

@@ -44,6 +44,8 @@ NAMES_ELSEWHERE = {
     **dict.fromkeys(("column", "prompt_key", "text_column"), ("prompt_column",)),
     **dict.fromkeys(("limit", "max_samples", "max_rows"), ("max_prompts",)),
     **dict.fromkeys(("temp",), ("temperature",)),
+    **dict.fromkeys(("classes", "label_names", "class_names"), ("labels",)),
+    **dict.fromkeys(("confidence",), ("teacher_confidence",)),
     **dict.fromkeys(("tokenizer_name", "tokenizer_name_or_path", "student", "student_tokenizer"), ("tokenizer",)),
     **dict.fromkeys(("extra", "generation_kwargs", "model_kwargs"), ("extra_body",)),
 }

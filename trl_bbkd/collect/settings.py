@@ -21,6 +21,8 @@ OWN_PARAMETERS = (
     "logprobs",
     "top_logprobs",
 )
+AGREEMENT, MEAN_LOGPROB, VERBALISED = CONFIDENCES = ("agreement", "mean_logprob", "verbalised")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SECRET_WORDS = ("key", "token", "secret", "password", "auth", "sig")
 
 
@@ -82,6 +84,18 @@ class CollectConfig:
         tokenizer (`str`, *optional*):
             Folder or Hub id of the student's tokenizer, if it is the teacher's too: the set has log-probabilities by its tokens,
             in the column `top_logprobs`, which Bayes-KD reads.
+        labels (`list[str]`, *optional*):
+            Ask which of these labels a text has, for LLKD: the set has `text`, `label`, `teacher_confidence` and
+            `teacher_probs`, one row a text. `logprobs` with `top_logprobs`, several samples or `teacher_confidence:
+            verbalised` say how sure the teacher is.
+        label_answers (`str`, *optional*, defaults to `"letters"`):
+            Whether the teacher answers by a label's letter or by its name: `letters` or `names`.
+        label_prompt (`str`, *optional*):
+            What is asked, with `{text}` and `{labels}`; by default a short question.
+        teacher_confidence (`str`, *optional*):
+            How sure the teacher is of an answer, as a column: `agreement`, the share of a prompt's answers that are the same;
+            `mean_logprob`, the exponential of the mean log-probability of its tokens; or `verbalised`, what it says when it is
+            asked. Answers without one are left out.
         extra_body (`dict[str, Any]`, *optional*):
             Further parameters of the request, such as `{"reasoning_effort": "low"}`.
         conversational (`bool`, *optional*):
@@ -147,6 +161,15 @@ class CollectConfig:
     tokenizer: str | None = field(
         default=None, metadata=_help("The student's tokenizer, by whose tokens the set has log-probabilities.")
     )
+    labels: list[str] | None = field(default=None, metadata=_help("Ask which of these labels a text has, for LLKD."))
+    label_answers: str = field(
+        default="letters",
+        metadata={**_help("Whether a label is answered by its letter or its name."), "choices": ("letters", "names")},
+    )
+    label_prompt: str | None = field(default=None, metadata=_help("What is asked, with {text} and {labels}."))
+    teacher_confidence: str | None = field(
+        default=None, metadata={**_help("How sure the teacher is, as a column."), "choices": CONFIDENCES}
+    )
     extra_body: dict[str, Any] | None = field(default=None, metadata=_help("Further parameters of the request."))
     conversational: bool | None = field(
         default=None, metadata=_help("Whether the set has messages or texts; what the prompts are.")
@@ -186,6 +209,11 @@ class CollectConfig:
             raise ValueError(
                 "tokenizer: there are log-probabilities by its tokens with `logprobs: true` alone. Add it."
             )
+        self._check_confidence()
+        if self.labels is not None:
+            self._check_labels(self.labels)
+        elif self.label_prompt is not None:
+            raise ValueError("label_prompt: it asks for one of `labels`. Name them.")
         for name in self.extra_body or ():
             if name in OWN_PARAMETERS:
                 advice = "answers are read whole" if name == "stream" else "a recipe has a key for it"
@@ -195,6 +223,48 @@ class CollectConfig:
             raise ValueError(
                 "api_key_env: it is the name of an environment variable, such as OPENAI_API_KEY, not a key."
             )
+
+    def _check_confidence(self):
+        kind = self.teacher_confidence
+        if kind == AGREEMENT and self.num_samples < 2:
+            raise ValueError(
+                "teacher_confidence: agreement needs several answers to a prompt. Set num_samples to 2 or more."
+            )
+        if kind == MEAN_LOGPROB and not self.logprobs:
+            raise ValueError("teacher_confidence: mean_logprob needs `logprobs: true`. Add it.")
+        if kind == VERBALISED and self.tokenizer is not None:
+            raise ValueError(
+                "teacher_confidence: of what the teacher says, verbalised takes the last line off, which `top_logprobs` would have. "
+                "Take tokenizer out."
+            )
+
+    def _check_labels(self, labels: list[str]):
+        if len(labels) < 2 or not all(label.strip() for label in labels):
+            raise ValueError("labels: expected two names or more, none of them empty.")
+        plain = [" ".join(label.casefold().split()) for label in labels]
+        twice = next((label for label, name in zip(labels, plain, strict=True) if plain.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"labels: {twice!r} is there twice.")
+        by_letter = self.label_answers == "letters"
+        if by_letter and len(labels) > len(LETTERS):
+            raise ValueError(f"labels: letters are for {len(LETTERS)} at most. Set `label_answers: names`.")
+        if self.label_prompt is not None and not all(part in self.label_prompt for part in ("{text}", "{labels}")):
+            raise ValueError(
+                "label_prompt: it needs {text} and {labels}, which stand for a row's text and the labels."
+            )
+        if self.logprobs and (self.top_logprobs is None or not by_letter):
+            raise ValueError(
+                "labels: log-probabilities of labels need `top_logprobs: 20` and `label_answers: letters`."
+            )
+        ways = (self.logprobs, self.num_samples > 1, self.teacher_confidence == VERBALISED)
+        if sum(ways) != 1 or self.teacher_confidence == MEAN_LOGPROB:
+            raise ValueError(
+                "labels: one thing has to say how sure the teacher is: `logprobs: true` with `top_logprobs: 20`, or `num_samples: 5`, "
+                "or `teacher_confidence: verbalised`."
+            )
+        for name in ("tokenizer", "conversational", "keep_cut_answers", "keep_filtered_answers", "keep_system_prompt"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: a set of labels has no answers as texts. Take it out.")
 
     def _check_numbers(self):
         limits = ("max_prompts", "requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens")
