@@ -1,6 +1,7 @@
 """What is wrong with a recipe is one line, before the first request."""
 
 import sqlite3
+import sys
 
 import pytest
 from tokenizers import normalizers
@@ -72,6 +73,12 @@ CHANGES = {
     "no address": ({"base_url": "localhost:8000"}, "base_url: expected an address such as https://"),
     "too long an address": ({"base_url": "http://h/v1/chat/completions"}, "leave /chat/completions out"),
     "logprobs": ({"top_logprobs": 5}, "endpoints give them with `logprobs: true` alone."),
+    "a share of 1": ({"max_similarity": 1.0}, "max_similarity: expected a share between 0 and 1, got 1."),
+    "no characters": ({"max_characters": 0}, "max_characters: expected 1 or more, got 0."),
+    "filters of labels": (
+        {"labels": ["a", "b"], "num_samples": 5, "max_characters": 9},
+        "max_characters: a set of labels has",
+    ),
     "one label": ({"labels": ["a"], "num_samples": 5}, "labels: expected two names or more"),
     "a label twice": ({"labels": ["a", "A "], "num_samples": 5}, "labels: 'a' is there twice."),
     "too many labels": ({"labels": [f"l{n}" for n in range(27)], "num_samples": 5}, "Set `label_answers: names`."),
@@ -170,6 +177,24 @@ ROWS = {
 def test_rows(refusal, tmp_path, rows, message):
     prompts_file(tmp_path, rows)
     assert message in refusal()
+
+
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [("py3langid", {"languages": ["en"]}), ("rensa", {"max_similarity": 0.8})],
+    ids=["py3langid", "rensa"],
+)
+def test_a_filter_whose_package_is_missing(refusal, monkeypatch, package, changes):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    assert refusal(**changes) == (
+        f'{next(iter(changes))}: this needs {package}, which is not installed: pip install "trl-bbkd[filters]".'
+    )
+
+
+def test_a_language_that_is_none(refusal):
+    pytest.importorskip("py3langid")
+    assert "languages: 'english' is none of af, am, ar," in refusal(languages=["english"])
 
 
 def test_labels_of_messages(refusal, tmp_path):

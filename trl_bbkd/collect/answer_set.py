@@ -20,6 +20,7 @@ from ..data.teacher_tokens import RENDERED_COLUMNS, prompt_and_answer_ids
 from ..errors import TeacherDataError
 from .alignment import Aligner
 from .confidence import confidences, split_confidence
+from .filters import Filters
 from .journal import Entry, Journal
 from .labels import Labelled
 from .probe import state_of_logprobs
@@ -33,6 +34,8 @@ FILE, LEFT_OUT = "train.parquet", "left_out.jsonl"
 CALL = "tool call beside texts"
 NO_LABEL, NO_CONFIDENCE = "no label", "no confidence"
 ROWS_AT_ONCE = 512
+# Of what is left out, by reason: how many, and characters of each
+EXAMPLES, EXAMPLE = 3, 100
 TEXT = Value("string")
 NUMBERS = {"ids": List(List(Value("int32"))), "logprobs": List(List(Value("float32")))}
 ALIGNED = {**NUMBERS, "exact": Value("bool"), "tokens": List(Value("int32"))}
@@ -90,6 +93,7 @@ class Survey:
         rows (`int`): answers of the set.
         duplicates (`int`): answers that are not asked for, since an earlier row is the same.
         reasons (`Counter`): answers that are left out, by reason.
+        examples (`dict[str, list[str]]`): the first answers that are left out, by reason.
         failures (`Counter`): requests that failed, by kind.
         not_asked (`int`): answers that are missing.
         models, fingerprints (`Counter`): answers by what the endpoint says of itself.
@@ -107,6 +111,7 @@ class Survey:
     rows: int = 0
     duplicates: int = 0
     reasons: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     failures: Counter = field(default_factory=Counter)
     not_asked: int = 0
     models: Counter = field(default_factory=Counter)
@@ -139,10 +144,21 @@ class AnswerSet:
             The answers.
         aligner ([`~collect.alignment.Aligner`], *optional*):
             What brings log-probabilities to the named tokenizer's tokens.
+        filters ([`~collect.filters.Filters`], *optional*):
+            What the recipe leaves out beside.
     """
 
-    def __init__(self, prompts: Prompts, maker: RequestMaker, journal: Journal, aligner: Aligner | None = None):
-        self.prompts, self.maker, self.journal, self.aligner = prompts, maker, journal, aligner
+    def __init__(
+        self,
+        prompts: Prompts,
+        maker: RequestMaker,
+        journal: Journal,
+        aligner: Aligner | None = None,
+        filters: Filters | None = None,
+    ):
+        self.prompts, self.maker, self.journal, self.aligner, self.filters = prompts, maker, journal, aligner, filters
+        # Of answers that the filters have seen, those that they leave out
+        self._filtered: dict[tuple[int, int], str] = {}
         self.settings = maker.settings
 
     def write(self, folder: Path) -> Survey:
@@ -177,6 +193,8 @@ class AnswerSet:
                     survey.duplicates += 1
             if answers:
                 self._rate(answers)
+                for one in answers:
+                    self._filter(prompt, one, is_new=survey is not None)
                 yield Group(prompt, answers, self._label(answers))
 
     def _answered(self, sample: int, entry: Entry | None) -> Answered:
@@ -208,6 +226,14 @@ class AnswerSet:
                 is_empty = not (choice.content.strip() or choice.raw["message"].get("tool_calls"))
                 one.left_out = EMPTY if is_empty else NO_CONFIDENCE if confidence is None else None
 
+    def _filter(self, prompt: Prompt, one: Answered, is_new: bool) -> None:
+        """Ask the filters, once: what they say of an answer may depend on those before it."""
+        place = (prompt.place, one.sample)
+        if is_new and self.filters is not None and one.choice is not None and one.left_out is None:
+            if (reason := self.filters.reason(one.choice.content)) is not None:
+                self._filtered[place] = reason
+        one.left_out = self._filtered.get(place, one.left_out)
+
     def _label(self, answers: list[Answered]) -> Labelled | None:
         labeller = self.prompts.labeller
         if labeller is None:
@@ -237,6 +263,9 @@ class AnswerSet:
                     if one.left_out is not None:
                         survey.reasons[one.left_out] += 1
                         text = choice.content or choice.reasoning
+                        examples = survey.examples.setdefault(one.left_out, [])
+                        if len(examples) < EXAMPLES:
+                            examples.append(f"row {group.prompt.place}: {_shown(text)}")
                         yield {**what, "left_out": one.left_out, "begins": text[:200]}
             _compare([one.choice.content for one in group.answers if one.choice and one.choice.reason is None], survey)
             if group.labelled is not None and self.settings.labels is not None:
@@ -369,6 +398,11 @@ def _table(rows: list[dict[str, Any]], features: Features) -> pa.Table:
     """Rows as `datasets` stores them, so that it reads them with the same types."""
     columns = {name: [row[name] for row in rows] for name in features}
     return Dataset.from_dict(columns, features=features).with_format("arrow")[:]
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text on one line, without what a terminal would act on."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text[:EXAMPLE]).split())
 
 
 def _answer_tokens(tokenizer: Any, rows: list[dict[str, Any]]) -> list[list[int] | None]:

@@ -11,7 +11,7 @@ from ..reports.markdown import code, escape, table
 from .answer_set import EXACT, FILE, LEFT_OUT, Survey
 from .budget import Spent
 from .probe import HONOURED
-from .settings import CollectConfig
+from .settings import FILTER_KEYS, CollectConfig
 
 
 TERMS = (
@@ -31,6 +31,7 @@ SAMPLING = (
     "labels",
     "label_prompt",
     "teacher_confidence",
+    *FILTER_KEYS,
     "extra_body",
 )
 
@@ -64,6 +65,9 @@ def card(settings: CollectConfig, survey: Survey, spent: Spent, found: dict[str,
     lines += ["## Counts", "", *table(["what", "number"], _counts(survey)), ""]
     if survey.reasons or survey.failures:
         lines += [f"`{LEFT_OUT}` lists what was left out and what failed, row by row.", ""]
+    if survey.examples:
+        cells = [[escape(why), code(example)] for why, examples in survey.examples.items() for example in examples]
+        lines += ["The first that were left out:", "", *table(["why", "which"], cells), ""]
     lines += ["## Cost", "", *_cost(settings, survey, spent), "", "## Terms of use", "", TERMS, ""]
     return "\n".join(lines)
 
@@ -101,7 +105,7 @@ def _parameters(settings: CollectConfig) -> list[list[str]]:
     return [
         [code(name), "the endpoint's own" if value is None else code(json.dumps(value, ensure_ascii=False))]
         for name, value in values.items()
-        if value is not None or name in ("temperature", "top_p")
+        if (value is not None and value is not False) or name in ("temperature", "top_p")
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import EndpointError, RecipeError
-from .settings import CollectConfig
+from .settings import FILTER_KEYS, CollectConfig
 from .tally import Tally, listed
 
 
@@ -38,12 +38,14 @@ def collect(settings: CollectConfig) -> bool:
     from ..host.files import write_atomically
     from .answer_set import FILE, AnswerSet
     from .card import card, warnings
+    from .filters import Filters
     from .journal import Journal
     from .prompts import Prompts
     from .run import Collection
 
     folder = Path(settings.output_dir).expanduser()
     prompts = Prompts(settings)
+    filters = Filters(settings) if any(getattr(settings, name) for name in FILTER_KEYS) else None
     aligner = None if settings.tokenizer is None else _aligner(settings.tokenizer, prompts)
     journal_file = Path(settings.journal).expanduser() if settings.journal else folder / "journal.sqlite"
     with Journal(journal_file) as journal:
@@ -55,7 +57,7 @@ def collect(settings: CollectConfig) -> bool:
         interrupted = False
         if collection.tally.expected:
             interrupted = _ask(collection, settings)
-        survey = AnswerSet(prompts, collection.maker, journal, aligner).write(folder)
+        survey = AnswerSet(prompts, collection.maker, journal, aligner, filters).write(folder)
         spent = journal.spent()
         # A set of an earlier recipe keeps its card until there is another
         if survey.rows or not (folder / FILE).exists():
@@ -68,6 +70,9 @@ def collect(settings: CollectConfig) -> bool:
         if counts:
             retry = " Ask again with --retry_failed." if what == "Failed" else ""
             _say(f"{what}: {listed(counts)}.{retry}")
+    for reason, examples in survey.examples.items():
+        for example in examples:
+            _say(f"  {reason}, {example}")
     end = collection.end
     if end is not None and end.kind == "error":
         raise EndpointError(f"{end.text.rstrip('.')}.{_open(survey.not_asked)}")

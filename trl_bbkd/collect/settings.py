@@ -22,6 +22,14 @@ OWN_PARAMETERS = (
     "top_logprobs",
 )
 AGREEMENT, MEAN_LOGPROB, VERBALISED = CONFIDENCES = ("agreement", "mean_logprob", "verbalised")
+FILTER_KEYS = (
+    "leave_out_refusals",
+    "min_characters",
+    "max_characters",
+    "max_repetition",
+    "languages",
+    "max_similarity",
+)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SECRET_WORDS = ("key", "token", "secret", "password", "auth", "sig")
 
@@ -104,6 +112,17 @@ class CollectConfig:
             Whether answers that were cut at `max_tokens` go into the set.
         keep_filtered_answers (`bool`, *optional*, defaults to `False`):
             Whether answers that the provider's content filter touched go into the set.
+        leave_out_refusals (`bool`, *optional*, defaults to `False`):
+            Whether answers that open as a refusal does are left out of the set.
+        min_characters, max_characters (`int`, *optional*):
+            Leave shorter and longer answers out.
+        max_repetition (`float`, *optional*):
+            Leave answers out of whose 4-grams of words a larger share is repeated.
+        languages (`list[str]`, *optional*):
+            Leave answers of other languages out, such as `[en, de]`. It needs the extra `filters`.
+        max_similarity (`float`, *optional*):
+            Leave answers out that are as similar, or more, to an earlier one: Jaccard similarity of their 3-grams of words, by
+            sketches, which miss some. It needs the extra `filters`.
         concurrency (`int`, *optional*, defaults to `16`):
             Requests in flight at most. Fewer are sent while the endpoint says that they are too many.
         requests_per_minute, tokens_per_minute (`int`, *optional*):
@@ -176,6 +195,16 @@ class CollectConfig:
     )
     keep_cut_answers: bool = field(default=False, metadata=_help("Whether answers cut at max_tokens are kept."))
     keep_filtered_answers: bool = field(default=False, metadata=_help("Whether filtered answers are kept."))
+    leave_out_refusals: bool = field(default=False, metadata=_help("Whether answers that refuse are left out."))
+    min_characters: int | None = field(default=None, metadata=_help("Leave shorter answers out."))
+    max_characters: int | None = field(default=None, metadata=_help("Leave longer answers out."))
+    max_repetition: float | None = field(
+        default=None, metadata=_help("Leave answers out of whose 4-grams a larger share is repeated.")
+    )
+    languages: list[str] | None = field(default=None, metadata=_help("Leave answers of other languages out."))
+    max_similarity: float | None = field(
+        default=None, metadata=_help("Leave answers out that are so similar to an earlier one.")
+    )
     concurrency: int = field(default=16, metadata=_help("Requests in flight at most."))
     requests_per_minute: int | None = field(default=None, metadata=_help("Limit of the endpoint."))
     tokens_per_minute: int | None = field(default=None, metadata=_help("Limit of the endpoint."))
@@ -262,13 +291,15 @@ class CollectConfig:
                 "labels: one thing has to say how sure the teacher is: `logprobs: true` with `top_logprobs: 20`, or `num_samples: 5`, "
                 "or `teacher_confidence: verbalised`."
             )
-        for name in ("tokenizer", "conversational", "keep_cut_answers", "keep_filtered_answers", "keep_system_prompt"):
+        others = ("tokenizer", "conversational", "keep_cut_answers", "keep_filtered_answers", "keep_system_prompt")
+        for name in (*others, *FILTER_KEYS):
             if getattr(self, name):
                 raise ValueError(f"{name}: a set of labels has no answers as texts. Take it out.")
 
     def _check_numbers(self):
         limits = ("max_prompts", "requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens")
-        for name in ("num_samples", "max_tokens", "concurrency", *limits):
+        lengths = ("min_characters", "max_characters")
+        for name in ("num_samples", "max_tokens", "concurrency", *lengths, *limits):
             value = getattr(self, name)
             if value is not None and value < 1:
                 advice = " Take it out for no limit." if name in limits else ""
@@ -283,6 +314,10 @@ class CollectConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {value:g}.")
         if self.top_logprobs is not None and not 1 <= self.top_logprobs <= 20:
             raise ValueError(f"top_logprobs: expected 1 to 20, got {self.top_logprobs}.")
+        for name in ("max_repetition", "max_similarity"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {value:g}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p:g}.")
 
