@@ -245,6 +245,67 @@ def test_a_space_that_opens_a_text_may_be_the_answers_own():
         assert all(value["ids"][1:])
 
 
+def token(text, logprob, *others, shown=None):
+    """One token as a real vLLM writes it: alternatives with the bytes of what is written of them."""
+    listed = [(text, logprob), *others]
+    return {
+        "token": text,
+        "logprob": logprob,
+        "bytes": list((text if shown is None else shown).encode()),
+        "top_logprobs": [{"token": one, "logprob": number, "bytes": list(one.encode())} for one, number in listed],
+    }
+
+
+class TestVLLM:
+    """An apple over four bytes, two of which a tokenizer has no piece for: as vLLM 0.32 shows it."""
+
+    text = "The sky 🍏!"
+
+    def value(self, entries, ended=True):
+        mine = speller("another byte-level")
+        ids = encode("another byte-level", self.text)
+        assert [mine.piece(id_) for id_ in ids[-5:]] == [b"\xf0", b"\x9f", b"\x8d", b"\x8f", b"!"]
+        raw = {"message": {"content": self.text}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+        answer = [*ids, mine.names["<|im_end|>"]]
+        return answer, trusting("another byte-level").align(read_choice(raw), answer)
+
+    def before(self):
+        mine = speller("another byte-level")
+        pieces = [mine.piece(id_).decode() for id_ in encode("another byte-level", self.text)[:-5]]
+        return [token(piece, -0.25, ("a", -3.0), ("", -4.0), ("\ufffd", -5.0)) for piece in pieces]
+
+    def test_cut_characters(self):
+        """They come as nothing, and then as a whole that is none of the tokens; the joined bytes are the text's all the same."""
+        cut = [token("", -0.5), token("", -0.25), token("", -0.125), token("🍏", -0.1, ("🍎", -3.0))]
+        entries = [*self.before(), *cut, token("!", -0.5, ("?", -2.0)), token("<|im_end|>", -0.0625)]
+        assert b"".join(bytes(entry["bytes"]) for entry in entries[:-1]).decode() == self.text
+        answer, value = self.value(entries)
+        assert [bool(ids) for ids in value["ids"]] == [*[True] * len(self.before()), *[False] * 4, True, True]
+        assert not value["exact"] and value["logprobs"][-1] == [-0.0625] and value["ids"][-1] == answer[-1:]
+        # What is shown of an alternative as nothing, or as a replacement, is no token
+        assert all(len(ids) <= 2 for ids in value["ids"])
+
+    def test_ids_on_request(self):
+        mine = speller("another byte-level")
+        ids = [*encode("another byte-level", self.text), mine.names["<|im_end|>"]]
+        other = mine.token(b"a")
+        entries = [token(f"token_id:{id_}", -0.25, (f"token_id:{other}", -3.0), shown="") for id_ in ids]
+        entries[-1] = token(f"token_id:{ids[-1]}", -0.25, ("token_id:99999", -3.0), shown="<|im_end|>")
+        answer, value = self.value(entries)
+        assert value["exact"] and value["ids"] == [*([id_, other] for id_ in ids[:-1]), ids[-1:]]
+
+    def test_no_value(self):
+        entries = [
+            *self.before(),
+            *[token("", -0.5)] * 3,
+            token("🍏", -0.5),
+            token("!", -9999.0),
+            token("<|im_end|>", -9999.0),
+        ]
+        answer, value = self.value(entries)
+        assert value["ids"][-2:] == [[], []]
+
+
 LOSSY = {
     "lower case": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()), "cannot spell 'Naïve"),
     "compatibility": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.NFKC()), "cannot spell 'ﬁne"),
