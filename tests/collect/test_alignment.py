@@ -10,8 +10,10 @@ from tokenizers import Regex, decoders, normalizers
 
 from tests.collect.teachers import ENGLISH, Teacher, byte_level, sentencepiece_bpe, split_otherwise, unigram
 from trl_bbkd.collect.alignment import Aligner
+from trl_bbkd.collect.layout import lay_out
 from trl_bbkd.collect.replies import read_choice
 from trl_bbkd.collect.spelling import Speller
+from trl_bbkd.collect.teacher_tokens import place
 from trl_bbkd.errors import RecipeError
 
 
@@ -96,6 +98,61 @@ def test_no_wrong_token(teacher, student, style):
         check(teacher, student, style, text, random.Random(seed))
 
     holds()
+
+
+HIDDEN = "\ufffd".encode()
+LAYOUTS = {
+    "all shown": ([b"a", b"bc"], "abc", [(0, 1), (1, 3)]),
+    "another text": ([b"a", b"bd"], "abc", None),
+    "too short": ([b"a"], "abc", None),
+    "too long": ([b"abc", b"d"], "abc", None),
+    "one hidden": ([b"a", HIDDEN, b"b"], "aéb", [(0, 1), (1, 3), (3, 4)]),
+    "one hidden at the end": ([b"a", HIDDEN], "aé", [(0, 1), (1, 3)]),
+    "a byte each": ([HIDDEN, HIDDEN, b"b"], "éb", [(0, 1), (1, 2), (2, 3)]),
+    "not a byte each": ([HIDDEN, HIDDEN, b"b"], "日b", [None, None, (3, 4)]),
+    "more hidden than bytes": ([HIDDEN, HIDDEN, HIDDEN, b"b"], "éb", None),
+    "nothing shown, and then all": ([b"", "日".encode(), b"b"], "日b", [None, None, (3, 4)]),
+    "replaced, and then all": ([HIDDEN, "日".encode(), b"b"], "日b", [None, None, (3, 4)]),
+    "nothing shown of a token that may be none": ([b"", HIDDEN, b"b"], "éb", [None, None, None]),
+    "a letter that is there twice": ([HIDDEN, b"a", HIDDEN], "éaaé", [None, None, None]),
+    "a letter that is there twice, and then something else": (
+        [HIDDEN, b"a", HIDDEN, b"b"],
+        "éaaéb",
+        [None, None, None, (6, 7)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("pieces", "text", "spans"), LAYOUTS.values(), ids=LAYOUTS)
+def test_where_tokens_lie(pieces, text, spans):
+    assert lay_out(pieces, text.encode()) == spans
+
+
+def placed(content, *pieces, finish_reason="stop", **message):
+    entries = [{"token": piece, "logprob": -0.5, "bytes": list(piece.encode())} for piece in pieces]
+    raw = {
+        "message": {"content": content, **message},
+        "logprobs": {"content": entries},
+        "finish_reason": finish_reason,
+    }
+    return place(read_choice(raw))
+
+
+def test_of_a_hidden_token_at_the_beginning_a_space_may_be_a_part():
+    assert [token.span for token in placed("éb", "\ufffd", "b", finish_reason="length").tokens] == [None, (2, 3)]
+
+
+def test_a_last_token_may_be_the_end_alone_where_an_answer_has_ended():
+    assert placed("ab", "a", "b", "</s>").end.shown.text == "</s>"
+    assert placed("ab", "a", "b", "</s>", finish_reason="length") is None
+    assert placed("aé", "a", "\ufffd").end is None
+    assert placed("a", "a", "\ufffd").end is not None
+
+
+def test_where_a_thought_may_end_in_two_places_nothing_is_said():
+    assert placed("a", "x", "a", "a", reasoning="xa", finish_reason="length").tokens[0].span == (0, 1)
+    assert placed("a", "x", "a", "a", reasoning="xa") is None  # the last one may be the end
+    assert placed("日", "\ufffd", "\ufffd", "\ufffd", reasoning="x") is None
 
 
 TEXT = "The sky over Zürich is blue 🍏, 日本語の空 naïve apple. Hello, cat! How are you today?"

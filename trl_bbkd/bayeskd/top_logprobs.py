@@ -79,8 +79,8 @@ def check_top_logprobs(
         if tokens is not None and list(tokens[: len(answer)]) != list(answer):
             raise TeacherDataError(
                 f"{place} is of other tokens than the student's tokenizer makes of the answer: the first ones are "
-                f"{list(tokens[:SHOWN_TOKENS])} there and {list(answer[:SHOWN_TOKENS])} here. Collect with the student's `tokenizer`, or "
-                "take the column out."
+                f"{list(tokens[:SHOWN_TOKENS])} there and {list(answer[:SHOWN_TOKENS])} here. Collect with the student's `tokenizer` and "
+                "train with the defaults of `reasoning` and `chat_template_kwargs`, or take the column out."
             )
         was_cut = answer[-1:] != [eos_id]
         fits = len(ids) >= len(answer) if was_cut else len(ids) in (len(answer) - 1, len(answer))

@@ -14,7 +14,7 @@ from ..bayeskd.top_logprobs import ROUNDING
 from .layout import Span, is_hidden
 from .replies import Choice
 from .spelling import Speller
-from .teacher_tokens import ID_PREFIX, Placed, PlacedTokens, Shown, place
+from .teacher_tokens import ID_PREFIX, Placed, PlacedTokens, Shown, place, shows_numbers
 
 
 # Two tokenizers have letters and syllables in common. Of so many different tokens, each of so many bytes, they have not
@@ -39,7 +39,9 @@ class Aligner:
 
     def look(self, choice: Choice) -> None:
         """See whether the teacher's numbers of tokens are the named tokenizer's. All answers are looked at before one is aligned."""
-        if not self._reads_numbers and (found := place(choice, self.speller)) is not None and found.by_id:
+        if self._reads_numbers or not shows_numbers(choice):
+            return
+        if (found := place(choice, self.speller)) is not None and found.by_id:
             self._proven.update(token.shown.id for token in found.tokens)
             self._reads_numbers = self._tell(self._proven)
 

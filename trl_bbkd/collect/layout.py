@@ -110,8 +110,13 @@ def _ways(group: _Group, start: int, text: bytes) -> Iterator[_Way]:
 
 def _spans(group: _Group, ways: set[tuple[int, _Way]]) -> list[Span | None]:
     # Of what nothing is shown, a later token may show the bytes
-    if len(ways) > 1 or group.has_silent:
+    if group.has_silent:
         return [None] * group.size
+    if len(ways) > 1:
+        places = {(way.shown_start, way.end) for _, way in ways}
+        (start, end), *others = places
+        shown = None if others or start is None else Span(start, end)
+        return [*[None] * group.hidden, *[shown] * (group.shown is not None)]
     ((start, way),) = ways
     if group.shown is None:
         return _hidden_spans(group.hidden, start, way.end)

@@ -63,6 +63,11 @@ class PlacedTokens(NamedTuple):
     by_id: bool
 
 
+def shows_numbers(choice: Choice) -> bool:
+    """Whether an endpoint writes numbers of tokens in the place of their texts."""
+    return any(str(entry.get("token")).startswith(ID_PREFIX) for entry in token_entries(choice)[:1])
+
+
 def place(choice: Choice, speller: Speller | None = None) -> PlacedTokens | None:
     """
     Lay the tokens of an answer's log-probabilities over its text. Tokens of a thought before it are passed over.
@@ -175,7 +180,12 @@ def _by_text(pieces: list[bytes], text: bytes, choice: Choice) -> tuple[int, lis
     if "�" in choice.content:
         return None  # of several tokens' bytes: what each of them is cannot be told
     found = list(_layouts(pieces, text, bool(choice.reasoning), choice.finish_reason != CUT))
-    return found[0] if len(found) == 1 else None
+    if len({(first, ended) for first, _, ended in found}) != 1:
+        return None
+    # With and without a space before the text, tokens may lie alike
+    (first, _, ended), *_ = found
+    places = zip(*(spans for _, spans, _ in found), strict=True)
+    return first, [one if all(other == one for other in others) else None for one, *others in places], ended
 
 
 def _layouts(
