@@ -363,6 +363,18 @@ class TestVLLM:
         assert value["ids"][-2:] == [[], []]
 
 
+def test_a_first_token_whose_space_is_not_shown():
+    """It is taken where the rest shows that the tokenizers are the same, but its alternatives are not."""
+    long, short = (
+        aligned("SentencePiece BPE", "SentencePiece BPE", "bytes", text, shows_opening=False)
+        for text in (TEXT, "The sky is blue.")
+    )
+    assert long["exact"] and len(long["ids"][0]) == 1
+    assert not short["exact"] and not short["ids"][0] and all(short["ids"][1:])
+    shown = aligned("SentencePiece BPE", "SentencePiece BPE", "bytes", "The sky is blue.", shows_opening=True)
+    assert shown["exact"] and len(shown["ids"][0]) > 1
+
+
 LOSSY = {
     "lower case": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.Lowercase()), "cannot spell 'Naïve"),
     "compatibility": (lambda tokenizer: setattr(tokenizer, "normalizer", normalizers.NFKC()), "cannot spell 'ﬁne"),

@@ -74,6 +74,9 @@ class Aligner:
             of_text.insert(0, 0)
         matched = self._matched(teacher, spans, answer)
         is_same = all(i in matched for i in of_text) and self._tell([answer[i] for i in of_text])
+        if self.speller.opens and not teacher.by_id and not is_same:
+            # Whether the teacher's first token has the space that opens a text, which is not shown, nothing says
+            matched = {i: token for i, token in matched.items() if token is not teacher.tokens[0] or _opens(token)}
         found: list[dict[int, float]] = [{} for _ in answer]
         for i, token in matched.items():
             found[i] = _known(answer[i], token, self._alternatives(teacher, token, is_same))
@@ -129,8 +132,8 @@ class Aligner:
 
     def _alternatives(self, teacher: PlacedTokens, token: Placed, is_same: bool) -> list[tuple[int, float]]:
         """Those of which it is known which token they are."""
-        is_first = token is teacher.tokens[0] and token.span is not None and token.span.start == 0
-        if is_first and not teacher.by_id and (self.speller.opens or not is_same):
+        is_bare = token is teacher.tokens[0] and not _opens(token)
+        if is_bare and not teacher.by_id and (self.speller.opens or not is_same):
             return []  # with or without the space that opens a text: two tokens, shown alike
         numbers = [one.logprob for one in token.alternatives if one.logprob is not None]
         # Whoever lists something else for the chosen token shows others as something else too
@@ -151,6 +154,11 @@ class Aligner:
             return id_
         # Its name says which special token it is, if the teacher's tokenizer is this one
         return speller.names.get(other.text) if is_same else None
+
+
+def _opens(token: Placed) -> bool:
+    """Whether a text's first token is shown with a space before the text."""
+    return token.span is not None and token.span.start < 0
 
 
 def _known(chosen: int, token: Placed, alternatives: list[tuple[int, float]]) -> dict[int, float]:
