@@ -188,6 +188,14 @@ def test_cut_characters_leave_holes(style):
     assert 0 < len(missing) < len(pieces) / 2
 
 
+def test_alternatives_to_a_part_of_a_character_are_none():
+    """Beside the bytes before it, a server may show them as characters that they are not."""
+    value = aligned("another byte-level", "another byte-level", "replaced")
+    pieces = [speller("another byte-level").piece(token) for token in value["tokens"][:-1]]
+    parts = [ids for ids, piece in zip(value["ids"], pieces, strict=False) if not is_utf8(piece)]
+    assert value["exact"] and len(parts) > 10 and all(len(ids) == 1 for ids in parts)
+
+
 def is_utf8(piece):
     try:
         return bool(piece.decode())
@@ -373,6 +381,76 @@ def test_a_first_token_whose_space_is_not_shown():
     assert not short["exact"] and not short["ids"][0] and all(short["ids"][1:])
     shown = aligned("SentencePiece BPE", "SentencePiece BPE", "bytes", "The sky is blue.", shows_opening=True)
     assert shown["exact"] and len(shown["ids"][0]) > 1
+
+
+END = "<|im_end|>"
+
+
+def shown_as(kind, ids, text, answer, style="bytes", **others):
+    """The value of an answer that a teacher wrote in these tokens."""
+    raw = Teacher(speller(kind), style, random.Random(1), **others).answer(ids, text)
+    return trusting(kind).align(read_choice(raw), [*answer, speller(kind).names[END]])
+
+
+def test_a_token_that_reaches_into_the_text_from_before_it():
+    """A template's letter and a teacher's space make tokens of the same length, that are not the same."""
+    student = encode("byte-level", "The sky is blue.")
+    pieces = [" he", *(speller("byte-level").piece(id_).decode() for id_ in student[1:])]
+    assert speller("byte-level").piece(student[0]) == b"The"
+    entries = [{"token": piece, "logprob": -0.5, "bytes": None} for piece in pieces]
+    raw = {"message": {"content": "he sky is blue."}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+    value = trusting("byte-level").align(read_choice(raw), [*student, speller("byte-level").names[END]])
+    assert value["ids"][0] == [] and not value["exact"] and all(value["ids"][1:-1])
+
+
+def test_a_space_of_its_own_before_the_text():
+    """Where the teacher wrote two tokens, and the student has one of them both."""
+    kind, text = "SentencePiece BPE", "a is blue."
+    student = encode(kind, text)
+    assert speller(kind).piece(student[0]) == b" a"
+    teacher = [speller(kind).token(b" "), speller(kind).token(b"a"), *student[1:]]
+    value = shown_as(kind, teacher, text, student, shows_opening=True)
+    assert value["ids"][0] == [] and not value["exact"] and all(value["ids"][1:])
+
+
+def test_a_space_that_the_teacher_did_not_write():
+    kind, text = "SentencePiece BPE", "龍 is blue."
+    student = encode(kind, text)
+    assert speller(kind).piece(student[0]) == b" "
+    value = shown_as(kind, student[1:], text, student, style="ids")
+    assert value["ids"][0] == [] and not value["exact"] and all(value["ids"][1:])
+
+
+def test_the_byte_of_a_letter_that_has_a_piece_is_another_token():
+    kind, text = "SentencePiece BPE", "The sky is blue, l d."
+    student = encode(kind, text)
+    pieces = [speller(kind).piece(id_) for id_ in student]
+    at = next(i for i, piece in enumerate(pieces) if len(piece) == 1 and piece.isalpha())
+    byte = speller(kind).tokenizer.convert_tokens_to_ids(f"<0x{pieces[at][0]:02X}>")
+    value = shown_as(kind, [*student[:at], byte, *student[at + 1 :]], text, student, style="ids")
+    assert value["ids"][at] == [] and not value["exact"]
+
+
+def test_an_answer_that_is_not_the_end_of_what_is_learned():
+    text = "The sky is blue."
+    ids = encode("byte-level", text)
+    assert shown_as("byte-level", ids, text, encode("byte-level", text + " It is.")) is None
+    assert shown_as("byte-level", ids, text, encode("byte-level", text + "\n"))["ids"][-1] != []
+
+
+def test_two_tokens_of_the_same_bytes_are_neither():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([" is", "\ufffd"])
+    mine = Speller(tokenizer, "mine")
+    assert mine.token(b" is") is None and mine.token(b" blue") is not None
+    # A token of the replacement character does not make that one of cut characters
+    answer = [*tokenizer(text="The sky", add_special_tokens=False)["input_ids"]]
+    entries = [token(mine.piece(id_).decode(), -0.5, ("\ufffd", -3.0), ("a", -4.0)) for id_ in answer]
+    raw = {"message": {"content": "The sky"}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+    value = Aligner(mine).align(read_choice(raw), [*answer, mine.names[END]])
+    assert mine.token("\ufffd".encode()) is not None and [len(ids) for ids in value["ids"][1:-1]] == [2] * (
+        len(answer) - 1
+    )
 
 
 LOSSY = {
