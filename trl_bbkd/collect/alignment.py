@@ -112,7 +112,7 @@ class Aligner:
         }
         # The space with which a tokenizer opens a text, which an endpoint need not show
         first = teacher.tokens[0].span
-        opening = {0: first} if spans and first and spans[0] == Span(-1, first.end) and first.start == 0 else {}
+        opening = {0: first} if spans and first and spans[0] == Span(-1, first.end) else {}
         matched = {}
         for i, span in enumerate(spans):
             token = by_span.get(span) or by_span.get(opening.get(i, span))
