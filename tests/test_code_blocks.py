@@ -250,6 +250,7 @@ TESTED = {
     },
     "docs/llkd.md": {
         "from datasets import Dataset": README + "code_of_the_llkd_docs_runs",
+        "base_url: http://127.0.0.1:8000/v1": README + "code_of_the_llkd_docs_runs",
         "method: llkd": README + "code_of_the_llkd_docs_runs",
         "selection: llkd": part_of_proxykd_recipe,
         "from dataclasses import dataclass": README + "code_of_the_llkd_docs_runs",

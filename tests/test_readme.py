@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from tests.code_blocks import code, code_blocks
 from tests.pictures import is_drawn
+from trl_bbkd.collect.reading import read_settings
 from trl_bbkd.data.teacher_data import check_teacher_data
 from trl_bbkd.runs.recipe import load_recipe
 
@@ -239,7 +240,10 @@ def test_code_of_the_llkd_docs_runs(tmp_path):
     )
     exec(mixing, found)
     assert found["SelectiveSFTConfig"]("x", use_cpu=True, bf16=False, selection="llkd").pool_factor == 4
-    recipe, _ = code("docs/llkd.md", "yaml")
+    collecting, recipe, _ = code("docs/llkd.md", "yaml")
+    (tmp_path / "collect.yaml").write_text(collecting)
+    settings = read_settings(tmp_path / "collect.yaml", {})
+    assert settings.labels == ["methods", "results"] and settings.top_logprobs == 20
     (tmp_path / "llkd.yaml").write_text(recipe)
     recipe = load_recipe(tmp_path / "llkd.yaml", ["--use_cpu", "true"])
     assert recipe.training_args.labels == ["methods", "results"] and recipe.script_args.baselines

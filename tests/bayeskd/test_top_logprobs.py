@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from trl_bbkd.bayeskd.top_logprobs import check_top_logprobs, known_probs
+from trl_bbkd.bayeskd.top_logprobs import check_top_logprobs, count_inexact, known_probs, without_inexact
 from trl_bbkd.errors import TeacherDataError
 
 from .helpers import make_rows, make_trainer
@@ -162,6 +163,31 @@ class TestKnownProbs:
 
     def test_nothing_known_at_all(self):
         assert known_probs([None, None], [2, 3]).ids.shape == (5, 0)
+
+
+class TestCollected:
+    """What `trl-bbkd collect` adds: the tokens that a value is of, and whether it is exact."""
+
+    def test_the_answers_own_tokens(self):
+        values = [value | {"tokens": answer, "exact": True} for value, answer in zip(column(), ANSWERS, strict=True)]
+        check(values)
+        values[2]["tokens"] = [12, 13, 14, EOS]  # this answer was cut
+        values[2] |= {"ids": [[12]] * 4, "logprobs": [[-0.1]] * 4}
+        check(values)
+
+    def test_other_tokens(self):
+        values = column(tokens=[9, 11, 10, EOS])
+        with pytest.raises(
+            TeacherDataError, match=r"Row 1: `top_logprobs` is of other tokens .*\[9, 11, 10, 2\] there and"
+        ):
+            check(values)
+
+    def test_what_is_not_exact(self):
+        values = [None, {"ids": [], "exact": False}, {"ids": [], "exact": True}, {"ids": []}]
+        assert without_inexact(values) == [None, None, *values[2:]]
+        table = Dataset.from_dict({"top_logprobs": values}).with_format("arrow")[:]
+        assert count_inexact(table) == 1
+        assert count_inexact(Dataset.from_dict({"top_logprobs": values[2:3]}).with_format("arrow")[:]) == 0
 
 
 def test_a_run_refuses_the_column_before_it_loads_a_model(tmp_path, tiny_model_dir):

@@ -1,11 +1,14 @@
 """What is wrong with a recipe is one line, before the first request."""
 
 import sqlite3
+import sys
 
 import pytest
+from tokenizers import normalizers
 
 from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, TeacherServer
+from tests.collect.teachers import byte_level
 from trl_bbkd.cli import main
 from trl_bbkd.collect.journal import Journal
 
@@ -70,6 +73,42 @@ CHANGES = {
     "no address": ({"base_url": "localhost:8000"}, "base_url: expected an address such as https://"),
     "too long an address": ({"base_url": "http://h/v1/chat/completions"}, "leave /chat/completions out"),
     "logprobs": ({"top_logprobs": 5}, "endpoints give them with `logprobs: true` alone."),
+    "a share of 1": ({"max_similarity": 1.0}, "max_similarity: expected a share between 0 and 1, got 1."),
+    "no characters": ({"max_characters": 0}, "max_characters: expected 1 or more, got 0."),
+    "filters of labels": (
+        {"labels": ["a", "b"], "num_samples": 5, "max_characters": 9},
+        "max_characters: a set of labels has",
+    ),
+    "one label": ({"labels": ["a"], "num_samples": 5}, "labels: expected two names or more"),
+    "a label twice": ({"labels": ["a", "A "], "num_samples": 5}, "labels: 'a' is there twice."),
+    "too many labels": ({"labels": [f"l{n}" for n in range(27)], "num_samples": 5}, "Set `label_answers: names`."),
+    "labels alone": ({"labels": ["a", "b"]}, "labels: one thing has to say how sure the teacher is"),
+    "labels, said twice": (
+        {"labels": ["a", "b"], "num_samples": 5, "logprobs": True, "top_logprobs": 5},
+        "one thing has to",
+    ),
+    "labels without alternatives": ({"labels": ["a", "b"], "logprobs": True}, "need `top_logprobs: 20`"),
+    "a label's prompt without the text": (
+        {"labels": ["a", "b"], "num_samples": 5, "label_prompt": "{labels}?"},
+        "label_prompt: it needs {text} and {labels}",
+    ),
+    "a label's prompt alone": (
+        {"label_prompt": "{text}{labels}"},
+        "label_prompt: it asks for one of `labels`. Name them.",
+    ),
+    "labels as messages": (
+        {"labels": ["a", "b"], "num_samples": 5, "conversational": True},
+        "conversational: a set of labels",
+    ),
+    "labels of no text": ({"labels": ["a", "b"], "num_samples": 5, "prompt_column": "x"}, "has no column 'x'"),
+    "agreement of one": ({"teacher_confidence": "agreement"}, "Set num_samples to 2 or more."),
+    "a mean of nothing": ({"teacher_confidence": "mean_logprob"}, "mean_logprob needs `logprobs: true`. Add it."),
+    "no such confidence": ({"teacher_confidence": "high"}, "expected one of agreement, mean_logprob, verbalised"),
+    "a tokenizer without log-probabilities": ({"tokenizer": "x"}, "with `logprobs: true` alone. Add it."),
+    "no tokenizer": (
+        {"tokenizer": "no/such/folder", "logprobs": True},
+        "tokenizer: there is no tokenizer at no/such/folder: ",
+    ),
     "a stream": ({"extra_body": {"stream": True}}, "take 'stream' out: answers are read whole."),
     "a parameter of ours": ({"extra_body": {"n": 2}}, "take 'n' out: a recipe has a key for it."),
     "a training's recipe": ({"method": "gad"}, "this recipe trains: `trl-bbkd train"),
@@ -87,6 +126,22 @@ CHANGES = {
 def test_recipes(refusal, changes, message):
     line = refusal(**changes)
     assert message in line and KEY not in line and "\n" not in line
+
+
+def test_a_tokenizer_that_cannot_spell(refusal, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "student")
+    line = refusal(tokenizer=str(tmp_path / "student"), logprobs=True)
+    assert f"tokenizer: {tmp_path}/student cannot spell 'Naïve Ünïcode, UPPER lower'" in line
+
+
+def test_a_tokenizer_without_a_chat_template(refusal, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "student")
+    line = refusal(tokenizer=str(tmp_path / "student"), logprobs=True, conversational=True)
+    assert "the tokenizer of" in line and "has no chat template" in line
 
 
 OPTIONS = {
@@ -124,6 +179,31 @@ ROWS = {
 def test_rows(refusal, tmp_path, rows, message):
     prompts_file(tmp_path, rows)
     assert message in refusal()
+
+
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [("py3langid", {"languages": ["en"]}), ("rensa", {"max_similarity": 0.8})],
+    ids=["py3langid", "rensa"],
+)
+def test_a_filter_whose_package_is_missing(refusal, monkeypatch, package, changes):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    assert refusal(**changes) == (
+        f'{next(iter(changes))}: this needs {package}, which is not installed: pip install "trl-bbkd[filters]".'
+    )
+
+
+def test_a_language_that_is_none(refusal):
+    pytest.importorskip("py3langid")
+    assert "languages: 'english' is none of af, am, ar," in refusal(languages=["english"])
+
+
+def test_labels_of_messages(refusal, tmp_path):
+    prompts_file(tmp_path, [{"text": [{"role": "user", "content": "A?"}]}])
+    assert "labels: they are of texts, but `text` is no text." in refusal(labels=["a", "b"], num_samples=5)
+    prompts_file(tmp_path, [{"note": "A?"}])
+    assert "neither a column `text` nor `prompt`; columns found: note." in refusal(labels=["a", "b"], num_samples=5)
 
 
 def test_a_journal_in_use(refusal, tmp_path):

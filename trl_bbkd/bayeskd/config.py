@@ -58,6 +58,10 @@ class BayesKDConfig(ProxyConfig):
         proxy_top_k (`int`, *optional*):
             Draw from the proxy's likeliest tokens only. `None` draws from all of them.
 
+        inexact_top_logprobs (`bool`, *optional*, defaults to `False`):
+            Whether values of `top_logprobs` are taken whose `exact` is false: those of a teacher whose tokens are not the
+            student's at all positions.
+
         > Parameters that control the soft targets
 
         target_top_k (`int`, *optional*, defaults to `16`):
@@ -108,6 +112,10 @@ class BayesKDConfig(ProxyConfig):
     proxy_temperature: float = field(default=1.0, metadata={"help": "Temperature of the proxy's distribution."})
     proxy_top_k: int | None = field(
         default=None, metadata={"help": "Draw from the proxy's likeliest tokens only. If `None`, from all."}
+    )
+
+    inexact_top_logprobs: bool = field(
+        default=False, metadata={"help": "Whether `top_logprobs` are taken whose `exact` is false."}
     )
 
     # Soft targets

@@ -3,7 +3,8 @@ Log-probabilities that an API shows: the column `top_logprobs`.
 
 A row's value is `{"ids": [[...], ...], "logprobs": [[...], ...]}`, one inner list per token of the answer (its end
 included or not): ids of tokens in the student's vocabulary, and the teacher's log-probabilities of them. A position of
-which nothing is known has empty lists, a row of which nothing is known is null.
+which nothing is known has empty lists, a row of which nothing is known is null. `trl-bbkd collect` adds `tokens`, the tokens of
+the answer that the positions are of, and `exact`, whether the teacher's tokens are the student's at all positions of its text.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ..errors import TeacherDataError
 
@@ -18,6 +20,7 @@ from ..errors import TeacherDataError
 TOP_LOGPROBS = "top_logprobs"
 MISSING = -9999.0  # and below: what APIs write for "no value"
 ROUNDING = 1e-3  # by which an API's probabilities may sum to more than 1
+SHOWN_TOKENS = 8
 
 
 class KnownProbs(NamedTuple):
@@ -72,6 +75,13 @@ def check_top_logprobs(
             )
         if len(ids) != len(log_probs):
             raise TeacherDataError(f"{place} has `ids` of {len(ids)} positions and `logprobs` of {len(log_probs)}.")
+        tokens = value.get("tokens")
+        if tokens is not None and list(tokens[: len(answer)]) != list(answer):
+            raise TeacherDataError(
+                f"{place} is of other tokens than the student's tokenizer makes of the answer: the first ones are "
+                f"{list(tokens[:SHOWN_TOKENS])} there and {list(answer[:SHOWN_TOKENS])} here. Collect with the student's `tokenizer` and "
+                "train with the defaults of `reasoning` and `chat_template_kwargs`, or take the column out."
+            )
         was_cut = answer[-1:] != [eos_id]
         fits = len(ids) >= len(answer) if was_cut else len(ids) in (len(answer) - 1, len(answer))
         if not fits:
@@ -81,6 +91,17 @@ def check_top_logprobs(
                 "only helps where the teacher's tokens are the student's; take it out otherwise."
             )
         _check_positions(place, ids, log_probs, vocab_size)
+
+
+def count_inexact(table) -> int:
+    """Values of the column of a [`~pyarrow.Table`] that say that they are not exact."""
+    exact = pc.struct_field(table[TOP_LOGPROBS], "exact")
+    return pc.sum(pc.invert(exact)).as_py() or 0
+
+
+def without_inexact(values: list[dict | None]) -> list[dict | None]:
+    """Values of the column, null where they say that they are not exact."""
+    return [None if value is not None and value.get("exact") is False else value for value in values]
 
 
 def _check_positions(place: str, ids: list[list[int]], log_probs: list[list[float]], vocab_size: int) -> None:

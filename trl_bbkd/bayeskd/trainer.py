@@ -1,11 +1,14 @@
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from ..data.teacher_data import end_token_id, row_names
 from ..errors import TeacherDataError
 from ..proxy.trainer import SAME_WHEN_RESUMED, ProxyTargetTrainer
 from .config import BayesKDConfig
 from .stages import BayesKDRows, BayesKDStages
-from .top_logprobs import TOP_LOGPROBS, check_top_logprobs
+from .top_logprobs import TOP_LOGPROBS, check_top_logprobs, count_inexact, without_inexact
+
+
+ROWS_AT_ONCE = 10_000
 
 
 class BayesKDTrainer(ProxyTargetTrainer):
@@ -44,7 +47,7 @@ class BayesKDTrainer(ProxyTargetTrainer):
             Teacher text in TRL's prompt-completion format, standard or conversational: `completion` is the teacher's
             answer to `prompt`. A column `top_logprobs` may hold log-probabilities that the teacher's API showed, in
             the student's tokens: `{"ids": [[...], ...], "logprobs": [[...], ...]}`, a list of both per answer token.
-            Where they are, the posterior is they.
+            Where they are, the posterior is they. A value with `exact: False` counts with `args.inexact_top_logprobs` alone.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Held-out teacher text in the same format, for the student's evaluation and the estimate's calibration.
         processing_class, callbacks, optimizers, quantization_config, peft_config:
@@ -88,10 +91,24 @@ class BayesKDTrainer(ProxyTargetTrainer):
     _without_proxy = "posterior_weight=0.0 leaves the hard loss and the prior, which need none."
     _why_no_stream = "counts all of the teacher's answers before it trains on one"
 
+    _not_exact = 0  # values of `top_logprobs` that are not taken
+
     args: BayesKDConfig
     proxy_stages: BayesKDStages
 
     def _divide(self, rows: Dataset, args: BayesKDConfig) -> tuple[BayesKDRows, Dataset]:
+        feature = rows.features.get(TOP_LOGPROBS)
+        if not args.inexact_top_logprobs and isinstance(feature, dict) and "exact" in feature:
+            shown = rows.select_columns(TOP_LOGPROBS)
+            self._not_exact = sum(count_inexact(batch) for batch in shown.with_format("arrow").iter(ROWS_AT_ONCE))
+            if self._not_exact:
+                shown = shown.map(
+                    lambda batch: {TOP_LOGPROBS: without_inexact(batch[TOP_LOGPROBS])},
+                    batched=True,
+                    features=shown.features,
+                    desc="Leaving out what is not exact",
+                )
+                rows = concatenate_datasets([rows.remove_columns(TOP_LOGPROBS), shown], axis=1)
         return BayesKDRows(warmup=rows, estimate=rows), rows
 
     def _check_rows(self, rows: Dataset, tokenizer, vocab_size: int) -> None:
@@ -127,6 +144,11 @@ class BayesKDTrainer(ProxyTargetTrainer):
         texts, found = [], self.calibration
         if TOP_LOGPROBS in self.proxy_stages.rows.estimate.column_names and self.args.posterior_weight == 0:
             texts.append(f"`{TOP_LOGPROBS}` was not used: it is part of the posterior, and posterior_weight is 0.")
+        if self._not_exact:
+            texts.append(
+                f"{self._not_exact} values of `{TOP_LOGPROBS}` are not exact and were not used: there the teacher's tokens are not "
+                "all the student's. With inexact_top_logprobs=True they are."
+            )
         error = None if found is None else found.get("gain_se")
         if error is not None and found["posterior"] - found["proxy"] > 2 * error:
             texts.append(

@@ -3,14 +3,15 @@
 import ipaddress
 import json
 from collections import Counter
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..host.version import __version__
 from ..reports.markdown import code, escape, table
-from .answer_set import FILE, LEFT_OUT, Survey
+from .answer_set import EXACT, FILE, LEFT_OUT, Survey
 from .budget import Spent
 from .probe import HONOURED
-from .settings import CollectConfig
+from .settings import FILTER_KEYS, CollectConfig
 
 
 TERMS = (
@@ -27,6 +28,10 @@ SAMPLING = (
     "logprobs",
     "top_logprobs",
     "return_token_ids",
+    "labels",
+    "label_prompt",
+    "teacher_confidence",
+    *FILTER_KEYS,
     "extra_body",
 )
 
@@ -55,9 +60,14 @@ def card(settings: CollectConfig, survey: Survey, spent: Spent, found: dict[str,
     if found:
         rows = [[code(name), escape(what)] for name, what in found.items()]
         lines += ["What the endpoint did with them, by its answers:", "", *table(["parameter", "result"], rows), ""]
+    if settings.tokenizer is not None:
+        lines += [_aligned(settings.tokenizer), ""]
     lines += ["## Counts", "", *table(["what", "number"], _counts(survey)), ""]
     if survey.reasons or survey.failures:
         lines += [f"`{LEFT_OUT}`, where it was collected, lists what was left out and what failed, row by row.", ""]
+    if survey.examples:
+        cells = [[escape(why), code(example)] for why, examples in survey.examples.items() for example in examples]
+        lines += ["The first that were left out:", "", *table(["why", "which"], cells), ""]
     lines += ["## Cost", "", *_cost(settings, survey, spent), "", "## Terms of use", "", TERMS, ""]
     return "\n".join(lines)
 
@@ -65,8 +75,9 @@ def card(settings: CollectConfig, survey: Survey, spent: Spent, found: dict[str,
 def _what(settings: CollectConfig, survey: Survey) -> list[str]:
     models = ", ".join(f"{code(name)} ({count:,})" for name, count in survey.models.most_common() if name)
     dates = " to ".join(dict.fromkeys(date[:10] for date in (survey.first, survey.last) if date))
+    rows = "answers" if settings.labels is None else "texts with the teacher's label"
     lines = [
-        f"{survey.rows:,} answers, one a row, collected with trl-bbkd {__version__}"
+        f"{survey.rows:,} {rows}, one a row, collected with trl-bbkd {__version__}"
         + (f", {dates}." if dates else "."),
         "",
         f"- Teacher: {code(settings.model)} at {endpoint_family(settings.base_url)}",
@@ -94,15 +105,28 @@ def _parameters(settings: CollectConfig) -> list[list[str]]:
     return [
         [code(name), "the endpoint's own" if value is None else code(json.dumps(value, ensure_ascii=False))]
         for name, value in values.items()
-        if value is not None or name in ("temperature", "top_p")
+        if (value is not None and value is not False) or name in ("temperature", "top_p")
     ]
+
+
+def _aligned(tokenizer: str) -> str:
+    name = Path(tokenizer).name if Path(tokenizer).exists() else tokenizer
+    return (
+        f"`top_logprobs` has, for each token that {code(name)} makes of an answer, `ids` and `logprobs` where the teacher's token is "
+        "proven to be the same bytes. `exact` says that it is at all of them; `tokens` are the tokens."
+    )
 
 
 def _counts(survey: Survey) -> list[list[str]]:
     rows = [("answers in the set", survey.rows)]
+    rows += [(f"label {label}", count) for label, count in survey.labels.most_common()]
     rows += [(f"left out: {reason}", count) for reason, count in survey.reasons.most_common()]
     rows += [(f"failed: {kind}", count) for kind, count in survey.failures.most_common()]
     rows += [(f"log-probabilities: {state}", count) for state, count in survey.logprobs.most_common()]
+    rows += [
+        (f"log-probabilities by the tokenizer's tokens: {state}", count)
+        for state, count in survey.aligned.most_common()
+    ]
     rows += [(f"ended by: {reason}", count) for reason, count in survey.finish_reasons.most_common()]
     more = {
         "not asked": survey.not_asked,
@@ -145,4 +169,9 @@ def warnings(settings: CollectConfig, survey: Survey, found: dict[str, str] | No
     missing = sum(count for state, count in survey.logprobs.items() if state != "whole")
     if missing:
         said.append(f"{missing:,} answers have no log-probabilities, or not up to their end.")
+    if 0 < survey.aligned.total() and 2 * survey.aligned[EXACT] < survey.aligned.total():
+        said.append(
+            f"of {survey.aligned.total():,} answers {survey.aligned[EXACT]:,} have exact `top_logprobs`: the teacher's tokenizer may "
+            "be another than `tokenizer`, or the endpoint may not show its tokens (vLLM does with `return_token_ids: true`)."
+        )
     return said

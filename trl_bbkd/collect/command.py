@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import EndpointError, RecipeError
-from .settings import CollectConfig
+from .settings import FILTER_KEYS, CollectConfig
 from .tally import Tally, listed
 
 
@@ -39,12 +39,15 @@ def collect(settings: CollectConfig) -> bool:
     from ..hub.answers import create_repository, push_set
     from .answer_set import FILE, AnswerSet
     from .card import card, warnings
+    from .filters import Filters
     from .journal import Journal
     from .prompts import Prompts
     from .run import Collection
 
     folder = Path(settings.output_dir).expanduser()
     prompts = Prompts(settings)
+    filters = Filters(settings) if any(getattr(settings, name) for name in FILTER_KEYS) else None
+    aligner = None if settings.tokenizer is None else _aligner(settings.tokenizer, prompts)
     journal_file = Path(settings.journal).expanduser() if settings.journal else folder / "journal.sqlite"
     with Journal(journal_file) as journal:
         collection = Collection(settings, prompts, journal, key)
@@ -59,7 +62,7 @@ def collect(settings: CollectConfig) -> bool:
         interrupted = False
         if collection.tally.expected:
             interrupted = _ask(collection, settings)
-        survey = AnswerSet(prompts, collection.maker, journal).write(folder)
+        survey = AnswerSet(prompts, collection.maker, journal, aligner, filters).write(folder)
         spent = journal.spent()
         # A set of an earlier recipe keeps its card until there is another
         if survey.rows or not (folder / FILE).exists():
@@ -67,11 +70,14 @@ def collect(settings: CollectConfig) -> bool:
     for line in warnings(settings, survey, collection.found):
         _say(f"Warning: {line}")
     if survey.rows:
-        _say(f"{survey.rows:,} answers in {folder / FILE}.")
+        _say(f"{survey.rows:,} {'answers' if settings.labels is None else 'labelled texts'} in {folder / FILE}.")
     for what, counts in (("Left out", survey.reasons), ("Failed", survey.failures)):
         if counts:
             retry = " Ask again with --retry_failed." if what == "Failed" else ""
             _say(f"{what}: {listed(counts)}.{retry}")
+    for reason, examples in survey.examples.items():
+        for example in examples:
+            _say(f"  {reason}, {example}")
     end = collection.end
     if end is not None and end.kind == "error":
         raise EndpointError(f"{end.text.rstrip('.')}.{_open(survey.not_asked)}")
@@ -84,6 +90,24 @@ def collect(settings: CollectConfig) -> bool:
         else:
             _say("Nothing was pushed: there is no answer.")
     return not interrupted
+
+
+def _aligner(tokenizer: str, prompts):
+    """
+    What brings log-probabilities to the tokens of the tokenizer that a recipe names.
+
+    Raises:
+        [`~errors.RecipeError`]: there is none, or it cannot spell.
+        [`~errors.TeacherDataError`]: it has no chat template, and the set has messages.
+    """
+    from ..data.rendering import ChatRenderer
+    from .alignment import Aligner
+    from .spelling import load_speller
+
+    speller = load_speller(tokenizer)
+    if prompts.conversational:
+        ChatRenderer(speller.tokenizer)
+    return Aligner(speller)
 
 
 def key_of(settings: CollectConfig) -> str | None:

@@ -9,7 +9,9 @@ import pyarrow
 from ..data.messages import plain_messages, without_none, without_reasoning
 from ..data.teacher_files import load_splits
 from ..errors import RecipeError, TeacherDataError
-from .settings import CollectConfig
+from .confidence import ASKED
+from .labels import Labeller
+from .settings import VERBALISED, CollectConfig
 
 
 BATCH_ROWS = 256
@@ -52,6 +54,7 @@ class Prompts:
 
     def __init__(self, settings: CollectConfig):
         self.settings = settings
+        self.labeller = None if settings.labels is None else Labeller(settings)
         splits = load_splits(
             _SplitArguments(settings.dataset_name, settings.dataset_config, settings.dataset_train_split)
         )
@@ -71,6 +74,10 @@ class Prompts:
             raise TeacherDataError(f"{settings.dataset_name} has no rows: there is nothing to ask.")
         first = self.rows[0][self.column]
         self.are_texts = isinstance(first, str)
+        if self.labeller is not None and not self.are_texts:
+            raise RecipeError(
+                f"labels: they are of texts, but `{self.column}` is no text. Name another `prompt_column`."
+            )
         self.conversational = not self.are_texts if settings.conversational is None else settings.conversational
         if not self.conversational and not self.are_texts:
             raise RecipeError("conversational: the prompts are messages, which are no text. Take the key out.")
@@ -96,10 +103,11 @@ class Prompts:
             raise RecipeError(
                 f"prompt_column: the data set has no column {column!r}; columns found: {', '.join(names)}."
             )
-        found = column or next((name for name in ("prompt", "messages") if name in names), None)
+        usual = ("prompt", "messages") if self.labeller is None else ("text", "prompt")
+        found = column or next((name for name in usual if name in names), None)
         if found is None:
             raise RecipeError(
-                f"{self.settings.dataset_name} has neither a column `prompt` nor `messages`; columns found: "
+                f"{self.settings.dataset_name} has neither a column `{usual[0]}` nor `{usual[1]}`; columns found: "
                 f"{', '.join(names)}. Name the column of the prompts with `prompt_column`."
             )
         return found
@@ -114,7 +122,8 @@ class Prompts:
         if isinstance(value, str):
             if not value.strip():
                 raise TeacherDataError(f"{name} is empty; remove the row.")
-            turns = [{"role": "user", "content": value}]
+            question = value if self.labeller is None else self.labeller.question(value)
+            turns = [{"role": "user", "content": question}]
         else:
             turns = plain_messages(value, name)
             if self.column == "messages" and turns and turns[-1]["role"] == "assistant":
@@ -123,6 +132,8 @@ class Prompts:
                 raise TeacherDataError(f"Row {place}: {NO_MESSAGES.format(column=self.column)}")
         tools = _tools(row.get("tools"), f"Row {place}: `tools`")
         asked = [_as_asked(turn) for turn in turns]
+        if self.settings.teacher_confidence == VERBALISED and self.labeller is None:
+            asked = _asked_how_sure(asked)
         # As the file has them: what a message is, is told by the file's types
         kept = turns if self.are_texts and self.conversational else value
         if self.settings.system_prompt is not None and turns[0]["role"] != "system":
@@ -140,6 +151,12 @@ class _SplitArguments(NamedTuple):
     dataset_train_split: str
     dataset_test_split: str = "test"
     dataset_streaming: bool = False
+
+
+def _asked_how_sure(turns: list[dict]) -> list[dict]:
+    """Messages whose last one of the user asks how sure the answer is as well."""
+    at = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
+    return [turn | {"content": turn["content"] + ASKED} if i == at else turn for i, turn in enumerate(turns)]
 
 
 def _as_asked(turn: dict) -> dict:

@@ -22,6 +22,16 @@ OWN_PARAMETERS = (
     "logprobs",
     "top_logprobs",
 )
+AGREEMENT, MEAN_LOGPROB, VERBALISED = CONFIDENCES = ("agreement", "mean_logprob", "verbalised")
+FILTER_KEYS = (
+    "leave_out_refusals",
+    "min_characters",
+    "max_characters",
+    "max_repetition",
+    "languages",
+    "max_similarity",
+)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SECRET_WORDS = ("key", "token", "secret", "password", "auth", "sig")
 
 
@@ -80,6 +90,21 @@ class CollectConfig:
             Ask for those of so many alternatives at each token too.
         return_token_ids (`bool`, *optional*, defaults to `False`):
             Ask for token ids, which vLLM gives; other endpoints may refuse it.
+        tokenizer (`str`, *optional*):
+            Folder or Hub id of the student's tokenizer, if it is the teacher's too: the set has log-probabilities by its tokens,
+            in the column `top_logprobs`, which Bayes-KD reads.
+        labels (`list[str]`, *optional*):
+            Ask which of these labels a text has, for LLKD: the set has `text`, `label`, `teacher_confidence` and
+            `teacher_probs`, one row a text. `logprobs` with `top_logprobs`, several samples or `teacher_confidence:
+            verbalised` say how sure the teacher is.
+        label_answers (`str`, *optional*, defaults to `"letters"`):
+            Whether the teacher answers by a label's letter or by its name: `letters` or `names`.
+        label_prompt (`str`, *optional*):
+            What is asked, with `{text}` and `{labels}`; by default a short question.
+        teacher_confidence (`str`, *optional*):
+            How sure the teacher is of an answer, as a column: `agreement`, the share of a prompt's answers that are the same;
+            `mean_logprob`, the exponential of the mean log-probability of its tokens; or `verbalised`, what it says when it is
+            asked. Answers without one are left out.
         extra_body (`dict[str, Any]`, *optional*):
             Further parameters of the request, such as `{"reasoning_effort": "low"}`.
         conversational (`bool`, *optional*):
@@ -88,6 +113,17 @@ class CollectConfig:
             Whether answers that were cut at `max_tokens` go into the set.
         keep_filtered_answers (`bool`, *optional*, defaults to `False`):
             Whether answers that the provider's content filter touched go into the set.
+        leave_out_refusals (`bool`, *optional*, defaults to `False`):
+            Whether answers that open as a refusal does are left out of the set.
+        min_characters, max_characters (`int`, *optional*):
+            Leave shorter and longer answers out.
+        max_repetition (`float`, *optional*):
+            Leave answers out of whose 4-grams of words a larger share is repeated.
+        languages (`list[str]`, *optional*):
+            Leave answers of other languages out, such as `[en, de]`. It needs the extra `filters`.
+        max_similarity (`float`, *optional*):
+            Leave answers out that are as similar, or more, to an earlier one: Jaccard similarity of their 3-grams of words, by
+            sketches, which miss some. It needs the extra `filters`.
         concurrency (`int`, *optional*, defaults to `16`):
             Requests in flight at most. Fewer are sent while the endpoint says that they are too many.
         requests_per_minute, tokens_per_minute (`int`, *optional*):
@@ -148,12 +184,34 @@ class CollectConfig:
     logprobs: bool = field(default=False, metadata=_help("Ask for the log-probability of each token."))
     top_logprobs: int | None = field(default=None, metadata=_help("Alternatives at each token to ask for."))
     return_token_ids: bool = field(default=False, metadata=_help("Ask for token ids, which vLLM gives."))
+    tokenizer: str | None = field(
+        default=None, metadata=_help("The student's tokenizer, by whose tokens the set has log-probabilities.")
+    )
+    labels: list[str] | None = field(default=None, metadata=_help("Ask which of these labels a text has, for LLKD."))
+    label_answers: str = field(
+        default="letters",
+        metadata={**_help("Whether a label is answered by its letter or its name."), "choices": ("letters", "names")},
+    )
+    label_prompt: str | None = field(default=None, metadata=_help("What is asked, with {text} and {labels}."))
+    teacher_confidence: str | None = field(
+        default=None, metadata={**_help("How sure the teacher is, as a column."), "choices": CONFIDENCES}
+    )
     extra_body: dict[str, Any] | None = field(default=None, metadata=_help("Further parameters of the request."))
     conversational: bool | None = field(
         default=None, metadata=_help("Whether the set has messages or texts; what the prompts are.")
     )
     keep_cut_answers: bool = field(default=False, metadata=_help("Whether answers cut at max_tokens are kept."))
     keep_filtered_answers: bool = field(default=False, metadata=_help("Whether filtered answers are kept."))
+    leave_out_refusals: bool = field(default=False, metadata=_help("Whether answers that refuse are left out."))
+    min_characters: int | None = field(default=None, metadata=_help("Leave shorter answers out."))
+    max_characters: int | None = field(default=None, metadata=_help("Leave longer answers out."))
+    max_repetition: float | None = field(
+        default=None, metadata=_help("Leave answers out of whose 4-grams a larger share is repeated.")
+    )
+    languages: list[str] | None = field(default=None, metadata=_help("Leave answers of other languages out."))
+    max_similarity: float | None = field(
+        default=None, metadata=_help("Leave answers out that are so similar to an earlier one.")
+    )
     concurrency: int = field(default=16, metadata=_help("Requests in flight at most."))
     requests_per_minute: int | None = field(default=None, metadata=_help("Limit of the endpoint."))
     tokens_per_minute: int | None = field(default=None, metadata=_help("Limit of the endpoint."))
@@ -188,6 +246,15 @@ class CollectConfig:
             raise ValueError("return_token_ids: token ids come with `logprobs: true`. Add it.")
         if self.push_to_hub and not self.hub_dataset_id:
             raise ValueError("push_to_hub: it needs `hub_dataset_id`, the repository of the set, such as me/answers.")
+        if self.tokenizer is not None and not self.logprobs:
+            raise ValueError(
+                "tokenizer: there are log-probabilities by its tokens with `logprobs: true` alone. Add it."
+            )
+        self._check_confidence()
+        if self.labels is not None:
+            self._check_labels(self.labels)
+        elif self.label_prompt is not None:
+            raise ValueError("label_prompt: it asks for one of `labels`. Name them.")
         for name in self.extra_body or ():
             if name in OWN_PARAMETERS:
                 advice = "answers are read whole" if name == "stream" else "a recipe has a key for it"
@@ -198,9 +265,53 @@ class CollectConfig:
                 "api_key_env: it is the name of an environment variable, such as OPENAI_API_KEY, not a key."
             )
 
+    def _check_confidence(self):
+        kind = self.teacher_confidence
+        if kind == AGREEMENT and self.num_samples < 2:
+            raise ValueError(
+                "teacher_confidence: agreement needs several answers to a prompt. Set num_samples to 2 or more."
+            )
+        if kind == MEAN_LOGPROB and not self.logprobs:
+            raise ValueError("teacher_confidence: mean_logprob needs `logprobs: true`. Add it.")
+        if kind == VERBALISED and self.tokenizer is not None:
+            raise ValueError(
+                "teacher_confidence: of what the teacher says, verbalised takes the last line off, which `top_logprobs` would have. "
+                "Take tokenizer out."
+            )
+
+    def _check_labels(self, labels: list[str]):
+        if len(labels) < 2 or not all(label.strip() for label in labels):
+            raise ValueError("labels: expected two names or more, none of them empty.")
+        plain = [" ".join(label.casefold().split()) for label in labels]
+        twice = next((label for label, name in zip(labels, plain, strict=True) if plain.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"labels: {twice!r} is there twice.")
+        by_letter = self.label_answers == "letters"
+        if by_letter and len(labels) > len(LETTERS):
+            raise ValueError(f"labels: letters are for {len(LETTERS)} at most. Set `label_answers: names`.")
+        if self.label_prompt is not None and not all(part in self.label_prompt for part in ("{text}", "{labels}")):
+            raise ValueError(
+                "label_prompt: it needs {text} and {labels}, which stand for a row's text and the labels."
+            )
+        if self.logprobs and (self.top_logprobs is None or not by_letter):
+            raise ValueError(
+                "labels: log-probabilities of labels need `top_logprobs: 20` and `label_answers: letters`."
+            )
+        ways = (self.logprobs, self.num_samples > 1, self.teacher_confidence == VERBALISED)
+        if sum(ways) != 1 or self.teacher_confidence == MEAN_LOGPROB:
+            raise ValueError(
+                "labels: one thing has to say how sure the teacher is: `logprobs: true` with `top_logprobs: 20`, or `num_samples: 5`, "
+                "or `teacher_confidence: verbalised`."
+            )
+        others = ("tokenizer", "conversational", "keep_cut_answers", "keep_filtered_answers", "keep_system_prompt")
+        for name in (*others, *FILTER_KEYS):
+            if getattr(self, name):
+                raise ValueError(f"{name}: a set of labels has no answers as texts. Take it out.")
+
     def _check_numbers(self):
         limits = ("max_prompts", "requests_per_minute", "tokens_per_minute", "max_requests", "max_total_tokens")
-        for name in ("num_samples", "max_tokens", "concurrency", *limits):
+        lengths = ("min_characters", "max_characters")
+        for name in ("num_samples", "max_tokens", "concurrency", *lengths, *limits):
             value = getattr(self, name)
             if value is not None and value < 1:
                 advice = " Take it out for no limit." if name in limits else ""
@@ -215,6 +326,10 @@ class CollectConfig:
                 raise ValueError(f"{name}: expected 0 or more, got {value:g}.")
         if self.top_logprobs is not None and not 1 <= self.top_logprobs <= 20:
             raise ValueError(f"top_logprobs: expected 1 to 20, got {self.top_logprobs}.")
+        for name in ("max_repetition", "max_similarity"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, got {value:g}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p:g}.")
 

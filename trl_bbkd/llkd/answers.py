@@ -25,7 +25,7 @@ def read_answers(dataset, labels, answer_column, confidence_column, label_probs_
     columns = [source] if confidence_column is None else [source, confidence_column]
     for column in columns:
         check_column(column, dataset.column_names, hint)
-    match, unmatched = _matcher(labels), []
+    match, unmatched = label_matcher(labels), []
     read: list[tuple[int | None, list[float]] | None] = []
     for row, values in enumerate(dataset.select_columns(columns)):
         value = values[source]
@@ -97,7 +97,7 @@ def _listed(row: int, column: str, value, match: Callable, classes: int) -> list
     return shares if sum(shares) > 0 else None
 
 
-def _matcher(labels: list[str]) -> Callable[[str | None], int | None]:
+def label_matcher(labels: list[str]) -> Callable[[str | None], int | None]:
     """Which label a text is: literally, else but for case and spaces, else but for punctuation too, if just one."""
     tables = []
     for form in (str.strip, plain, _bare):
