@@ -134,10 +134,11 @@ class SampledCurve:
         most = max(len(answers[0]) for answers in samples)
         kept = [number for number, answers in enumerate(samples) if len(answers[0]) > 1 or most == 1]
         self._qualities = np.array(qualities, dtype=float)[kept]
+        self._diversity: Callable[[np.ndarray], Sequence[float]]
         if most > 1:
             # Of each prompt once, whatever prompts are asked for
             of_prompts = np.array([[distinct_ngrams(texts, n) for texts in samples[number]] for number in kept])
-            self._diversity = lambda prompts: _mean_of_known(of_prompts[:, prompts])
+            self._diversity = lambda prompts: _mean_of_known(of_prompts[:, prompts]).tolist()
         else:
             self._diversity = _of_all_together([[texts[0] for texts in answers] for answers in samples], n)
 
