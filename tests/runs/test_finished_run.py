@@ -65,7 +65,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, write, method,
     run(load_recipe(recipe))
     before = files(tmp_path / "out")
     steps = json.loads(before["trainer_state.json"])["global_step"]
-    assert steps >= 2 and f"checkpoint-{steps}/trainer_state.json" in before
+    assert steps >= 2 and any(f"checkpoint-{steps}/" in name or "round-" in name for name in before)
     run(load_recipe(recipe, RESUME))
     after = files(tmp_path / "out")
     assert after.keys() == before.keys()
