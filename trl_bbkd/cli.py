@@ -96,6 +96,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     push.add_argument("--private", action="store_true", default=None, help="create the repository private")
     push.add_argument("--revision", help="branch to commit to")
+    compare = commands.add_parser(
+        "compare",
+        help="put finished runs side by side",
+        description="Put finished runs side by side that were measured on the same held-out prompts: a table in Markdown with intervals "
+        "and differences to the first run, settings that differ, answers.",
+    )
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs; differences are to the first")
+    compare.add_argument(
+        "--metric",
+        dest="metrics",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="tell of this one alone; may be repeated",
+    )
+    compare.add_argument(
+        "--html", metavar="FILE", help="also write a page with curves and marked answers, which needs no network"
+    )
+    compare.error = exit_with_error  # type: ignore[method-assign,assignment]
     collect = commands.add_parser(
         "collect",
         help="ask a teacher for its answers",
@@ -120,6 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         plan_recipe(options, overrides, plan)
     elif options.command == "push":
         push_to_hub(options)
+    elif options.command == "compare":
+        compare_runs(options)
     elif options.command == "recipes":
         from .runs.shipped import recipe_list
 
@@ -317,6 +338,24 @@ def plan_recipe(options: argparse.Namespace, overrides: list[str], parser: argpa
         machine = Machine(options.gpus, options.gpu_memory, options.tflops, options.utilization)
         recipe = read_recipe(path, overrides, options.gpus)
         print_plan(Plan(recipe, machine, options.rows), options.recipe, overrides)
+    except DistillationError as error:
+        exit_with_error(error)
+
+
+def compare_runs(options: argparse.Namespace) -> None:
+    """Print runs side by side, and write the page."""
+    _pass_over_known_noise()
+    try:
+        from .reports.comparison import Comparison, read_runs
+
+        comparison = Comparison(read_runs(options.runs), options.metrics)
+        print(comparison.markdown(), end="")
+        if options.html:
+            from .reports.comparison_page import page
+
+            Path(options.html).write_text(page(comparison), encoding="utf-8")
+    except OSError as error:
+        exit_with_error(f"--html {options.html}: {error.strerror}. Name a file in a folder that is there.")
     except DistillationError as error:
         exit_with_error(error)
 

@@ -35,6 +35,10 @@ class RecipeError(DistillationError, ValueError):
     """A recipe, or an override of it, cannot be used as it is; the message says where and what to do."""
 
 
+class ComparisonError(DistillationError, ValueError):
+    """Runs cannot be put side by side; the message says why and what to do."""
+
+
 class ProxyModelError(DistillationError, ValueError):
     """A proxy's checkpoint cannot be used as it is; the message says why and what to do."""
 

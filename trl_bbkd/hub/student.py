@@ -36,6 +36,7 @@ class StudentHubMixin(MixinBase):
     _tag_names: list[str]
     _card_note: str | None = None  # what a reader has to know of this method's students
     _card_settings: tuple[str, ...] = ()  # fields of the configuration that a card tells first
+    _is_checkpointing = False
 
     @functools.cached_property
     def card(self) -> StudentCard:
@@ -101,7 +102,8 @@ class StudentHubMixin(MixinBase):
         card.datasets = _listed(dataset_name) or card.datasets
         card.tags = list(dict.fromkeys([*card.tags, *_listed(tags)]))
         card.repo_id = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
-        card.name = model_name or card.name
+        # With a checkpoint TRL writes a card of its own accord, and would name the student after its folder
+        card.name = card.name if self._is_checkpointing else model_name or card.name
         student = self.accelerator.unwrap_model(self.model)
         adapter = student.peft_config[student.active_adapter] if card.is_adapter else None
         card.hyperparameters = hyperparameters(self.args, self.state.global_step, self._card_settings, adapter)
@@ -139,6 +141,13 @@ class StudentHubMixin(MixinBase):
             self.create_model_card()
         with self._our_uploads():
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        self._is_checkpointing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_checkpointing = False
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy == HubStrategy.END:

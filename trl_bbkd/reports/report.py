@@ -213,7 +213,13 @@ def duration(seconds: float) -> str:
 
 def metrics_dict(report: Report) -> dict:
     """Everything in `report`, fit for strict JSON: what is not a finite number is `None`."""
-    return finite(dataclasses.asdict(report) | report.derived)
+    found = dataclasses.asdict(report) | report.derived
+    # As a trainer's state keeps it: a run that recalls its log writes the same
+    found["log_history"] = [dict(sorted(entry.items())) for entry in found["log_history"]]
+    found["curves"] = {
+        name: [dict(sorted(entry.items())) for entry in entries] for name, entries in found["curves"].items()
+    }
+    return finite(found)
 
 
 def finite(value):

@@ -155,7 +155,11 @@ class Job:
             output = trainer.train(resume_from_checkpoint=self.resume)
         if output is None:
             return None
-        self.save(trainer)
+        # A run that was finished before has no metrics of its own: what it left is there, with the end of its log
+        if not output.metrics and self._has_trained(self._student_fingerprint()):
+            self.recall(trainer)
+        else:
+            self.save(trainer)
         return output
 
     def finished_training(self, make: Callable[[], dict]) -> dict:

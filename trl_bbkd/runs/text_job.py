@@ -83,7 +83,8 @@ class TextJob(Job):
         self.held_out_rows = first_prompts(self.test, self.plan.prompts)
         self.data_warnings = sameness_warnings(self.train, self.held_out_rows, self.counts)
         for warning in self.data_warnings if self.is_main_process else []:
-            logger.warning(warning["text"])
+            if warning["kind"] != "cut answers":  # which the tokeniser has told of
+                logger.warning(warning["text"])
         self.vllm: TrainersVLLM | None = None
         self.measure = functools.partial(
             self._evaluate,
