@@ -1,7 +1,7 @@
 """A line chart as SVG inside a page, which colours it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 
@@ -14,7 +14,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 360, 220, 44, 32, 8
 TICKS = 4
 
 
-def line_chart(title: str, x_label: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
+def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """
     A `<figure>` with a line for each series, in the colours `--c0`, `--c1`, ... of the page.
 
@@ -23,7 +23,7 @@ def line_chart(title: str, x_label: str, series: dict[str, Sequence[tuple[float,
             What the vertical axis is.
         x_label (`str`):
             What the horizontal one is.
-        series (`dict[str, Sequence[tuple[float, float]]]`):
+        series (`Mapping[str, Sequence[tuple[float, float]]]`):
             Points of each line, in the order in which they are joined.
     """
     points = [point for line in series.values() for point in line]
