@@ -93,6 +93,7 @@ def measure(arguments):
             model=arguments.model,
             args=GADConfig(
                 output_dir,
+                sft_weight=0.0,
                 use_cpu=arguments.device == "cpu",
                 bf16=arguments.dtype == "bfloat16",
                 model_init_kwargs={"dtype": arguments.dtype},

@@ -79,7 +79,11 @@ def gad_step(student: str, rows: Dataset, tokenizer, arguments, folder: str) -> 
     trainer = GADTrainer(
         model=student,
         args=GADConfig(
-            warmup_epochs=0, discriminator_head=arguments.head, max_prompt_length=None, **settings(arguments, folder)
+            sft_weight=0.0,
+            warmup_epochs=0,
+            discriminator_head=arguments.head,
+            max_prompt_length=None,
+            **settings(arguments, folder),
         ),
         train_dataset=rows,
         processing_class=tokenizer,

@@ -137,7 +137,7 @@ def measure(method: str, shape: str, args) -> dict:
             shared = adapter is not None
             discriminator = "shared" if shared else build(shape, args.vocab, AutoModel)[0]
             trainer = GADTrainer(
-                args=GADConfig(warmup_epochs=0, max_prompt_length=None, **settings, **roll_out),
+                args=GADConfig(warmup_epochs=0, sft_weight=0.0, max_prompt_length=None, **settings, **roll_out),
                 discriminator=discriminator,
                 discriminator_peft_config=LoraConfig(r=16, target_modules="all-linear") if shared else None,
                 **common,

@@ -212,7 +212,7 @@ def gad_config(args, seed: int, output_dir: Path, **settings) -> GADConfig:
         discriminator_max_grad_norm=1.0,
         discriminator_batch_size=(args.prompts_per_step + 1) * args.num_generations,
         **evidence_arguments(seed),
-        **settings,
+        **{"sft_weight": 0.0} | settings,
     )
 
 

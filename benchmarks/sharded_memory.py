@@ -138,6 +138,7 @@ def measure(arguments) -> None:
             model=arguments.model,
             args=GADConfig(
                 output_dir,
+                sft_weight=0.0,
                 use_cpu=True,
                 bf16=False,
                 **QUIET,

@@ -45,6 +45,7 @@ COMMON = {
     "temperature": 1.0,
     "beta": 0.01,
     "scale_rewards": "batch",
+    "sft_weight": 0.0,
     "discriminator_head": "likelihood",
     "discriminator_learning_rate": 1e-5,
     "discriminator_max_grad_norm": 1.0,

@@ -83,7 +83,7 @@ class Snapshots(GradientRecorder):
     "kind", [{"critic": "copy"}, {"critic": "trunk"}, {"critic": "copy", "critic_lora_kwargs": LORA}]
 )
 def test_each_kind_of_critic_trains(tiny_model_dir, tmp_path, standard_rows, kind):
-    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **{**GAE, **kind}, max_steps=4)
+    trainer = make_trainer(tmp_path, tiny_model_dir, standard_rows, **{**GAE, **kind}, max_steps=4, sft_weight=0.0)
     model = trainer.critic_trainer.critic
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     student = weights(trainer.model)

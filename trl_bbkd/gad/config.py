@@ -50,9 +50,10 @@ class GADConfig(GRPOConfig):
             Learning rate of the student during warm-up. `None` takes `learning_rate`.
         discriminator_only_steps (`int`, *optional*, defaults to `10`):
             Optimizer steps at the start of warm-up in which only the discriminator learns; at most half of warm-up.
-        sft_weight (`float`, *optional*, defaults to `0.0`):
+        sft_weight (`float`, *optional*, defaults to `0.1`):
             Weight, in the adversarial stage, of the cross-entropy on the teacher's answers (mean over their tokens), added
-            to the student's loss (ours: the paper drops it after warm-up). It keeps the likelihood of the teacher's text.
+            to the student's loss. It keeps the likelihood of the teacher's text. Ours: the paper drops it after warm-up, as
+            `0.0` does.
 
         > Parameters that control the discriminator
 
@@ -198,7 +199,7 @@ class GADConfig(GRPOConfig):
         metadata={"help": "Optimizer steps at the start of warm-up in which only the discriminator learns."},
     )
     sft_weight: float = field(
-        default=0.0,
+        default=0.1,
         metadata={"help": "Weight of the cross-entropy on the teacher's answers in the adversarial stage."},
     )
 
