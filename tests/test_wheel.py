@@ -161,7 +161,7 @@ for name, file in shipped_recipes().items():
 print(find_accelerate_config("ddp"))
 """
     lines = run("python", "-c", code).stdout.splitlines()
-    assert len(lines) == 15 and all(str(environment) in line for line in lines)
+    assert len(lines) == 16 and all(str(environment) in line for line in lines)
 
 
 @pytest.mark.slow
