@@ -199,6 +199,35 @@ def test_gad_in_tinyworld(monkeypatch, tmp_path, tinyworld):
     )
 
 
+def test_score_board_in_tinyworld(monkeypatch, tmp_path, tinyworld):
+    arms, worlds = importlib.import_module("common.arms"), importlib.import_module("common.worlds")
+    ablations = importlib.import_module("tinyworld_ablations")
+    for name in ("MAX_COUNT", "MAX_AMOUNT"):
+        monkeypatch.setattr(tinyworld.world, name, getattr(tinyworld.world, name))
+    world = worlds.Tinyworld(tmp_path)
+    found = arms.arms_of(arms.TINYWORLD)
+    gad = world.gad_config(tmp_path, 0, **found["GAD"][1][0])
+    answers = gad.max_steps * rows_a_step(gad)
+    assert gad.sft_weight == 0 and world.gad_config(tmp_path, 0, **found["GAD, anchored"][1][0]).sft_weight == 0.1
+    preference = world.preference_config(tmp_path, 0, **found["PreferenceKD, judge: discriminator"][1][0])
+    assert (preference.warmup_epochs, preference.sft_weight) == (0, 1) and preference.sample_temperature == 1
+    # Two samples and the teacher's answer of a pair
+    assert 0.9 < 3 * preference.num_train_epochs * len(world.train) / answers < 1.1
+    assert 0.9 < preference.num_generations * len(world.train) / answers < 1.1
+    assert arms.ON_POLICY["max_steps"] * arms.ON_POLICY["per_device_train_batch_size"] == answers
+    offline = world.proxy_arguments(0)
+    assert offline["max_steps"] * offline["per_device_train_batch_size"] == answers
+    assert {len(grid) for _, grid in found.values()} == {3} and len(world.held_out["test"]) == 256
+    assert {len(grid) for _, grid in arms.arms_of(arms.STORIES).values()} == {2}
+    says(
+        "results/scoreboard.md",
+        f"{answers:,} in tinyworld",
+        f"{ablations.SEQKD_STEPS:,} steps of SFT",
+        f"{len(world.held_out['test'])} test prompts, {world.num_samples} samples each at temperatures 1.2, 1.0, 0.8, 0.6, 0.4 and 0.2",
+    )
+    assert world.temperatures == (1.2, 1.0, 0.8, 0.6, 0.4, 0.2)
+
+
 def test_proxykd_in_tinyworld(monkeypatch, tmp_path):
     benchmark = importlib.import_module("proxykd_tinyworld")
     recipe, data = benchmark.parse_args([]).recipe, {"train": None, "test": None}

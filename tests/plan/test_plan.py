@@ -248,8 +248,9 @@ class TestTime:
         # 4,000 prompts of 8 samples, 64 samples a step
         assert run.steps == 1000
         assert run.samples == 1000 * 64
-        assert run.plan.all == 3 * 200 * 17 + 15 * 200 * 4
-        assert "The report samples 22,200 completions, 26% of the run's" in printed(found)
+        # Two samples of 200 prompts, and a greedy one: within a tenth of the training
+        assert run.plan.all == 3 * 200 * 5 + 15 * 200 * 1
+        assert "The report samples 6,000 completions, 9% of the run's" in printed(found)
         assert "needs the number of training rows: --rows" in printed(plan(path, 2))
 
     def test_rows_are_counted_where_they_are(self, configurations, tmp_path):
