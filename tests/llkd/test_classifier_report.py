@@ -4,6 +4,7 @@ import math
 import pytest
 
 from tests.pictures import is_drawn, lines
+from tests.reports.test_report import with_interval
 from trl_bbkd.llkd.label_calibration import reliability_report
 from trl_bbkd.llkd.report import LLKDReport, decline, starved_classes
 from trl_bbkd.llkd.rows import LabelCounts
@@ -77,8 +78,7 @@ def compare(report, standard_error=0.002):
     own = report.results["LLKD"]
     report.differences = {
         name: {
-            metric: {"difference": own[metric] - found[metric], "standard_error": standard_error}
-            for metric in ("accuracy", "macro_f1")
+            metric: with_interval(own[metric] - found[metric], standard_error) for metric in ("accuracy", "macro_f1")
         }
         for name, found in report.results.items()
         if name != "LLKD"
@@ -91,8 +91,8 @@ class TestText:
         assert text.startswith(
             "Macro F1 against the true labels is 0.750 after LLKD, which learned from 25.0% of the rows"
         )
-        assert "all rows reaches 0.770: LLKD is worse by 0.020 (standard error 0.002);" in text
-        assert text.endswith("random ones reaches 0.700: LLKD is better by 0.050 (standard error 0.002).")
+        assert "all rows reaches 0.770: LLKD is worse by 0.020 (0.016 to 0.024);" in text
+        assert text.endswith("random ones reaches 0.700: LLKD is better by 0.050 (0.046 to 0.054).")
 
     def test_summary_without_baselines(self):
         report = make_report()
@@ -100,12 +100,12 @@ class TestText:
         assert report.summary.endswith("and 0.100 before.")
         assert "all rows" not in report.explanation
 
-    def test_within_two_standard_errors_there_is_no_winner(self):
+    def test_where_the_interval_has_zero_there_is_no_winner(self):
         report = make_report()
         compare(report, standard_error=0.011)
-        assert "LLKD is as good within the noise, 0.020 (standard error 0.011) apart;" in report.summary
+        assert "reaches 0.770: no difference seen (−0.042 to +0.002);" in report.summary
         report.differences = {}
-        assert "reaches 0.770: no verdict on LLKD without a standard error;" in report.summary
+        assert "reaches 0.770: no verdict on LLKD without an interval;" in report.summary
 
     def test_what_fell_is_named(self):
         report = make_report()

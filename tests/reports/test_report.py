@@ -93,12 +93,17 @@ def make_report(judged=True, report_type=GADReport, **changes):
     return report
 
 
+def with_interval(difference, standard_error):
+    ends = [None if standard_error is None else difference + sign * 2 * standard_error for sign in (-1, 1)]
+    return {"difference": difference, "standard_error": standard_error, "low": ends[0], "high": ends[1]}
+
+
 def compare(report, standard_error=0.01):
     """Give a report the differences of its own numbers."""
     own = report.results.get(report.method, {})
     report.differences = {
         name: {
-            key: {"difference": own[key] - found[key], "standard_error": standard_error}
+            key: with_interval(own[key] - found[key], standard_error)
             for key in own
             if key.startswith("valid") or key == "teacher_nll"
         }
@@ -265,28 +270,28 @@ class TestTable:
         text = console.file.getvalue()
         for row in report.rows:
             assert all(cell in text for cell in row)
-        assert "GAD is better by 0.061 (standard error 0.010)" in " ".join(text.split())
+        assert "GAD is better by 0.061 (0.041 to 0.081)" in " ".join(text.split())
 
 
 class TestSummary:
     def test_says_which_is_better_whichever_way(self):
         report = make_report()
         assert "0.792 after GAD and 0.211 before" in report.summary
-        assert "SeqKD on the same text reaches 0.731: GAD is better by 0.061 (standard error 0.010)." in report.summary
+        assert "SeqKD on the same text reaches 0.731: GAD is better by 0.061 (0.041 to 0.081)." in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.7
         compare(report)
-        assert "GAD is worse by 0.031 (standard error 0.010)." in report.summary
+        assert "GAD is worse by 0.031 (0.011 to 0.051)." in report.summary
         report.results["GAD"]["valid@t1.0"] = 0.74
         compare(report)
-        assert "GAD is as good within the noise, 0.009 (standard error 0.010) apart." in report.summary
+        assert "reaches 0.731: no difference seen (−0.011 to +0.029)." in report.summary
 
     @pytest.mark.parametrize("standard_error", [None, math.nan])
-    def test_there_is_no_verdict_without_a_standard_error(self, standard_error):
+    def test_there_is_no_verdict_without_an_interval(self, standard_error):
         report = make_report()
         compare(report, standard_error)
-        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+        assert "reaches 0.731: no verdict on GAD without an interval." in report.summary
         report.differences = {}
-        assert "reaches 0.731: no verdict on GAD without a standard error." in report.summary
+        assert "reaches 0.731: no verdict on GAD without an interval." in report.summary
 
     def test_what_fell_is_named(self):
         report = make_report()
@@ -300,6 +305,48 @@ class TestSummary:
         )
         compare(report, standard_error=1.0)
         assert "But" not in report.summary
+
+    def test_every_metric_that_fell_is_named_the_deciding_one_too(self):
+        report = make_report()
+        report.results["GAD"] |= {
+            "valid@t1.0": 0.1,
+            "truncated@t1.0": 0.4,
+            "distinct_valid@t1.0": 100,
+            "length@t1.0": 3.0,
+        }
+        compare(report)
+        for found in report.differences.values():
+            found["truncated@t1.0"] = with_interval(0.4, 0.1)
+            found["distinct_valid@t1.0"] = with_interval(-1134.0, 10.0)
+            # Longer or shorter is neither better nor worse
+            found["length@t1.0"] = with_interval(-18.5, 1.0)
+        lost = "valid, T=1.0 (0.211 → 0.100), distinct answers with valid 1, T=1.0 (1,234 → 100), truncated, T=1.0 (0.000 → 0.400)"
+        assert f"worse than before: {lost};" in report.summary
+        # The sentence before says it of the deciding one
+        assert "reaches 0.731: GAD is worse by 0.631" in report.summary
+        assert report.summary.count("valid, T=1.0 (0.731") == 0 and "length" not in report.summary
+
+    def test_a_gain_that_is_none_is_no_gain(self):
+        """0.048 after and 0.039 before."""
+        report = make_report()
+        report.results["GAD"]["valid@t1.0"], report.results["undistilled"]["valid@t1.0"] = 0.048, 0.039
+        compare(report)
+        assert "is 0.048 after GAD and 0.039 before, no difference seen (−0.011 to +0.029);" in report.summary
+        compare(report, standard_error=0.001)
+        assert "is 0.048 after GAD and 0.039 before;" in report.summary
+
+    def test_a_sharper_student_is_not_called_a_better_one(self):
+        report = make_report()
+        assert "equal diversity" not in report.summary
+        report.differences["SeqKD"]["valid@equal_diversity"] = with_interval(0.002, 0.01)
+        assert "GAD is better by 0.061 (0.041 to 0.081)." in report.summary
+        assert "Over SeqKD at equal diversity of the answers: no difference seen (−0.018 to +0.022)." in report.summary
+        report.differences["SeqKD"]["valid@equal_diversity"] = with_interval(-0.1, 0.01)
+        assert "at equal diversity of the answers: GAD is worse by 0.100 (0.080 to 0.120)." in report.summary
+        text = render_markdown(report)
+        assert "| quality at equal diversity | – | −0.100 (−0.120 to −0.080) |" in text
+        assert "distinct 4-grams" in text
+        assert "quality at equal diversity" not in render_markdown(make_report())
 
     @pytest.mark.parametrize(("judged", "key", "value"), [(True, "valid@t1.0", 0.1), (False, "teacher_nll", 2.5)])
     def test_a_student_that_got_worse_is_warned_of(self, judged, key, value):
@@ -321,6 +368,36 @@ class TestSummary:
         report = make_report()
         del report.results["SeqKD"]
         assert report.summary.endswith("0.211 before.")
+
+
+class TestComparison:
+    def test_differences_have_intervals(self):
+        text = render_markdown(make_report())
+        assert "| GAD less | undistilled | SeqKD |" in text
+        assert "| valid, T=1.0 | +0.581 (+0.561 to +0.601) | +0.061 (+0.041 to +0.081) |" in text
+        assert "| teacher NLL | −1.060 (−1.080 to −1.040) | +0.030 (+0.010 to +0.050) |" in text
+        # The figures of the table stay as they are, and what has no interval has no line
+        assert "| valid, T=1.0 | 0.211 | 0.731 | 0.792 | 1.000 |" in text and text.count("| length, T=1.0 |") == 1
+
+    def test_without_intervals_there_is_none(self):
+        report = make_report()
+        compare(report, math.nan)
+        assert "less" not in render_markdown(report) and report.comparison() == []
+
+    def test_other_temperatures(self, tmp_path, figures):
+        report = make_report(
+            evaluation={"temperatures": [0.0], "prompts": 9, "samples": 2, "max_new_tokens": 3, "seed": 0}
+        )
+        greedy = {"valid@greedy": 0.5, "distinct_valid@greedy": 9, "length@greedy": 3.0, "teacher_nll": 1.0}
+        report.results = dict.fromkeys(report.results, greedy)
+        report.curves = {name: [{"step": 1, **greedy}] for name in report.curves}
+        compare(report)
+        assert report.headline == "valid@greedy" and report.judged_metrics == ["valid"]
+        assert report.summary.startswith("`valid` at temperature 0 (greedy) is 0.500 after GAD")
+        labels = [row[0] for row in report.rows]
+        assert labels[:3] == ["valid, greedy", "distinct answers with valid 1, greedy", "teacher NLL"]
+        write_report(report, tmp_path)
+        assert "valid at temperature 0 (greedy)" in lines(figures[0])
 
 
 class TestFiles:

@@ -1,11 +1,11 @@
-"""Differences of two students, with their standard errors."""
+"""Differences of two students, with their standard errors and intervals."""
 
 import math
 
 import numpy as np
 import pytest
 
-from trl_bbkd.reports.uncertainty import is_clear, macro_f1, macro_f1_difference, paired_difference
+from trl_bbkd.reports.uncertainty import has_interval, is_clear, macro_f1, macro_f1_difference, paired_difference
 
 
 def test_rows_alike_is_the_textbooks_paired_standard_error():
@@ -27,9 +27,9 @@ def test_weights_are_those_of_a_mean_over_tokens():
 
 
 def test_rows_of_one_prompt_count_once():
-    once = paired_difference([1.0, 0.0, 1.0], [0.0, 0.0, 0.0])
-    four_times = paired_difference([1.0, 0.0, 1.0] * 4, [0.0] * 12, groups=["a", "b", "c"] * 4)
-    assert four_times == pytest.approx(once)
+    once = paired_difference([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [0.0] * 6)
+    four_times = paired_difference([1.0, 0.0, 1.0, 1.0, 0.0, 1.0] * 4, [0.0] * 24, groups=list("abcdef") * 4)
+    assert four_times == pytest.approx(once) and once["low"] < once["difference"] < once["high"]
     assert math.isnan(paired_difference([1.0, 0.0], [0.0, 0.0], groups=[5, 5])["standard_error"])
 
 
@@ -44,13 +44,15 @@ def test_macro_f1():
     found = macro_f1_difference(good, bad, labels, 3)
     assert found["difference"] == pytest.approx(macro_f1(good, labels, 3) - macro_f1(bad, labels, 3))
     assert 0.02 < found["standard_error"] < 0.05 and is_clear(found)
-    assert macro_f1_difference(good, good, labels, 3) == {"difference": 0.0, "standard_error": 0.0}
+    assert macro_f1_difference(good, good, labels, 3) == dict.fromkeys(found, 0.0)
 
 
 @pytest.mark.parametrize(
     ("difference", "error", "clear"),
     [(0.03, 0.01, True), (-0.03, 0.01, True), (0.02, 0.01, False), (0.5, None, False), (0.5, math.nan, False)],
 )
-def test_two_standard_errors_make_a_difference_clear(difference, error, clear):
-    assert is_clear({"difference": difference, "standard_error": error}) is clear
-    assert not is_clear(None)
+def test_a_difference_whose_interval_excludes_zero_is_clear(difference, error, clear):
+    ends = [None if error is None else difference + sign * 2 * error for sign in (-1, 1)]
+    found = dict(zip(("low", "high"), ends, strict=True)) | {"difference": difference}
+    assert is_clear(found) is clear and has_interval(found) is (error == 0.01)
+    assert not is_clear(None) and not has_interval(None)

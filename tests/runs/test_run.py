@@ -16,6 +16,7 @@ from tests.recipes import command_line, write_recipe
 from trl_bbkd.data.teacher_data import load_teacher_data, tokenize_teacher_data
 from trl_bbkd.errors import RecipeError, TeacherDataError
 from trl_bbkd.evaluation.student import evaluate_student, teacher_nll
+from trl_bbkd.reports.held_out import read_held_out
 from trl_bbkd.runs.job import checkpoint_to_resume, command, hold_out, refuse_another_run
 from trl_bbkd.runs.recipe import RecipeArguments, RunArguments, load_recipe
 from trl_bbkd.runs.run import run
@@ -106,6 +107,29 @@ class TestRun:
         assert len(points) == 7 and (kept["blue@t1.0"], -kept["teacher_nll"]) > max(points.values())
         assert len(saved["curves"]["GAD"]) == 9
         assert saved["headline"] == "blue@t1.0" and saved["counts"]["train"]["kept"] == 12
+
+    def test_what_students_said_is_kept_prompt_by_prompt(self, finished, recipe_folder):
+        metrics, lines = json.loads((finished / "metrics.json").read_text()), read_held_out(finished)
+        rows = [json.loads(line) for line in (recipe_folder / "test.jsonl").read_text().splitlines()]
+        assert sorted(number for line in lines for number in line["rows"]) == list(range(len(rows)))
+        for line in lines:
+            assert {rows[number]["prompt"] for number in line["rows"]} == {line["prompt"]}
+            assert [rows[number]["completion"] for number in line["rows"]] == line["teacher"]
+        for name in ("undistilled", "SeqKD", "GAD"):
+            found = [line["students"][name] for line in lines]
+            tokens = [sum(line["teacher_tokens"]) for line in lines]
+            texts = [text for answers in found for text in answers["samples"]["t1.0"]]
+            results = metrics["results"][name]
+            assert sum("b" in text for text in texts) / len(texts) == pytest.approx(results["blue@t1.0"])
+            nll = sum(
+                count * answers["values"]["teacher_nll"] for count, answers in zip(tokens, found, strict=True)
+            ) / sum(tokens)
+            assert nll == pytest.approx(results["teacher_nll"])
+            assert sum(answers["values"]["distinct_valid@t1.0"] for answers in found) == results["distinct_valid@t1.0"]
+        difference = metrics["differences"]["SeqKD"]["distinct_valid@t1.0"]["difference"]
+        own, other = (metrics["results"][name]["distinct_valid@t1.0"] for name in ("GAD", "SeqKD"))
+        assert difference == pytest.approx(own - other)
+        assert "blue@equal_diversity" in metrics["differences"]["SeqKD"]
 
     def test_another_run_does_not_mix_in(self, finished, recipe_folder, other_model_dir):
         recipe = load_recipe(write_recipe(recipe_folder, other_model_dir, finished), [])

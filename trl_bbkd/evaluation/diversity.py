@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .intervals import UNKNOWN, interval_of_error
+
 
 Curve = Sequence[tuple[float, float]]
+GROUPS = 20
 
 
 def distinct_ngrams(texts: Sequence[str], n: int = 4) -> float:
@@ -28,8 +31,13 @@ def distinct_ngrams(texts: Sequence[str], n: int = 4) -> float:
     Returns:
         `float`: in `(0, 1]`; `nan` where no text has `n` words.
     """
-    ngrams = [tuple(words[start : start + n]) for words in map(_words, texts) for start in range(len(words) - n + 1)]
+    ngrams = [ngram for text in texts for ngram in _ngrams(text, n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = _words(text)
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def _words(text: str) -> list[str]:
@@ -81,7 +89,7 @@ def _sorted(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return points[:, 0], points[:, 1]
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], count: int, num_groups: int = 20) -> tuple[float, float]:
+def jackknife(statistic: Callable[[np.ndarray], float], count: int, num_groups: int = GROUPS) -> tuple[float, float]:
     """
     A statistic of prompts, and its standard error by leaving out one group of them after the other. (Drawing prompts with
     repetition, as a bootstrap does, would repeat their n-grams and lower distinct-n.)
@@ -104,3 +112,71 @@ def jackknife(statistic: Callable[[np.ndarray], float], count: int, num_groups: 
     without = np.array([statistic(numbers[numbers % groups != group]) for group in range(groups)])
     error = math.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum())
     return statistic(numbers), error
+
+
+class SampledCurve:
+    """
+    A student's diversity and quality at each temperature, of any of the prompts that it answered. Diversity is distinct-n of one
+    draw, an answer to each prompt, and the mean over draws: it does not depend on how many samples a prompt has.
+
+    Args:
+        samples (`Sequence[Sequence[Sequence[str]]]`):
+            At each temperature, for each prompt its samples, as many for each.
+        qualities (`Sequence[Sequence[float]]`):
+            At each temperature, for each prompt the mean quality of its samples.
+        n (`int`, *optional*, defaults to `4`):
+            Words of an n-gram.
+    """
+
+    def __init__(self, samples: Sequence[Sequence[Sequence[str]]], qualities: Sequence[Sequence[float]], n: int = 4):
+        numbers: dict[tuple[str, ...], int] = {}
+        self._ngrams = [
+            [
+                [
+                    np.array([numbers.setdefault(ngram, len(numbers)) for ngram in _ngrams(text, n)], int)
+                    for text in draw
+                ]
+                for draw in zip(*answers, strict=True)
+            ]
+            for answers in samples
+        ]
+        self._qualities = np.array(qualities, dtype=float)
+
+    def __call__(self, prompts: np.ndarray) -> Curve:
+        """The curve of the prompts of these numbers. A temperature at which no answer has an n-gram is no point of it."""
+        qualities = self._qualities[:, prompts].mean(axis=1)
+        points = [
+            (sum(_distinct([draw[prompt] for prompt in prompts]) for draw in draws) / len(draws), float(quality))
+            for draws, quality in zip(self._ngrams, qualities, strict=True)
+        ]
+        return [point for point in points if not math.isnan(point[0])]
+
+
+def _distinct(ngrams: list[np.ndarray]) -> float:
+    together = np.concatenate(ngrams)
+    return len(np.unique(together)) / len(together) if len(together) else math.nan
+
+
+def paired_difference_at_equal_diversity(own: SampledCurve, other: SampledCurve, count: int) -> dict[str, float]:
+    """
+    [`difference_at_equal_diversity`] of two students on the same prompts, with its interval by [`jackknife`].
+
+    Args:
+        own ([`SampledCurve`]), other ([`SampledCurve`]):
+            The students' curves.
+        count (`int`):
+            Prompts.
+
+    Returns:
+        `dict[str, float]`: `difference`, `standard_error`, `low` and `high`; `nan` where they have no diversity in common, and
+        but for the difference where a group of prompts decides on that, or there are too few to leave any out.
+    """
+
+    def statistic(prompts: np.ndarray) -> float:
+        curves = own(prompts), other(prompts)
+        return difference_at_equal_diversity(*curves) if all(curves) else math.nan
+
+    value, error = jackknife(statistic, count) if count > 1 else (math.nan, math.nan)
+    degrees = min(GROUPS, count) - 1
+    low, high = interval_of_error(value, error, degrees) if degrees >= 4 else UNKNOWN
+    return {"difference": value, "standard_error": error, "low": low, "high": high}

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,15 @@ def generate_completion_ids(
     model.eval()
     wait_for_each_other(model)
     devices = [model.device] if model.device.type != "cpu" else []
-    bar = tqdm(total=len(queue), desc=progress_bar, disable=progress_bar is None, unit="completion", leave=False)
+    # Of all that the processes sample, shown by one
+    bar = tqdm(
+        total=len(queue),
+        desc=progress_bar,
+        disable=progress_bar is None or place()[0] > 0,
+        unit="completion",
+        leave=False,
+    )
+    at_once = place()[1] if is_shared else 1
 
     def generate(indices: list[int]) -> list[list[int]]:
         input_ids, attention_mask = pad_rows(
@@ -174,7 +182,7 @@ def generate_completion_ids(
         with without_router_logits(model):
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
         rows = output[:, input_ids.shape[1] :].tolist()
-        bar.update(len(indices))
+        bar.update(min(len(indices) * at_once, bar.total - bar.n))
         lengths = [next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row)) for row in rows]
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -284,12 +292,13 @@ def evaluate_student(
     sample_metrics: SampleMetrics | None = None,
     *,
     max_new_tokens: int,
-    temperatures: Iterable[float] = TEMPERATURES,
+    temperatures: Sequence[float] = TEMPERATURES,
     num_samples: int = 4,
     batch_size: int = 32,
     seed: int = 0,
     chat_template_kwargs: dict | None = None,
     by_row: dict[str, list[float]] | None = None,
+    samples: dict[str, list[list[str]]] | None = None,
     progress_bar: str | None = None,
     vllm: TrainersVLLM | None = None,
 ) -> dict[str, float]:
@@ -305,11 +314,13 @@ def evaluate_student(
         sample_metrics (`Callable`, *optional*):
             Judge: `(prompts, completions) -> {name: [one number a completion]}`. Its first metric decides which
             answers are valid (those at 1).
-        temperatures (`Iterable[float]`, *optional*, defaults to `(1.0, 0.7, 0.0)`):
-            Temperatures to sample at.
+        temperatures (`Sequence[float]`, *optional*, defaults to `(1.0, 0.7, 0.0)`):
+            Temperatures to sample at. Answers are told apart at the first one.
         by_row (`dict[str, list[float]]`, *optional*):
-            Filled with the row's own value, one a row, of each metric of the judge (the mean over the row's samples)
-            and of `teacher_nll` (the mean over its tokens).
+            Filled with the row's own value, one a row, of each metric of the answers (the mean over the row's samples, of
+            `distinct_valid` their number) and of `teacher_nll` (the mean over its tokens).
+        samples (`dict[str, list[list[str]]]`, *optional*):
+            Filled with each temperature's answers, a list for each row.
         progress_bar (`str`, *optional*):
             Text before a bar of the completions made. `None` shows none.
         vllm ([`~evaluation.vllm.TrainersVLLM`], *optional*):
@@ -318,7 +329,7 @@ def evaluate_student(
     Returns:
         `dict[str, float]`: for each temperature, such as `t1.0`: the mean of each metric of the judge (`valid@t1.0`),
         `length@t1.0` (tokens, end-of-sequence token included), `length_ratio@t1.0` (to the teacher's answers),
-        `truncated@t1.0` (share of answers cut at `max_new_tokens`); at temperature 1 `distinct_valid@t1.0`, the number
+        `truncated@t1.0` (share of answers cut at `max_new_tokens`); at the first temperature `distinct_valid@t1.0`, the number
         of different valid pairs of prompt and answer, or without a judge `distinct_share@t1.0`, different pairs out of
         all; and `teacher_nll`. Empty on processes other than the main one.
 
@@ -350,25 +361,34 @@ def evaluate_student(
             )
             if not is_main_process:
                 continue
-            samples = [ids for group in grouped for ids in group]
+            answers = [ids for group in grouped for ids in group]
             sampled_prompts = [prompt for prompt, group in zip(prompts, grouped, strict=True) for _ in group]
-            texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            values = {
+                "length": [float(len(ids)) for ids in answers],
+                "truncated": [float(ids[-1] not in end_ids) for ids in answers],
+            }
             pairs = [(str(prompt), text) for prompt, text in zip(sampled_prompts, texts, strict=True)]
-            if sample_metrics is not None:
-                judged = judge(sample_metrics, sampled_prompts, texts)
-                metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
-                if by_row is not None:
-                    by_row |= {f"{name}@{at}": _means(values, len(rows)) for name, values in judged.items()}
-                if temperature == 1:
-                    first = next(iter(judged.values()))
-                    valid = {pair for pair, value in zip(pairs, first, strict=True) if value == 1}
-                    metrics[f"distinct_valid@{at}"] = len(valid)
-            elif temperature == 1:
-                metrics[f"distinct_share@{at}"] = len(set(pairs)) / len(pairs)
-            length = sum(map(len, samples)) / len(samples)
-            metrics[f"length@{at}"] = length
-            metrics[f"length_ratio@{at}"] = length / teacher_length
-            metrics[f"truncated@{at}"] = sum(ids[-1] not in end_ids for ids in samples) / len(samples)
+            judged = {} if sample_metrics is None else judge(sample_metrics, sampled_prompts, texts)
+            if temperature == temperatures[0] and judged:
+                valid = [value == 1 for value in next(iter(judged.values()))]
+                is_new = first_times(list(zip(pairs, valid, strict=True)))
+                values["distinct_valid"] = [float(new and good) for new, good in zip(is_new, valid, strict=True)]
+            elif temperature == temperatures[0]:
+                values["distinct_share"] = list(map(float, first_times(pairs)))
+            values = judged | values
+            means = {f"{name}@{at}": sum(found) / len(found) for name, found in values.items()}
+            if "distinct_valid" in values:
+                means[f"distinct_valid@{at}"] = int(sum(values["distinct_valid"]))
+            metrics |= means | {f"length_ratio@{at}": means[f"length@{at}"] / teacher_length}
+            if by_row is not None:
+                by_row |= {f"{name}@{at}": _means(found, len(rows)) for name, found in values.items()}
+            if by_row is not None and "distinct_valid" in values:
+                by_row[f"distinct_valid@{at}"] = [len(grouped[0]) * mean for mean in by_row[f"distinct_valid@{at}"]]
+            if samples is not None:
+                samples[at] = [
+                    texts[start : start + len(grouped[0])] for start in range(0, len(texts), len(grouped[0]))
+                ]
     totals = teacher_nll_by_row(
         model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs, is_shared=True
     )
@@ -381,6 +401,12 @@ def evaluate_student(
     return metrics
 
 
+def first_times(items: Sequence[Hashable]) -> list[bool]:
+    """Of each item, whether it is none that came before."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(item, number) == number for number, item in enumerate(items)]
+
+
 def _means(values: list[float], rows: int) -> list[float]:
     """The mean of each row's samples, which are neighbours."""
     samples = len(values) // rows
@@ -388,7 +414,10 @@ def _means(values: list[float], rows: int) -> list[float]:
 
 
 def evaluate_teacher(
-    rows: list[dict], sample_metrics: SampleMetrics | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    rows: list[dict],
+    sample_metrics: SampleMetrics | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    temperature: float = TEMPERATURES[0],
 ) -> dict[str, float]:
     """
     The teacher's own held-out answers under the same judge: the reference of the table, as if sampled once.
@@ -401,14 +430,17 @@ def evaluate_teacher(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer: the judge sees conversational answers as a student writes them, with what the chat
             template adds, such as reasoning. By default it sees the text of the messages.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the students, beside which the answers stand: metrics are named after it.
     """
     texts = [answer_text(row["completion"]) for row in rows]
     if tokenizer is not None and not isinstance(rows[0]["prompt"], str):
         texts = tokenizer.batch_decode([row["teacher_ids"] for row in rows], skip_special_tokens=True)
-    metrics = {"length@t1.0": sum(len(row["teacher_ids"]) for row in rows) / len(rows), "length_ratio@t1.0": 1.0}
+    at = temperature_name(temperature)
+    metrics = {f"length@{at}": sum(len(row["teacher_ids"]) for row in rows) / len(rows), f"length_ratio@{at}": 1.0}
     if sample_metrics is not None:
         judged = judge(sample_metrics, [row["prompt"] for row in rows], texts)
-        metrics |= {f"{name}@t1.0": sum(values) / len(values) for name, values in judged.items()}
+        metrics |= {f"{name}@{at}": sum(values) / len(values) for name, values in judged.items()}
     return metrics
 
 

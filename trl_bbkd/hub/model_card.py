@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..host.version import __version__
 from ..reports.markdown import code, escape, fenced, table
 from ..reports.redaction import public_text
-from ..reports.report import Report, counts_table
+from ..reports.report import Report, counts_table, results
 
 
 CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
@@ -216,9 +216,8 @@ def _results(card: StudentCard) -> str:
     report = card.report
     if report is None:
         return ""
-    lines = ["## How good it is", "", report.summary, ""]
-    lines += table(["", *report.columns], report.rows)
-    lines += ["", report.explanation, "", "![Curves of the run](curves.png)"]
+    lines = ["## How good it is", "", report.summary, "", *results(report)]
+    lines += ["", "![Curves of the run](curves.png)"]
     for section in report.sections():
         lines += ["", f"### {section.title}", "", *section.lines]
     if report.warnings:

@@ -87,6 +87,13 @@ class LLKDReport(Report):
         ]
 
     @property
+    def compared(self) -> list[tuple[str, str]]:
+        return list(TABLE[:2])
+
+    def written(self, metric: str, value: float | None) -> str:
+        return format_value(metric, value)
+
+    @property
     def explanation(self) -> str:
         text = [
             f"Accuracy and macro F1 (the mean of the classes' F1) are measured on {self.counts['test'].rows:,} held-out rows "
@@ -94,7 +101,8 @@ class LLKDReport(Report):
         ]
         if self.differences:
             text.append(
-                "A verdict takes two standard errors, over held-out rows: another seed of the training may differ by more."
+                "Verdicts and differences have 95 % intervals, over held-out rows drawn anew (none with fewer than 6): another seed "
+                "of the training may differ by more."
             )
         if ALL_ROWS in self.results:
             text.append(

@@ -9,7 +9,7 @@ from ..host.sharding import why_not_sharded
 from ..runs.held_models import Phase
 from ..runs.methods import load_method
 from ..runs.recipe import Recipe
-from ..runs.text_job import EVALUATION_PROMPTS, SamplingPlan, sampling_plan
+from ..runs.sampling_plan import EVALUATION_PROMPTS, SamplingPlan, answers_in_training, sampling_plan
 from ..soft_targets.store import bytes_per_token
 from .cost import Part, evaluation_seconds, parts_of
 from .footprint import Footprint, footprint
@@ -261,8 +261,10 @@ class Plan:
         if hasattr(script_args, "eval_prompts"):
             most = script_args.eval_prompts or EVALUATION_PROMPTS
             held_out = most if self.rows is None else min(most, max(1, self.rows // 20))
-            plan = sampling_plan(script_args, steps, held_out, script_args.seqkd_baseline)
             args = self.recipe.training_args
+            learned = steps * rows_of_a_step(self.recipe) * self.machine.gpus
+            answers = answers_in_training(load_method(self.recipe.method).samples_per_prompt(args), learned)
+            plan = sampling_plan(script_args, steps, held_out, script_args.seqkd_baseline, answers)
             batches = -(-plan.all // (self.machine.gpus * args.per_device_eval_batch_size))
             tokens = batches * args.max_completion_length
             evaluation = evaluation_seconds(student, self._measure(student), self.setting(case.engine), tokens)

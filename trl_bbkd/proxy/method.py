@@ -117,7 +117,7 @@ class ProxyMethod(Method):
         if not trainer.has_own_proxy:
             return {}
         proxy = trainer.live_proxy or trainer.proxy_stages.loaded_proxy()
-        return {PROXY: job.measure(proxy, temperatures=(1.0,))}
+        return {PROXY: job.measure(proxy, temperatures=job.temperatures[:1])}
 
     def findings(self, trainer) -> dict:
         return {"stages": trainer.stage_reports}

@@ -19,7 +19,7 @@ class ProxyReport(TextReport):
             return []
         return [
             f"The proxy is the open model that {self.method} learned from beside the teacher's text, as it was then; it was "
-            "sampled at temperature 1.0 only."
+            f"sampled at {self.sampled_at} only."
         ]
 
     def sections(self) -> list[Section]:

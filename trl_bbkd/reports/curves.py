@@ -36,7 +36,9 @@ def plot_curves(report: Report, path: str | Path) -> None:
 
     draw_comparison(main, report, report.headline, references=True)
     judged = report.headline != "teacher_nll"
-    set_title(main, f"{report.judged_metrics[0]} at temperature 1.0" if judged else "NLL of held-out teacher answers")
+    set_title(
+        main, f"{report.judged_metrics[0]} at {report.sampled_at}" if judged else "NLL of held-out teacher answers"
+    )
 
     if judged and all(0 <= value <= 1 for line in main.get_lines() for value in line.get_ydata()):
         share_axis(main)

@@ -11,7 +11,7 @@ import yaml
 
 from .markdown import code, escape, fenced, table
 from .redaction import SECRET
-from .uncertainty import is_clear
+from .uncertainty import has_interval, is_clear
 
 
 TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
@@ -57,8 +57,8 @@ class Report:
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
         differences (`dict[str, dict[str, dict]]`):
-            How far the method's student is from each other one, by the other's name and metric: `difference` and
-            `standard_error`.
+            How far the method's student is from each other one, by the other's name and metric: as of
+            [`~reports.uncertainty.paired_difference`].
     """
 
     method: str
@@ -92,17 +92,51 @@ class Report:
         raise NotImplementedError
 
     def verdict(self, other: str, metric: str, lower_is_better: bool = False) -> str:
-        """Whether the method is better than `other`, as far as its standard error tells."""
+        """Whether the method is better than `other`, as far as the interval of their difference tells."""
         found = self.differences.get(other, {}).get(metric)
-        if found is None or found["standard_error"] is None or math.isnan(found["standard_error"]):
-            return f"no verdict on {self.method} without a standard error"
-        # Of the numbers beside it
-        apart = abs(round(self.results[self.method][metric], 3) - round(self.results[other][metric], 3))
-        size = f"{apart:.3f} (standard error {found['standard_error']:.3f})"
+        if not has_interval(found):
+            return f"no verdict on {self.method} without an interval"
         if not is_clear(found):
-            return f"{self.method} is as good within the noise, {size} apart"
+            return f"no difference seen ({self.signed(metric, found['low'])} to {self.signed(metric, found['high'])})"
         is_better = (found["difference"] < 0) == lower_is_better
+        low, high = sorted(abs(found[end]) for end in ("low", "high"))
+        size = f"{self._apart(other, metric)} ({self.written(metric, low)} to {self.written(metric, high)})"
         return f"{self.method} is {'better' if is_better else 'worse'} by {size}"
+
+    def _apart(self, other: str, metric: str) -> str:
+        """How far, as the numbers beside it say; or where no student has the metric alone, by itself."""
+        own, others = (self.results[name].get(metric) for name in (self.method, other))
+        if own is None or others is None:
+            return self.written(metric, abs(self.differences[other][metric]["difference"]))
+        return f"{abs(round(own, 3) - round(others, 3)):.3f}"
+
+    def written(self, metric: str, value: float | None) -> str:
+        """A value as the table writes it."""
+        raise NotImplementedError
+
+    def signed(self, metric: str, value: float) -> str:
+        return ("−" if value < 0 else "+") + self.written(metric, abs(value))
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """Metric and label of what differences are told of."""
+        raise NotImplementedError
+
+    def comparison(self) -> list[str]:
+        """Lines of a Markdown table: how far the method's student is from each other one, with intervals."""
+        others = [name for name in self.columns if name in self.differences]
+        lines = [
+            [label, *(self._difference(self.differences[name].get(key), key) for name in others)]
+            for key, label in self.compared
+        ]
+        lines = [line for line in lines if any(cell != "–" for cell in line[1:])]
+        return table([f"{self.method} less", *others], lines) if lines else []
+
+    def _difference(self, found: dict | None, metric: str) -> str:
+        if not has_interval(found):
+            return "–"
+        value, low, high = (self.signed(metric, found[name]) for name in ("difference", "low", "high"))
+        return f"{value} ({low} to {high})"
 
     @property
     def columns(self) -> list[str]:
@@ -137,8 +171,7 @@ def render_markdown(report: Report) -> str:
     """The text of `report.md`."""
     teacher = escape(report.teacher or "a black-box teacher")
     lines = [f"# {report.method}: {code(report.student)} from {teacher}", "", report.summary, ""]
-    lines += table(["", *report.columns], report.rows)
-    lines += ["", report.explanation, "", "![Curves of the run](curves.png)", ""]
+    lines += [*results(report), "", "![Curves of the run](curves.png)", ""]
     if report.warnings:
         warnings = [f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings]
         lines += ["## Warnings", "", *warnings, ""]
@@ -153,6 +186,17 @@ def render_markdown(report: Report) -> str:
     lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
     times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
     return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
+
+
+def results(report: Report) -> list[str]:
+    """Lines of Markdown: the table, the differences in it, and what they are."""
+    compared = report.comparison()
+    return [
+        *table(["", *report.columns], report.rows),
+        "",
+        *([*compared, ""] if compared else []),
+        report.explanation,
+    ]
 
 
 def counts_table(counts: dict) -> list[str]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from ..evaluation.student import TEMPERATURES, temperature_name
 from .report import SEQKD, UNDISTILLED, Report
-from .uncertainty import is_clear
+from .uncertainty import has_interval, is_clear
 
 
 OWN_METRICS = ("length", "length_ratio", "truncated", "distinct_valid", "distinct_share")
+BETTER_WHEN_LOWER = ("teacher_nll", "truncated")
+WITHOUT_BETTER = ("length", "length_ratio")
+EQUAL_DIVERSITY = "quality at equal diversity"
 
 
 @dataclass(kw_only=True)
@@ -19,7 +22,7 @@ class TextReport(Report):
 
     Args:
         evaluation (`dict`):
-            How results were measured: `prompts`, `samples`, `max_new_tokens`, `seed`.
+            How results were measured: `prompts`, `samples`, `temperatures`, the deciding one first, `max_new_tokens`, `seed`.
         seqkd (`dict`):
             What the baseline was: `steps`, `best_step`, `batch_size`, `learning_rate`.
         stages (`list[dict]`):
@@ -38,15 +41,30 @@ class TextReport(Report):
     calibration: dict = field(default_factory=dict)
 
     @property
+    def temperatures(self) -> list[float]:
+        """Temperatures sampled at, the deciding one first."""
+        return self.evaluation.get("temperatures") or list(TEMPERATURES)
+
+    @property
+    def at(self) -> str:
+        """The deciding temperature as metrics name it."""
+        return temperature_name(self.temperatures[0])
+
+    @property
+    def sampled_at(self) -> str:
+        """The deciding temperature in words."""
+        return f"temperature {self.temperatures[0]}" if self.temperatures[0] else "temperature 0 (greedy)"
+
+    @property
     def judged_metrics(self) -> list[str]:
         """Names of the judge's metrics, the deciding one first; empty without a judge."""
-        names = [key.partition("@")[0] for key in self.results[self.method] if key.endswith("@t1.0")]
+        names = [key.partition("@")[0] for key in self.results[self.method] if key.endswith(f"@{self.at}")]
         return [name for name in names if name not in OWN_METRICS]
 
     @property
     def headline(self) -> str:
         """The metric the run is summed up by."""
-        return f"{self.judged_metrics[0]}@t1.0" if self.judged_metrics else "teacher_nll"
+        return f"{self.judged_metrics[0]}@{self.at}" if self.judged_metrics else "teacher_nll"
 
     @property
     def warmup_steps(self) -> float:
@@ -57,14 +75,30 @@ class TextReport(Report):
     def summary(self) -> str:
         key, results, method = self.headline, self.results, self.method
         judged = key != "teacher_nll"
-        name = f"`{self.judged_metrics[0]}` at temperature 1.0" if judged else "The NLL of held-out teacher answers"
+        name = "The NLL of held-out teacher answers"
+        if judged:
+            name = f"`{self.judged_metrics[0]}` at {self.sampled_at}"
         value = {model: format_value(key, metrics.get(key)) for model, metrics in results.items()}
         text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
+        before = self.differences.get(UNDISTILLED, {}).get(key)
+        if has_interval(before) and not is_clear(before):
+            text += f", {self.verdict(UNDISTILLED, key, not judged)}"
         if SEQKD in results:
             text += f"; SeqKD on the same text reaches {value[SEQKD]}: {self.verdict(SEQKD, key, not judged)}"
             if not judged:
                 text += ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
-        return f"{text}.{self._losses()}"
+        return f"{text}.{self._at_equal_diversity()}{self._losses()}"
+
+    @property
+    def equal_diversity(self) -> str:
+        """Name of the difference in judged quality at equal diversity."""
+        return f"{self.judged_metrics[0]}@equal_diversity" if self.judged_metrics else ""
+
+    def _at_equal_diversity(self) -> str:
+        """Whether a student that is judged better than SeqKD's is more than a sharper one."""
+        if not has_interval(self.differences.get(SEQKD, {}).get(self.equal_diversity)):
+            return ""
+        return f" Over SeqKD at equal diversity of the answers: {self.verdict(SEQKD, self.equal_diversity)}."
 
     def _losses(self) -> str:
         """What else the student lost, that the first sentence does not say."""
@@ -74,16 +108,29 @@ class TextReport(Report):
             lost = [
                 f"{label} ({format_value(key, self.results[other][key])} → {format_value(key, self.results[self.method][key])})"
                 for key, label in table_metrics(self)
-                if key != self.headline and self._is_worse(other, key)
+                if self._is_worse(other, key) and not (key == self.headline and other == SEQKD)
             ]
             if lost:
                 texts.append(f"worse {how}: {', '.join(lost)}")
         return f" But {'; '.join(texts)}." if texts else ""
 
     def _is_worse(self, other: str, key: str) -> bool:
-        """Whether the method's student is clearly worse than another one by this metric of the judge, or by NLL."""
+        """Whether the method's student is clearly worse than another one by this metric."""
+        name = key.partition("@")[0]
         found = self.differences.get(other, {}).get(key)
-        return is_clear(found) and (found["difference"] > 0) == (key == "teacher_nll")
+        return (
+            name not in WITHOUT_BETTER and is_clear(found) and (found["difference"] > 0) == (name in BETTER_WHEN_LOWER)
+        )
+
+    def written(self, metric: str, value: float | None) -> str:
+        return format_value(metric, value)
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        metrics = table_metrics(self)
+        if self.judged_metrics:
+            metrics.insert(len(self.judged_metrics) * len(self.temperatures), (self.equal_diversity, EQUAL_DIVERSITY))
+        return metrics
 
     @property
     def rows(self) -> list[list[str]]:
@@ -103,7 +150,13 @@ class TextReport(Report):
             )
         if self.differences:
             text.append(
-                "A verdict takes two standard errors, over prompts and samples: another seed of the training may differ by more."
+                "Verdicts and differences have 95 % intervals, over prompts drawn anew, on which both students answered (none with "
+                "fewer than 6): another seed of the training may differ by more."
+            )
+        if any(has_interval(found.get(self.equal_diversity)) for found in self.differences.values()):
+            text.append(
+                f"Quality at equal diversity is the mean difference of `{self.judged_metrics[0]}` where both students' answers, "
+                "sampled at several temperatures, have as many distinct 4-grams: sampling colder gains nothing there."
             )
         if self.judged_metrics:
             text.append(
@@ -175,19 +228,23 @@ def table_metrics(report: TextReport) -> list[tuple[str, str]]:
     """Metric and label of each line of the table."""
     metrics = []
     for name in report.judged_metrics:
-        for temperature in TEMPERATURES:
-            label = f"{name}, T={temperature}" if temperature else f"{name}, greedy"
-            metrics.append((f"{name}@{temperature_name(temperature)}", label))
+        for temperature in report.temperatures:
+            metrics.append((f"{name}@{temperature_name(temperature)}", f"{name}, {in_short(temperature)}"))
+    at, short = report.at, in_short(report.temperatures[0])
     if report.judged_metrics:
-        metrics.append(("distinct_valid@t1.0", f"distinct answers with {report.judged_metrics[0]} 1, T=1.0"))
+        metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
     else:
-        metrics.append(("distinct_share@t1.0", "distinct answers, T=1.0"))
+        metrics.append((f"distinct_share@{at}", f"distinct answers, {short}"))
     return metrics + [
         ("teacher_nll", "teacher NLL"),
-        ("length@t1.0", "length, T=1.0"),
-        ("length_ratio@t1.0", "length / teacher's, T=1.0"),
-        ("truncated@t1.0", "truncated, T=1.0"),
+        (f"length@{at}", f"length, {short}"),
+        (f"length_ratio@{at}", f"length / teacher's, {short}"),
+        (f"truncated@{at}", f"truncated, {short}"),
     ]
+
+
+def in_short(temperature: float) -> str:
+    return f"T={temperature}" if temperature else "greedy"
 
 
 def format_value(metric: str, value: float | None) -> str:

@@ -77,10 +77,13 @@ class RecipeArguments(RunArguments):
             Learning rate of that baseline. `None` takes the student's.
         eval_prompts (`int`, *optional*):
             Most held-out prompts that the report's students are sampled on. `None` takes as many as there are optimizer
-            steps, at least 16 and at most 256.
+            steps, at least 16 and at most 256, and fewer where the report would take more than a tenth of the training.
         eval_samples (`int`, *optional*):
-            The report's samples for each of them at temperatures 1 and 0.7; half as many along the way. `None` takes 1 for
-            every 30 optimizer steps, at least 1 and at most 8.
+            The report's samples for each of them at every temperature but 0; half as many along the way. `None` takes 1 for
+            every 30 optimizer steps, at least 1 and at most 8, and fewer where the report would take more than a tenth of
+            the training.
+        eval_temperatures (`list[float]`, *optional*):
+            Temperatures that the report samples at, the one that decides first; 0 is greedy. `None` takes 1.0, 0.7 and 0.
     """
 
     reward_funcs: list[str] | None = field(
@@ -111,14 +114,23 @@ class RecipeArguments(RunArguments):
         default=None,
         metadata={
             "help": "Most held-out prompts that the report's students are sampled on. If `None`, as many as there are "
-            "optimizer steps, at least 16 and at most 256."
+            "optimizer steps, at least 16 and at most 256, and fewer where the report would take more than a tenth of the "
+            "training."
         },
     )
     eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "The report's samples for each of them at temperatures 1 and 0.7; half as many along the way. If `None`, "
-            "1 for every 30 optimizer steps, at least 1 and at most 8."
+            "help": "The report's samples for each of them at every temperature but 0; half as many along the way. If `None`, "
+            "1 for every 30 optimizer steps, at least 1 and at most 8, and fewer where the report would take more than a tenth "
+            "of the training."
+        },
+    )
+    eval_temperatures: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Temperatures that the report samples at, the one that decides first; 0 is greedy. If `None`, 1.0, 0.7 and "
+            "0."
         },
     )
 

@@ -97,10 +97,17 @@ def check_packages(values: dict[str, Any]) -> None:
 
 
 def _problem(name: str, value: Any) -> str | None:
-    requirement = _requirement(name, value)
+    requirement = _temperatures(value) if name == "eval_temperatures" else _requirement(name, value)
     if requirement:
         return f"{name} must be {requirement}, got {value}."
     return _folder_problem(value) if name == "output_dir" and value else None
+
+
+def _temperatures(value: Any) -> str | None:
+    """What temperatures of the report must be, if they are not."""
+    if value is None or (value and len({*value}) == len(value) and all(0 <= each < math.inf for each in value)):
+        return None
+    return "different numbers of at least 0, such as 1.0 0.7 0"
 
 
 def _folder_problem(output_dir: str) -> str | None:

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import gc
 import itertools
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +15,13 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from trl import get_peft_config, get_quantization_config
 
+from ..data.sameness import sameness_warnings
 from ..data.splitting import input_key
 from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
-from ..evaluation.student import evaluate_student, evaluate_teacher
+from ..evaluation.diversity import SampledCurve, paired_difference_at_equal_diversity
+from ..evaluation.student import TEMPERATURES, evaluate_student, evaluate_teacher, temperature_name
 from ..evaluation.vllm import TrainersVLLM
 from ..host._compat import whole_models
 from ..host.engines import gathered
@@ -28,18 +30,19 @@ from ..host.model_paths import base_of_student, no_model
 from ..host.preflight import refuse_broken_weights
 from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
+from ..reports.held_out import prompt_lines, write_held_out
 from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
 from ..reports.uncertainty import paired_difference
-from ..seqkd.trainer import CurveCallback, curve, curve_steps, train_seqkd
+from ..seqkd.trainer import CurveCallback, curve, train_seqkd
 from .job import SEED, Job, display_path, hold_out, timed
 from .methods import load_class
 from .progress import TRAINED
-from .recipe import Recipe, RecipeArguments, import_callable
+from .recipe import Recipe, import_callable
+from .sampling_plan import EVALUATION_PROMPTS, answers_in_training, sampling_plan
 
 
-# Most of each that a report takes by itself
-EVALUATION_PROMPTS, EVALUATION_SAMPLES = 256, 8
+logger = logging.getLogger(__name__)
 
 
 class TextJob(Job):
@@ -68,10 +71,19 @@ class TextJob(Job):
                 "load_in_8bit out. Or merge it into its base model and name that."
             )
         self._tokenize(train, test, most)
+        self.temperatures = [float(value) for value in self.script_args.eval_temperatures or TEMPERATURES]
+        steps = self._planned_steps()
         self.plan = sampling_plan(
-            self.script_args, self._planned_steps(), len(self.test), self.script_args.seqkd_baseline
+            self.script_args,
+            steps,
+            len(self.test),
+            self.script_args.seqkd_baseline,
+            answers_in_training(self.method.samples_per_prompt(self.args), steps * self._rows_of_a_step),
         )
         self.held_out_rows = self.test[: self.plan.prompts]
+        self.data_warnings = sameness_warnings(self.train, self.held_out_rows, self.counts)
+        for warning in self.data_warnings if self.is_main_process else []:
+            logger.warning(warning["text"])
         self.vllm: TrainersVLLM | None = None
         self.measure = functools.partial(
             self._evaluate,
@@ -79,6 +91,7 @@ class TextJob(Job):
             rows=self.held_out_rows,
             sample_metrics=self.sample_metrics,
             max_new_tokens=self.args.max_completion_length,
+            temperatures=self.temperatures,
             num_samples=self.plan.samples,
             batch_size=self.args.per_device_eval_batch_size,
             seed=SEED,
@@ -86,7 +99,7 @@ class TextJob(Job):
             progress_bar=None if self.args.disable_tqdm else "sampling for the report",
         )
         self.measure_briefly = functools.partial(
-            self.measure, temperatures=(1.0,), num_samples=self.plan.curve_samples
+            self.measure, temperatures=self.temperatures[:1], num_samples=self.plan.curve_samples
         )
 
     def _evaluate(self, model, **settings) -> dict[str, float]:
@@ -101,8 +114,13 @@ class TextJob(Job):
             raise RecipeError(
                 "A stream has no end that is known, so that num_train_epochs means nothing. Set max_steps."
             )
-        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return math.ceil(args.num_train_epochs * len(self.train) * self.method.samples_per_prompt(args) / sequences)
+        samples = args.num_train_epochs * len(self.train) * self.method.samples_per_prompt(args)
+        return math.ceil(samples / self._rows_of_a_step)
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _tokenize(self, train, test, most: int) -> None:
         hub = {"revision": self.args.model_init_kwargs["revision"], "trust_remote_code": self.args.trust_remote_code}
@@ -211,7 +229,9 @@ class TextJob(Job):
                 UNDISTILLED: undistilled,
                 trainer._name: distilled,
                 **found["more results"],
-                TEACHER: evaluate_teacher(self.held_out_rows, self.sample_metrics, self.tokenizer)
+                TEACHER: evaluate_teacher(
+                    self.held_out_rows, self.sample_metrics, self.tokenizer, self.temperatures[0]
+                )
                 if self.is_main_process
                 else {},
             },
@@ -231,6 +251,7 @@ class TextJob(Job):
             evaluation={
                 "prompts": len(self.held_out_rows),
                 "samples": self.plan.samples,
+                "temperatures": self.temperatures,
                 "max_new_tokens": args.max_completion_length,
                 "seed": SEED,
             },
@@ -240,7 +261,7 @@ class TextJob(Job):
         )
         if self.is_main_process:
             report.differences[UNDISTILLED] = self._differences(trainer._name, UNDISTILLED)
-            report.warnings = [*found["warnings"], *decline(report)]
+            report.warnings = [*self.data_warnings, *found["warnings"], *decline(report)]
         return report
 
     def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
@@ -309,8 +330,9 @@ class TextJob(Job):
         """What all processes measure of a student, once, and the main one gets; an empty dictionary on the others."""
 
         def measure():
-            by_row = {}
-            return {"metrics": self.measure(model(), by_row=by_row), "by_row": by_row}
+            by_row, samples = {}, {}
+            metrics = self.measure(model(), by_row=by_row, samples=samples)
+            return {"metrics": metrics, "by_row": by_row, "samples": samples}
 
         return self.progress.once(name, measure).get("metrics", {})
 
@@ -319,10 +341,41 @@ class TextJob(Job):
         own, others = (self.progress[name]["by_row"] for name in (method, other))
         tokens = [len(row["teacher_ids"]) for row in self.held_out_rows]
         prompts = [input_key(row["prompt"]) for row in self.held_out_rows]
-        return {
+        found = {
             name: paired_difference(own[name], others[name], tokens if name == "teacher_nll" else None, prompts)
             for name in own
         }
+        for name in found:
+            if name.startswith("distinct_valid"):
+                # A number of answers, of which the others are means
+                found[name] = {key: value * len(prompts) for key, value in found[name].items()}
+        if self.sample_metrics is not None and len(self.temperatures) > 1:
+            judged = next(iter(own)).partition("@")[0]
+            found[f"{judged}@equal_diversity"] = self._at_equal_diversity(judged, method, other)
+        return found
+
+    def _at_equal_diversity(self, judged: str, method: str, other: str) -> dict[str, float]:
+        lines = self._held_out(method, other)
+        names = [temperature_name(temperature) for temperature in self.temperatures]
+
+        def curve_of(student: str) -> SampledCurve:
+            found = [line["students"][student] for line in lines]
+            return SampledCurve(
+                [[answers["samples"][at] for answers in found] for at in names],
+                [[answers["values"][f"{judged}@{at}"] for answers in found] for at in names],
+            )
+
+        return paired_difference_at_equal_diversity(curve_of(method), curve_of(other), len(lines))
+
+    def _held_out(self, *students: str) -> list[dict]:
+        """What students said to held-out prompts, a dictionary for each."""
+        return prompt_lines(self.held_out_rows, {name: self.progress[name] for name in students})
+
+    def write(self, report: TextReport) -> None:  # type: ignore[override]
+        super().write(report)
+        if self.is_main_process:
+            students = [name for name in report.results if name in self.progress]
+            write_held_out(self._held_out(*students), self.args.output_dir)
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
@@ -333,75 +386,7 @@ class TextJob(Job):
         return model if self.quantization_config else model.to(self.args.device)
 
 
-@dataclass
-class SamplingPlan:
-    """
-    How much the report samples.
-
-    Args:
-        prompts (`int`):
-            Held-out prompts.
-        samples (`int`):
-            Samples of each at temperatures 1 and 0.7, beside the greedy one.
-        curve_samples (`int`):
-            Samples of each along the way, at temperature 1.
-        students (`int`):
-            Students measured as they end, the undistilled one included.
-        curves (`int`):
-            Measurements along the way.
-    """
-
-    prompts: int
-    samples: int
-    curve_samples: int
-    students: int
-    curves: int
-
-    @property
-    def once(self) -> int:
-        """Completions of one student's measurement."""
-        return self.prompts * (2 * self.samples + 1)
-
-    @property
-    def all(self) -> int:
-        """Completions of the run."""
-        return self.students * self.once + self.curves * self.prompts * self.curve_samples
-
-    def __str__(self) -> str:
-        return (
-            f"report: {self.prompts} held-out prompts (eval_prompts), samples of each (eval_samples): {self.samples} at "
-            f"temperatures 1 and 0.7: {self.once:,} completions now, {self.all:,} in the whole run"
-        )
-
-
-def sampling_plan(script_args: RecipeArguments, steps: int, rows: int, has_baseline: bool) -> SamplingPlan:
-    """
-    What the recipe says of the report's sampling, or as much as suits the training's length.
-
-    Args:
-        script_args ([`~runs.recipe.RecipeArguments`]):
-            `eval_prompts` and `eval_samples`.
-        steps (`int`):
-            Optimizer steps of the training.
-        rows (`int`):
-            Held-out rows.
-        has_baseline (`bool`):
-            Whether SeqKD is trained.
-    """
-    prompts = script_args.eval_prompts or min(max(steps, 16), EVALUATION_PROMPTS)
-    samples = script_args.eval_samples or min(max(steps // 30, 1), EVALUATION_SAMPLES)
-    points = len(curve_steps(steps))
-    return SamplingPlan(
-        prompts=min(prompts, rows),
-        samples=samples,
-        curve_samples=math.ceil(samples / 2),
-        students=3 if has_baseline else 2,
-        # The method's last one is its final measurement
-        curves=points - 1 + (points if has_baseline else 0),
-    )
-
-
 def quality(metrics: dict[str, float], report: TextReport) -> tuple[float, ...]:
-    """Compares checkpoints: the judge's metric at temperature 1 if there is one, then the NLL of the teacher's answers."""
+    """Compares checkpoints: the judge's deciding metric if there is one, then the NLL of the teacher's answers."""
     judged = (metrics[report.headline],) if report.judged_metrics else ()
     return (*judged, -metrics["teacher_nll"])
