@@ -56,6 +56,8 @@ def test_the_table_by_hand(tmp_path):
         assert len({json.dumps(body) for body in server.asked}) == asked
         again, page_again = evaluate(server, tmp_path, **prices)
         assert server.requests == asked and again == found and page_again == page
+        lines = [json.loads(line) for line in (tmp_path / "out/verdicts.jsonl").read_text().splitlines()]
+        assert len(lines) == 28 and [line["state"] for line in lines].count("unparsable") == 1
         one, _ = evaluate(server, tmp_path, metric="score", **prices)
         assert server.requests == asked and list(one["metrics"]) == ["score"]
         assert one["metrics"]["score"] == found["metrics"]["score"]
@@ -73,8 +75,6 @@ def test_the_table_by_hand(tmp_path):
     assert wins["cost"] + score["cost"] == pytest.approx(paid) == pytest.approx(found["journal"]["cost"])
     assert wins["cost"] == controlled["cost"]
     assert f"| `win_rate` | 0.333 | {wins['low']:.3f} to {wins['high']:.3f} | 6 | 1 | `teacher-1` |" in page
-    lines = [json.loads(line) for line in (tmp_path / "out/verdicts.jsonl").read_text().splitlines()]
-    assert len(lines) == 28 and [line["state"] for line in lines].count("unparsable") == 1
     assert not any("the judge is the teacher" in line for line in found["warnings"])
 
 
