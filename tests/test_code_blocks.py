@@ -23,6 +23,7 @@ import trl_bbkd
 from tests.code_blocks import ROOT, CodeBlock, code, code_blocks, commands, readable_files
 from trl_bbkd import cli
 from trl_bbkd.data.teacher_data import check_teacher_data
+from trl_bbkd.judging.reading import read_options
 from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.recipe_keys import launcher_options
@@ -64,12 +65,16 @@ def trl_bbkd_takes(words, monkeypatch):
     for name in ("push_to_hub", "init_recipe", "collect_answers"):
         monkeypatch.setattr(cli, name, found.append)
     monkeypatch.setattr(cli, "collect_answers", lambda options, unknown: found.append(unknown))
+    monkeypatch.setattr(cli, "evaluate_student", lambda options, unknown: found.append((options, unknown)))
     monkeypatch.setattr(cli, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
     cli.main(words)
     if words[0] == "train":
         recipe_takes(*found[0])
     elif words[0] == "collect":
         assert found == [[]]
+    elif words[0] == "evaluate":
+        ((options, unknown),) = found
+        assert unknown == [] and read_options(vars(options)).judge.max_cost
 
 
 def recipe_takes(recipe, arguments):
@@ -238,6 +243,10 @@ TESTED = {
         "base_url: https://api.openai.com/v1": COLLECT,
         "trl-bbkd collect teacher.yaml": COLLECT,
         "trl-bbkd collect teacher.yaml --push_to_hub --hub_dataset_id me/answers": parsed,
+    },
+    "docs/evaluate.md": {
+        "trl-bbkd evaluate output/gad --data teacher.jsonl --test_split_size 200 --judge gpt-4.1-mini --base_url "
+        "https://api.openai.com/v1 \\": parsed
     },
     "docs/gad.md": {
         "use_peft: true                  # a LoRA student; with it ...": part_of_gad_recipe,

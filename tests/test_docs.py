@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 
 from trl_bbkd.collect.settings import CollectConfig
+from trl_bbkd.judging.reading import option_names
+from trl_bbkd.judging.settings import JUDGE_KEYS, OWN_KEYS
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 GUIDES = [ROOT / "docs" / name for name in ("choose.md", "runs.md", "multi_gpu.md", "troubleshooting.md")]
 SITE = ("mkdocs", "material", "mkdocstrings")
+
+
+def test_options_of_the_page_of_evaluations_exist():
+    words = set(re.findall(r"--([a-z_]+)", (ROOT / "docs/evaluate.md").read_text()))
+    assert len(words) > 12 and words <= set(option_names())
 
 
 @pytest.mark.skipif(
@@ -34,6 +41,8 @@ def test_site_builds_strictly(tmp_path):
     check_tables_of_keys((tmp_path / "site/recipes.html").read_text())
     collect = (tmp_path / "site/collect.html").read_text()
     assert collect.count("<tr><td><code") == len(fields(CollectConfig)) and ">max_<wbr>cost</code>" in collect
+    evaluate = (tmp_path / "site/evaluate.html").read_text()
+    assert evaluate.count("<tr><td><code") == len(JUDGE_KEYS) + len(OWN_KEYS)
     assert not (tmp_path / "site/site").exists()
 
 

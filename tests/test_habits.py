@@ -100,5 +100,5 @@ def test_the_list_of_recipes_has_a_line_for_each():
         (line,) = (line for line in lines if line.split()[0] == name)
         assert line.split(maxsplit=1)[1] == file.read_text().splitlines()[0].removeprefix("# ")
         assert line.endswith(".") and len(line) < 160
-    assert list(shipped_recipes())[:6] == ["bayeskd", "gad", "llkd", "preferencekd", "proxykd", "proxykd-on-policy"]
+    assert list(shipped_recipes())[:6] == ["bayeskd", "gad", "llkd", "preferencekd", "proxykd-on-policy", "proxykd"]
     assert "qwen2.5-7b-lmsys/gad" in shipped_recipes() and not any("accelerate" in name for name in shipped_recipes())

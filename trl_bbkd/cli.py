@@ -129,9 +129,28 @@ def main(arguments: list[str] | None = None) -> None:
         from .collect.reading import add_keys
 
         add_keys(collect.add_argument_group("keys of the recipe"))
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="have a judge compare a student with its teacher",
+        usage="trl-bbkd evaluate MODEL --data ROWS --judge NAME --base_url URL --output_dir FOLDER [options]",
+        description="Have a judge, behind any endpoint that is compatible with OpenAI's, compare a student's answers with its teacher's. "
+        "What was answered is kept and never asked again.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument(
+        "model", metavar="MODEL", help="folder or Hub id of the student, also an adapter's, or a file of its answers"
+    )
+    evaluate.error = exit_with_error  # type: ignore[method-assign,assignment]
+    if "evaluate" in (sys.argv[1:2] if arguments is None else arguments[:1]):
+        from .judging.reading import add_options
+
+        add_options(evaluate)
     options, overrides = parser.parse_known_args(arguments)
     if options.command == "collect":
         collect_answers(options, overrides)
+        return
+    if options.command == "evaluate":
+        evaluate_student(options, overrides)
         return
     if overrides and options.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -374,6 +393,27 @@ def collect_answers(options: argparse.Namespace, unknown: list[str]) -> None:
             refuse_unknown(unknown)
         settings = read_settings(find_collect_recipe(options.recipe), overrides)
         finished = collect(settings)
+    except DistillationError as error:
+        exit_with_error(error)
+    except KeyboardInterrupt:
+        finished = False
+    if not finished:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def evaluate_student(options: argparse.Namespace, unknown: list[str]) -> None:
+    """Ask a judge, and write the table."""
+    from .collect.reading import refuse_unknown
+    from .judging.command import evaluate
+    from .judging.reading import option_names, read_options
+
+    _pass_over_known_noise()
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    try:
+        if unknown:
+            refuse_unknown(unknown, option_names())
+        finished = evaluate(read_options(vars(options)))
     except DistillationError as error:
         exit_with_error(error)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The tables of `recipes.md` and `collect.md`: every key, read from the dataclasses when the site is built."""
+"""The tables of `recipes.md`, `collect.md` and `evaluate.md`: every key, read from the dataclasses when the site is built."""
 
 import dataclasses
 import enum
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("recipes.md", "collect.md")
+PAGES = ("recipes.md", "collect.md", "evaluate.md")
 MARKER = re.compile(r"<!-- keys: (\w+) -->")
 CONFIGS = {
     "gad": "GADConfig",
@@ -66,9 +66,11 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 @functools.cache
 def tables(method: str) -> str:
-    """The tables of one method, or of a collection, as Markdown."""
+    """The tables of one method, of a collection or of an evaluation, as Markdown."""
     if method == "collect":
         return _table(keys_of_collect())
+    if method == "evaluate":
+        return _table(keys_of_evaluate())
     keys = keys_of(method)
     taken = [key for key in keys if not key.verdict.startswith("refused")]
     own = [key for key in taken if key.is_ours]
@@ -112,6 +114,18 @@ def keys_of_collect() -> list[Key]:
 
     hints = typing.get_type_hints(CollectConfig)
     return [_key(field, CollectConfig, hints[field.name], "") for field in dataclasses.fields(CollectConfig)]
+
+
+def keys_of_evaluate() -> list[Key]:
+    """Every option of `trl-bbkd evaluate` beside those that its page names: what is judged, and the judge's endpoint."""
+    from trl_bbkd.judging.settings import JUDGE_KEYS, OWN_KEYS, EvaluateConfig, JudgeConfig
+
+    return [
+        _key(field, cls, typing.get_type_hints(cls)[field.name], "")
+        for cls, names in ((EvaluateConfig, OWN_KEYS), (JudgeConfig, JUDGE_KEYS))
+        for field in dataclasses.fields(cls)
+        if field.name in names
+    ]
 
 
 def _verdicts(method: str) -> dict[str, str]:

@@ -61,7 +61,7 @@ def collect(settings: CollectConfig) -> bool:
             repository = create_repository(settings.hub_dataset_id, settings.hub_private_repo, key)
         interrupted = False
         if collection.tally.expected:
-            interrupted = _ask(collection, settings)
+            interrupted = ask(collection, settings)
         survey = AnswerSet(prompts, collection.maker, journal, aligner, filters).write(folder)
         spent = journal.spent()
         # A set of an earlier recipe keeps its card until there is another
@@ -146,7 +146,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _ask(collection, settings: CollectConfig) -> bool:
+def ask(collection, settings: CollectConfig) -> bool:
     """Run, with a line that tells how it goes; return whether it was interrupted."""
     try:
         asyncio.run(_run(collection, settings.currency if settings.prompt_price is not None else None))

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -65,10 +66,14 @@ class CollectFile(SettingsFile):
     input_paths = ("dataset_name",)
 
 
-def add_keys(parser: argparse._ActionsContainer) -> None:
-    """Options of all keys of a recipe."""
-    hints = get_type_hints(CollectConfig)
-    for field in dataclasses.fields(CollectConfig):
+def add_keys(
+    parser: argparse._ActionsContainer, config: type = CollectConfig, names: Collection[str] | None = None
+) -> None:
+    """Options of all keys of a recipe, or of those of a configuration that are named."""
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if names is not None and field.name not in names:
+            continue
         is_flag = hints[field.name] is bool
         given: dict[str, Any] = {"nargs": "?", "const": "true"} if is_flag else {}
         parser.add_argument(
@@ -86,9 +91,9 @@ def _default(field: dataclasses.Field) -> str:
     return f" Default: {field.default}."
 
 
-def refuse_unknown(arguments: list[str]) -> NoReturn:
+def refuse_unknown(arguments: list[str], known: Collection[str] | None = None) -> NoReturn:
     """
-    Refuse the first of `arguments` that is no option.
+    Refuse the first of `arguments` that is no option: a key of a recipe, or one of `known`.
 
     Raises:
         [`~errors.RecipeError`]: the message names the nearest one.
@@ -96,8 +101,8 @@ def refuse_unknown(arguments: list[str]) -> NoReturn:
     option = next((argument for argument in arguments if argument.startswith("-")), arguments[0]).partition("=")[0]
     if _is_a_key(option):
         raise RecipeError(f"option {option}: {KEY_ADVICE}")
-    known = [f"--{field.name}" for field in dataclasses.fields(CollectConfig)]
-    raise RecipeError(f"unknown option {option}{nearest(option, known, NAMES_ELSEWHERE)}")
+    known = known or [field.name for field in dataclasses.fields(CollectConfig)]
+    raise RecipeError(f"unknown option {option}{nearest(option, [f'--{name}' for name in known], NAMES_ELSEWHERE)}")
 
 
 def _is_a_key(name: object) -> bool:
@@ -123,14 +128,7 @@ def read_settings(path: str | os.PathLike, overrides: dict[str, str]) -> Collect
             raise file.error((name,), f"`{name}`: {KEY_ADVICE}")
     if "method" in file.values:
         raise file.error(("method",), f"this recipe trains: `trl-bbkd train {Path(path)}`.")
-    values = file.checked_values([CollectConfig])
-    hints = get_type_hints(CollectConfig)
-    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(CollectConfig)}
-    for name, text in overrides.items():
-        try:
-            values[name] = convert(_value(text, hints[name]), hints[name], choices[name])
-        except ValueError as error:
-            raise RecipeError(f"--{name}: {error}") from error
+    values = file.checked_values([CollectConfig]) | values_of_options(CollectConfig, overrides)
     needed = [field.name for field in dataclasses.fields(CollectConfig) if field.default is dataclasses.MISSING]
     missing = next((name for name in needed if values.get(name) is None), None)
     if missing:
@@ -144,6 +142,24 @@ def read_settings(path: str | os.PathLike, overrides: dict[str, str]) -> Collect
         if (name,) in file.lines:
             raise file.error((name,), str(error)) from error
         raise RecipeError(f"{path}: {error}") from error
+
+
+def values_of_options(config: type, options: dict[str, str]) -> dict[str, Any]:
+    """
+    What words of the command line say of a configuration's fields.
+
+    Raises:
+        [`~errors.RecipeError`]: one does not fit its field.
+    """
+    hints = get_type_hints(config)
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(config)}
+    values = {}
+    for name, text in options.items():
+        try:
+            values[name] = convert(_value(text, hints[name]), hints[name], choices[name])
+        except ValueError as error:
+            raise RecipeError(f"--{name}: {error}") from error
+    return values
 
 
 def _value(text: str, hint: object):

@@ -6,7 +6,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from .budget import Budget, CapReached, Spent
@@ -14,7 +14,7 @@ from .client import Client
 from .journal import ANSWER, FAILURE, Entry, Journal, now
 from .pacing import LONGEST_PAUSE, Pace, backoff
 from .probe import FEWER, HONOURED, IGNORED, NOT_CHECKED, REFUSED, compare, is_same_beginning, lacks, seed_request
-from .prompts import Prompts
+from .prompts import Prompt
 from .redaction import Redactor
 from .replies import RATE_LIMITED, UNREACHABLE, Answers, Fault, Usage, read
 from .requests import Asked, RequestMaker, groups
@@ -55,8 +55,8 @@ class Collection:
     Args:
         settings ([`~collect.settings.CollectConfig`]):
             The recipe.
-        prompts ([`~collect.prompts.Prompts`]):
-            What is asked.
+        prompts (`Iterable[Prompt]`):
+            What is asked, the same whenever it is gone through.
         journal ([`~collect.journal.Journal`]):
             What was answered, and what is.
         key (`str`, *optional*):
@@ -68,7 +68,7 @@ class Collection:
     def __init__(
         self,
         settings: CollectConfig,
-        prompts: Prompts,
+        prompts: Iterable[Prompt],
         journal: Journal,
         key: str | None,
         dice: random.Random | None = None,

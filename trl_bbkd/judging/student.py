@@ -1,0 +1,114 @@
+"""A student's answers to the teacher's prompts, sampled once: another evaluation of it takes those that are there."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..data.teacher_files import BUILDERS, ROW_COLUMN
+from ..data.teacher_tokens import RENDERED_COLUMNS
+from ..errors import RecipeError
+from ..host.files import write_atomically
+from ..host.model_paths import base_of_adapter, checkpoint_fingerprint, no_model
+from .pairs import Asked, read_answers
+from .settings import EvaluateConfig
+
+
+ANSWERS, SAMPLING = "answers.jsonl", "answers.json"
+SEED = 0
+
+
+def is_file_of_answers(model: str) -> bool:
+    path = Path(model).expanduser()
+    return path.is_file() or any(suffix in BUILDERS for suffix in path.suffixes[-2:])
+
+
+def student_answers(
+    settings: EvaluateConfig, prompts: dict[str, Asked], folder: Path
+) -> tuple[dict[str, list[str]], int]:
+    """
+    The student's answers by prompt, and how many of them were cut.
+
+    Raises:
+        [`~errors.TeacherDataError`]: a file of answers cannot be used, or a prompt cannot be rendered.
+        [`~errors.RecipeError`]: there is no such model.
+    """
+    if is_file_of_answers(settings.model):
+        return read_answers(settings.model, prompts), 0
+    how = _how(settings, prompts)
+    if (folder / SAMPLING).is_file() and json.loads((folder / SAMPLING).read_text(encoding="utf-8")) == how:
+        # Not `splitlines`, which knows ends of lines that stand within answers
+        lines = [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n")[:-1]]
+    else:
+        lines = _sample(settings, prompts)
+        # Of another student's answers nothing is left that could be taken for this one's
+        (folder / SAMPLING).unlink(missing_ok=True)
+        write_atomically(folder / ANSWERS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_atomically(folder / SAMPLING, json.dumps(how))
+    answers: dict[str, list[str]] = {}
+    keys = [key for key in prompts for _ in range(settings.student_samples)]
+    for key, line in zip(keys, lines, strict=True):
+        answers.setdefault(key, []).append(line["completion"])
+    return answers, sum(line["is_cut"] for line in lines)
+
+
+def _how(settings: EvaluateConfig, prompts: dict[str, Asked]) -> dict[str, Any]:
+    """What answers depend on."""
+    given = [[asked.columns.get(name) for name in ("prompt", *RENDERED_COLUMNS)] for asked in prompts.values()]
+    try:
+        model = checkpoint_fingerprint(str(Path(settings.model).expanduser()))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return {
+        "model": model,
+        "prompts": hashlib.sha256(json.dumps(given, default=str).encode()).hexdigest(),
+        "max_tokens": settings.student_max_tokens,
+        "temperature": settings.student_temperature,
+        "samples": settings.student_samples,
+        "batch_size": settings.student_batch_size,
+    }
+
+
+def _sample(settings: EvaluateConfig, prompts: dict[str, Asked]) -> list[dict[str, Any]]:
+    from accelerate import PartialState
+
+    from ..data.student_tokenizer import student_tokenizer
+    from ..data.teacher_data import prompt_ids_of
+    from ..evaluation.student import end_token_ids, generate_completion_ids
+    from ..host.model_files import load_model
+
+    path = settings.model if not Path(settings.model).expanduser().is_dir() else str(Path(settings.model).expanduser())
+    base = base_of_adapter(path)
+    has_tokenizer = base is None or (Path(path) / "tokenizer_config.json").is_file()
+    rows = [asked.columns for asked in prompts.values()]
+    batch = {
+        name: [row[name] for row in rows] for name in ("prompt", ROW_COLUMN, *RENDERED_COLUMNS) if name in rows[0]
+    }
+    try:
+        tokenizer = student_tokenizer(path if has_tokenizer else str(base), None)
+        model = load_model(path, dtype="auto").to(PartialState().device)
+    except (OSError, ValueError) as error:
+        raise RecipeError(no_model("MODEL", settings.model, "a student", error)) from error
+    prompt_ids = prompt_ids_of(tokenizer, batch)
+    ids = generate_completion_ids(
+        model,
+        tokenizer,
+        batch["prompt"],
+        max_new_tokens=settings.student_max_tokens,
+        temperature=settings.student_temperature,
+        num_samples=settings.student_samples,
+        batch_size=settings.student_batch_size,
+        seed=SEED,
+        prompt_ids=prompt_ids,
+        progress_bar="Student",
+    )
+    ends = end_token_ids(model, tokenizer, batch["prompt"][0])
+    return [
+        {
+            "prompt": prompt,
+            "completion": tokenizer.decode(sample, skip_special_tokens=True),
+            "is_cut": sample[-1] not in ends,
+        }
+        for prompt, samples in zip(batch["prompt"], ids, strict=True)
+        for sample in samples
+    ]
