@@ -77,7 +77,7 @@ def read_teacher_rows(settings: EvaluateConfig) -> TeacherRows:
     """
     split = SimpleNamespace(datasets=None, test_split_size=settings.test_split_size)
     try:
-        train, test = load_teacher_data(_file(settings.data), split)  # type: ignore[arg-type]
+        train, test = load_teacher_data(_file(settings.data), split)
     except TeacherDataError as error:
         raise TeacherDataError(str(error).replace("`dataset_name: ", "`--data ")) from error
     rows = train if test is None else test
