@@ -29,7 +29,7 @@ OF_METHODS = {
     },
 }
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "eval_prompts": 2, "eval_samples": 1}
-IN_DEFAULT_RUN = ("gad", "llkd")
+IN_DEFAULT_RUN = ("gad",)
 
 
 @pytest.fixture
@@ -100,9 +100,8 @@ def whole(tmp_path_factory, recipe_folder, tiny_model_dir):
     return folder / "out"
 
 
-@pytest.mark.parametrize(
-    "part", [part if part == "evaluation" else pytest.param(part, marks=pytest.mark.slow) for part in MOMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", MOMENTS)
 def test_a_run_killed_after_its_training_ends_with_the_same_student_and_table(
     tmp_path, recipe_folder, tiny_model_dir, whole, monkeypatch, part
 ):
