@@ -2,8 +2,8 @@
 What to train: every text-only method from one start, SeqKD at its plateau, in two worlds.
 
 Every arm samples and trains on as many answers as GAD, with settings chosen by as many trials on validation rows. A student is
-then compared with the start at equal temperature and, over a sweep of temperatures, at equal diversity. No arm
-has been run yet.
+then compared with the start at equal temperature and, over a sweep of temperatures, at equal diversity:
+`docs/results/scoreboard.md` is written from its tables.
 
     python benchmarks/scoreboard.py tinyworld
     python benchmarks/scoreboard.py stories --student stories260K --teacher stories15M-fp16 --data stories15M_generations.jsonl

@@ -11,7 +11,8 @@ from trl_bbkd.reports.axes import INK, LEGEND, PALE, STUDENT, STYLE, THIRD, set_
 # Of the students a reader should tell apart; the others are pale
 COLORS = {
     "SeqKD at its plateau": THIRD,
-    "Proxy-KD, on policy": STUDENT,
+    "GAD, anchored": STUDENT,
+    "Proxy-KD, on policy": "#7c3aed",
     "PreferenceKD, judge: discriminator": "#0d9488",
     "GAD": "#be123c",
 }
@@ -48,6 +49,12 @@ def plot(
         axes.plot([], [], color=PALE, lw=0.9, label="other arms of the table")
     for temperature, (x, y) in curves["SeqKD at its plateau"].items():
         axes.annotate(f"T={temperature}", (x, y), xytext=(-8, -9), textcoords="offset points", ha="right", **STYLE)
+    qualities, diversities = zip(
+        *[point[::-1] for name in COLORS if name in curves for point in curves[name].values()], strict=True
+    )
+    for limits, values in ((axes.set_xlim, diversities), (axes.set_ylim, qualities)):
+        margin = 0.04 * (max(values) - min(values))
+        limits(min(values) - margin, max(values) + margin)
     axes.set_xlabel(diversity, **STYLE)
     axes.set_ylabel(quality, **STYLE)
     axes.grid(color="#e5e7eb", lw=0.7)
