@@ -62,7 +62,7 @@ def parsed(block, folder, monkeypatch):
 
 def trl_bbkd_takes(words, monkeypatch):
     found = []
-    for name in ("push_to_hub", "init_recipe", "collect_answers"):
+    for name in ("push_to_hub", "init_recipe", "compare_runs"):
         monkeypatch.setattr(cli, name, found.append)
     monkeypatch.setattr(cli, "collect_answers", lambda options, unknown: found.append(unknown))
     monkeypatch.setattr(cli, "evaluate_student", lambda options, unknown: found.append((options, unknown)))
@@ -299,8 +299,16 @@ TESTED = {
     "docs/runs.md": {
         "trl-bbkd train my.yaml --num_train_epochs 3": parsed,
         "trl-bbkd train my.yaml --resume_from_checkpoint true": parsed,
+        "trl-bbkd compare output/gad output/preferencekd --html comparison.html": parsed,
     },
     "docs/teacher_data.md": {"dataset.map(": splits_messages},
+    "docs/proxykd.md": {"target_source: on_policy": part_of_proxykd_recipe},
+    "docs/results/scoreboard.md": {
+        'python benchmarks/scoreboard.py tinyworld --arms "GAD, anchored" "Proxy-KD, on policy" "PreferenceKD, judge: '
+        'discriminator" \\': parsed,
+        "python benchmarks/scoreboard.py stories --student stories260K --teacher stories15M-fp16 --data "
+        "stories15M_generations.jsonl \\": parsed,
+    },
     "docs/results/bayeskd.md": {
         "python benchmarks/bayeskd_tinyworld.py --seeds 0 1 2 --output_dir output/bayeskd_tinyworld": parsed,
         "python benchmarks/bayeskd_tinyworld.py --seeds 0 1 2 --train_rows 400 --output_dir "
@@ -321,6 +329,8 @@ TESTED = {
     },
     "docs/results/recipes.md": {
         "accelerate launch recipes/gad.yaml": README + "first_command_in_small",
+        "accelerate launch recipes/proxykd-on-policy.yaml": parsed,
+        "accelerate launch recipes/preferencekd.yaml": parsed,
         "accelerate launch recipes/proxykd.yaml": README + "proxykd_command_in_small",
         "accelerate launch recipes/bayeskd.yaml": README + "bayeskd_command_in_small",
         "accelerate launch recipes/llkd.yaml": README + "llkd_command_in_small",

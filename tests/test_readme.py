@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = [(block.language, block.code) for block in code_blocks("README.md")]
 RUNS = code("docs/results/recipes.md", "bash")
+RECIPES = ("gad", "proxykd-on-policy", "preferencekd", "proxykd", "bayeskd", "llkd")
 MOST_LINES = 110
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SMALL_REPORT = "--eval_prompts 16 --eval_samples 1"
@@ -51,7 +52,7 @@ def run(command, cwd, timeout=900):
 
 def test_every_block_has_a_test():
     assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash"]
-    assert RUNS == [f"accelerate launch recipes/{method}.yaml\n" for method in ("gad", "proxykd", "bayeskd", "llkd")]
+    assert RUNS == [f"accelerate launch recipes/{method}.yaml\n" for method in RECIPES]
     assert blocks("bash")[0].endswith(f"&& {RUNS[0]}")
 
 
@@ -133,7 +134,7 @@ def test_teacher_file_and_recipe(tmp_path, tiny_model_dir):
 
 
 def test_proxykd_command_in_small(tmp_path):
-    command = RUNS[1].strip()
+    command = RUNS[RECIPES.index("proxykd")].strip()
     small = f"--max_steps 4 --proxy_warmup_epochs 1 --alignment_rounds 2 --alignment_epochs 1 {SMALL_REPORT}"
     process = run(f"{command} {small} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
     assert "Proxy-KD: " in process.stdout and "SeqKD" in process.stdout
@@ -157,13 +158,13 @@ def test_proxykd_command_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_proxykd_command_as_it_stands(tmp_path):
-    run(f"{RUNS[1].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
+    run(f"{RUNS[RECIPES.index('proxykd')].strip()} --output_dir {shlex.quote(str(tmp_path / 'kd'))}", ROOT)
     results = json.loads((tmp_path / "kd/metrics.json").read_text())["results"]
     assert results["Proxy-KD"]["valid@t1.0"] > results["SeqKD"]["valid@t1.0"] > results["undistilled"]["valid@t1.0"]
 
 
 def test_bayeskd_command_in_small(tmp_path):
-    command = RUNS[2].strip()
+    command = RUNS[RECIPES.index("bayeskd")].strip()
     folder = tmp_path / "bayeskd"
     small = f"--max_steps 4 --proxy_warmup_epochs 1 --prior_weight 1 {SMALL_REPORT}"
     process = run(f"{command} {small} --output_dir {shlex.quote(str(folder))}", ROOT)
@@ -186,13 +187,13 @@ def test_bayeskd_command_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_bayeskd_command_as_it_stands(tmp_path):
-    run(f"{RUNS[2].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
+    run(f"{RUNS[RECIPES.index('bayeskd')].strip()} --output_dir {shlex.quote(str(tmp_path / 'bayeskd'))}", ROOT)
     results = json.loads((tmp_path / "bayeskd/metrics.json").read_text())["results"]
     check_a_tie(results, "Bayes-KD")
 
 
 def test_llkd_command_in_small(tmp_path):
-    command = RUNS[3].strip()
+    command = RUNS[RECIPES.index("llkd")].strip()
     folder = tmp_path / "llkd"
     small = f"--max_steps 12 --selection_warmup_steps 4 --output_dir {shlex.quote(str(folder))}"
     process = run(f"{command} {small}", ROOT)
@@ -212,7 +213,7 @@ def test_llkd_command_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_llkd_command_as_it_stands(tmp_path):
-    run(f"{RUNS[3].strip()} --output_dir {shlex.quote(str(tmp_path / 'llkd'))}", ROOT)
+    run(f"{RUNS[RECIPES.index('llkd')].strip()} --output_dir {shlex.quote(str(tmp_path / 'llkd'))}", ROOT)
     results = json.loads((tmp_path / "llkd/metrics.json").read_text())["results"]
     f1 = {name: found["macro_f1"] for name, found in results.items()}
     assert f1["LLKD"] > f1["all rows"] > f1["random rows"] > f1["undistilled"]

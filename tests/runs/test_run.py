@@ -157,7 +157,8 @@ class TestRun:
         saved = json.loads((tmp_path / "out" / "metrics.json").read_text())
         assert saved["headline"] == "teacher_nll"
         # Twelve rows of four prompts: one prompt is held out whole
-        assert saved["evaluation"]["prompts"] == 3 and saved["counts"]["train"]["kept"] == 9
+        assert saved["evaluation"]["prompts"] == 1 and saved["counts"]["train"]["kept"] == 9
+        assert saved["counts"]["test"]["kept"] == 3
         points = {point["step"]: point["teacher_nll"] for point in saved["curves"]["SeqKD"]}
         assert points[saved["seqkd"]["best_step"]] == min(points[1], points[2])
         for folder in ("out", "out/seqkd"):
