@@ -382,6 +382,8 @@ class TestParts:
         assert command(recipe, ["recipes/gad.yaml", *overrides]) == expected
         assert command(recipe, ["trl_bbkd/__main__.py", "recipes/gad.yaml", *overrides]) == expected
         assert command(recipe.absolute(), ["recipes/gad.yaml", *overrides]) == expected
+        for resumed in (["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint=true"]):
+            assert command(recipe, ["recipes/gad.yaml", *resumed, *overrides]) == expected
         assert command(recipe, ["pytest"]) is None and command(None, ["x"]) is None
 
     def test_quality_is_the_judge_then_the_nll(self):

@@ -403,10 +403,20 @@ def command(recipe_path: Path | None, argv: list[str]) -> str | None:
     named = [index for index, argument in enumerate(argv[:2]) if recipe_path and same_recipe(recipe_path, argument)]
     if not named:
         return None
-    overrides = argv[named[0] + 1 :]
+    overrides = from_the_start(argv[named[0] + 1 :])
     word = argv[named[0]]
     path = display_path(str(recipe_path)) if Path(word).is_file() else word  # the name of a recipe of ours
     return shlex.join(["trl-bbkd", "train", path, *arguments_without_secrets(overrides)])
+
+
+def from_the_start(overrides: list[str]) -> list[str]:
+    """Overrides without where a run went on: a run that repeats it begins anew."""
+    option = "--resume_from_checkpoint"
+    return [
+        word
+        for before, word in zip([None, *overrides], overrides, strict=False)
+        if option not in (before, word.partition("=")[0])
+    ]
 
 
 def same_recipe(path: Path, other: str) -> bool:
