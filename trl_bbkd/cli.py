@@ -397,6 +397,11 @@ def collect_answers(options: argparse.Namespace, unknown: list[str]) -> None:
         exit_with_error(error)
     except KeyboardInterrupt:
         finished = False
+    exit_if_stopped(finished)
+
+
+def exit_if_stopped(finished: bool) -> None:
+    """End with a status of its own where Ctrl-C left something to go on with."""
     if not finished:
         print("Stopped. The same command goes on.", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -418,9 +423,7 @@ def evaluate_student(options: argparse.Namespace, unknown: list[str]) -> None:
         exit_with_error(error)
     except KeyboardInterrupt:
         finished = False
-    if not finished:
-        print("Stopped. The same command goes on.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    exit_if_stopped(finished)
 
 
 def push_to_hub(options: argparse.Namespace) -> None:
