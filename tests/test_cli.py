@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from trl_bbkd import launch
-from trl_bbkd.cli import _say_how_to_go_on, find_accelerate_config, main, run_recipe, train_with_accelerate
+from trl_bbkd.cli import main
+from trl_bbkd.commands.train import _say_how_to_go_on, find_accelerate_config, run_recipe, train_with_accelerate
 from trl_bbkd.runs import text_job
 
 

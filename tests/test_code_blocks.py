@@ -22,6 +22,7 @@ from datasets import Dataset
 import trl_bbkd
 from tests.code_blocks import ROOT, CodeBlock, code, code_blocks, commands, readable_files
 from trl_bbkd import cli
+from trl_bbkd.commands import train
 from trl_bbkd.data.teacher_data import check_teacher_data
 from trl_bbkd.judging.reading import read_options
 from trl_bbkd.runs.method import Method
@@ -62,11 +63,11 @@ def parsed(block, folder, monkeypatch):
 
 def trl_bbkd_takes(words, monkeypatch):
     found = []
-    for name in ("push_to_hub", "init_recipe", "compare_runs"):
-        monkeypatch.setattr(cli, name, found.append)
-    monkeypatch.setattr(cli, "collect_answers", lambda options, unknown: found.append(unknown))
-    monkeypatch.setattr(cli, "evaluate_student", lambda options, unknown: found.append((options, unknown)))
-    monkeypatch.setattr(cli, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
+    for command in ("push", "init", "compare"):
+        monkeypatch.setattr(cli.COMMANDS[command], "run", found.append)
+    monkeypatch.setattr(cli.COMMANDS["collect"], "run", lambda options, unknown: found.append(unknown))
+    monkeypatch.setattr(cli.COMMANDS["evaluate"], "run", lambda options, unknown: found.append((options, unknown)))
+    monkeypatch.setattr(train, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
     cli.main(words)
     if words[0] == "train":
         recipe_takes(*found[0])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_bbkd.cli import main, run_recipe
+from trl_bbkd.cli import main
+from trl_bbkd.commands.train import run_recipe
 from trl_bbkd.runs.methods import METHODS
 from trl_bbkd.runs.new_recipe import methods
 from trl_bbkd.runs.recipe import load_recipe

@@ -69,9 +69,9 @@ def test_contributing_has_the_floors_in_their_order():
     assert [line.split("  ")[0].strip() for line in written.splitlines()] == floors
 
 
-SHARED = ("plan", "runs", "reports", "hub", "evaluation", "data", "host", "seqkd", "cli.py")
+SHARED = ("plan", "runs", "reports", "hub", "evaluation", "data", "host", "seqkd", "cli.py", "commands")
 MAY_NAME_A_METHOD = {
-    ("cli.py", "a recipe's file, or the name of one that comes with the package, such as gad"),
+    ("commands/train.py", "a recipe's file, or the name of one that comes with the package, such as gad"),
     ("runs/shipped.py", "They bring models and data, and run on 2 CPU cores (trl-bbkd train gad):"),
     (
         "runs/text_job.py",

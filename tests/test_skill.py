@@ -14,6 +14,7 @@ import yaml
 from tests.code_blocks import ROOT, code_blocks, commands
 from tests.hub_server import HubServer
 from trl_bbkd import cli
+from trl_bbkd.commands import train
 from trl_bbkd.runs.recipe_keys import recipe_keys
 
 
@@ -77,7 +78,7 @@ def test_commands_in_order(monkeypatch, tmp_path, capsys):
 def run(words):
     if words[:2] == ["trl-bbkd", "train"]:
         # As `trl-bbkd train` does it, but for the launcher; what the skill says wins
-        cli.run_recipe(words[2], [*SMALL.split(), *words[3:]])
+        train.run_recipe(words[2], [*SMALL.split(), *words[3:]])
     elif words[:2] == ["trl-bbkd", "push"]:
         push(words)
     elif words[0] == "trl-bbkd":

@@ -145,7 +145,7 @@ def test_the_watch_sees(run, tmp_path):
 def test_every_recipe_finds_its_inputs_in_the_wheel(run, environment):
     code = """
 from pathlib import Path
-from trl_bbkd.cli import find_accelerate_config
+from trl_bbkd.commands.train import find_accelerate_config
 from trl_bbkd.runs.recipe import import_callable, load_recipe
 from trl_bbkd.runs.shipped import shipped_recipes
 for name, file in shipped_recipes().items():

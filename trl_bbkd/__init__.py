@@ -112,7 +112,7 @@ def launch(module_name: str, recipe_file: str) -> bool:
     if module_name == "__main__":
         import sys
 
-        from .cli import run_recipe
+        from .commands.train import run_recipe
 
         run_recipe(recipe_file, sys.argv[1:])
     return False

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from .cli import OVERRIDES_HELP, RECIPE_HELP, add_version, run_recipe
+from .cli import add_version
+from .commands.train import OVERRIDES_HELP, RECIPE_HELP, run_recipe
 
 
 def main(arguments: list[str]) -> None:

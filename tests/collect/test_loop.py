@@ -18,6 +18,7 @@ from tests.collect.helpers import prompts_file
 from tests.collect.server import KEY, MODEL, TeacherServer
 from tests.processes import free_port
 from trl_bbkd import cli
+from trl_bbkd.commands import train
 
 
 PAGE = "docs/collect.md"
@@ -43,7 +44,7 @@ def loop(folder, monkeypatch, student, prompts, **changes):
     for words in lines[:2]:
         cli.main([student if word == STUDENT else word for word in words[1:]])
     # Without the launcher
-    cli.run_recipe(lines[2][2], SMALL)
+    train.run_recipe(lines[2][2], SMALL)
     return subprocess.run(lines[3], capture_output=True, text=True, check=True).stdout
 
 

@@ -1,0 +1,35 @@
+"""How a command ends: with one line for what a user can mend, and a status."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+
+INTERRUPTED = 130  # as a shell reports it
+
+
+def exit_with_error(error: Exception | str) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def exit_if_stopped(finished: bool) -> None:
+    """End with a status of its own where Ctrl-C left something to go on with."""
+    if not finished:
+        print("Stopped. The same command goes on.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def pass_over_known_noise() -> None:
+    """What libraries say at their start that is no news to whoever trains."""
+    # TRL's configurations set a field under the name that transformers is about to drop
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing", FutureWarning)
+    # bitsandbytes misses a kernel for CPUs, without which it is slower there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def be_silent_to_the_hub() -> None:
+    """`datasets` would tell a server that a file of this format was read."""
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
