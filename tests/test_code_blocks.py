@@ -236,7 +236,7 @@ TESTED = {
     "CONTRIBUTING.md": {
         "python -m venv .venv && source .venv/bin/activate": parsed,
         "pytest                        # what has to pass before a commit; two processes, `-n 8` takes more": parsed,
-        "cli                              commands: parse, hand over, print one line for what a user can mend": floors,
+        "cli                              the program: its commands": floors,
         "# trl_bbkd/smoothed/method.py: imports nothing heavy, since it is read before anything is trained": door_of_a_method,
     },
     "docs/bayeskd.md": {"import numpy as np": README + "code_of_the_bayeskd_docs_runs"},
