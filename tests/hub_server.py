@@ -73,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer(b"")
 
+    do_HEAD = do_GET
+
     def do_POST(self):
         self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
@@ -87,6 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
             status = status or 401
         if status:
             return self._send({"error": f"Refused: {authorization}"}, status)
+        asked = re.fullmatch(rf"/api/models/{_REPO}/auth-check/write", path)
+        if asked and asked[1] not in self.hub.repositories:
+            return self._send({"error": "Repository not found"}, 404)
+        file = re.fullmatch(rf"/{_REPO}/resolve/main/(.+)", path)
+        if file and self.command in ("GET", "HEAD"):
+            return self._send_file(*file.groups())
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command:
@@ -100,6 +108,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _send_file(self, repo_id: str, name: str):
+        found = [
+            commit.files[name] for commit in self.hub.commits if commit.repo_id == repo_id and name in commit.files
+        ]
+        content = found[-1] if found else b""
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", f"{len(self.hub.commits):040x}")
+        self.send_header("ETag", hashlib.sha1(content).hexdigest())
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def log_message(self, *_):
         pass
@@ -158,6 +181,7 @@ def _commit(hub: HubServer, body: bytes, repo_id: str, revision: str) -> dict:
 
 _REPO = r"([\w.-]+/[\w.-]+)"
 _ROUTES = (
+    ("GET", rf"/api/models/{_REPO}/auth-check/write", lambda hub, body, repo_id: {}),
     ("POST", "/api/repos/create", _create),
     ("POST", "/api/validate-yaml", lambda hub, body: {"errors": [], "warnings": []}),
     ("POST", rf"/api/(?:models|datasets)/{_REPO}/preupload/([\w.-]+)", _preupload),

@@ -1,6 +1,7 @@
 """`trl-bbkd compare`: finished runs side by side."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..errors import DistillationError
@@ -26,6 +27,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
     compare.add_argument(
         "--html", metavar="FILE", help="also write a page with curves and marked answers, which needs no network"
     )
+    compare.add_argument(
+        "--push",
+        action="store_true",
+        help="put the tables into the cards of the students, which were sent to the Hub before. Log in first: `hf auth login`",
+    )
     compare.error = exit_with_error
     return compare
 
@@ -39,10 +45,20 @@ def run(options: argparse.Namespace) -> None:
         comparison = Comparison(read_runs(options.runs), options.metrics)
         print(comparison.markdown(), end="")
         if options.html:
-            from ..reports.comparison_page import page
+            _write_page(comparison, options.html)
+        if options.push:
+            from ..hub.push_comparison import push_comparison
 
-            Path(options.html).write_text(page(comparison), encoding="utf-8")
-    except OSError as error:
-        exit_with_error(f"--html {options.html}: {error.strerror}. Name a file in a folder that is there.")
+            for url in push_comparison(comparison):
+                print(f"On the Hub: {url}", file=sys.stderr)
     except DistillationError as error:
         exit_with_error(error)
+
+
+def _write_page(comparison, path: str) -> None:
+    from ..reports.comparison_page import page
+
+    try:
+        Path(path).write_text(page(comparison), encoding="utf-8")
+    except OSError as error:
+        exit_with_error(f"--html {path}: {error.strerror}. Name a file in a folder that is there.")

@@ -2,23 +2,23 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..host.version import __version__
 from ..reports.markdown import code, escape, fenced, table
 from ..reports.redaction import public_text
 from ..reports.report import Report, counts_table, results
+from .compared import CARD_NAME, with_comparison_of
+from .eval_results import eval_results
+from .names import hub_id
 
 
-CARD_NAME, RECIPE_NAME = "README.md", "recipe.yaml"
+RECIPE_NAME = "recipe.yaml"
 FIRST_HYPERPARAMETERS = 10
 PLACEHOLDER = "Put an input here that is like those of the teacher's rows."
 LIBRARIES = ("trl", "transformers", "accelerate", "peft", "datasets", "torch")
@@ -131,7 +131,8 @@ def write_card(card: StudentCard, output_dir: str | Path) -> None:
     """Write `README.md`, and `recipe.yaml` where the run had a recipe, to `output_dir`."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD_NAME).write_text(render_card(card), encoding="utf-8")
+    text = with_comparison_of(folder, render_card(card))
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if card.settings:
         (folder / RECIPE_NAME).write_text(recipe_text(card.settings), encoding="utf-8")
 
@@ -151,12 +152,14 @@ def library_versions() -> dict[str, str]:
 def render_card(card: StudentCard) -> str:
     """The text of the card, with its metadata, without secrets and absolute paths."""
     base_model = hub_id(card.base_model)
+    task = "text-classification" if card.labels else "text-generation"
     metadata = ModelCardData(
         base_model=base_model,
         datasets=[name for name in map(hub_id, card.datasets) if name] or None,
+        eval_results=(card.report and eval_results(card.report, card.datasets, task, card.repo_id)) or None,
         library_name="peft" if card.is_adapter else "transformers",
         model_name=card.name,
-        pipeline_tag="text-classification" if card.labels else "text-generation",
+        pipeline_tag=task,
         tags=list(dict.fromkeys(card.tags)),
     )
     sections = [
@@ -171,17 +174,6 @@ def render_card(card: StudentCard) -> str:
         _limits(card),
     ]
     return public_text("\n\n".join(section for section in sections if section) + "\n")
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` if it can be a repository on the Hub: no path of this machine."""
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def _what_it_is(card: StudentCard) -> str:

@@ -1,5 +1,6 @@
 """A student on the Hub: what is sent, and what is said when it cannot be."""
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from ..errors import HubError
 from ..host.version import __version__
 from ..reports.markdown import escape
 from ..reports.redaction import public_text, without_tokens
+from .compared import CARD_NAME, CARD_STUDENT, without_stale_comparison
+from .eval_results import source_url
 
 
 logger = logging.getLogger(__name__)
@@ -43,9 +46,8 @@ STUDENT_FILES = (
 )
 REPORT_FILES = ("curves.png", "reliability.png", "report.md", "metrics.json", "recipe.yaml")
 FOLDER_FILES = ("**/*.json", "**/*.safetensors")
-TEXTS = ("README.md", "report.md", "metrics.json", "recipe.yaml")
+TEXTS = (CARD_NAME, "report.md", "metrics.json", "recipe.yaml")
 LOCAL_BASES = {"adapter_config.json": "base_model_name_or_path", "tokenizer_config.json": "name_or_path"}
-CARD_STUDENT = re.compile(r'^student = (".*")$', re.MULTILINE)
 GOOD_NAME = "me/student"
 
 
@@ -93,6 +95,10 @@ def push_student(
     upload_student(
         api, output_dir, url.repo_id, folders, token=token, revision=revision, commit_message=commit_message
     )
+    card = Path(output_dir) / CARD_NAME
+    # By it `compare --push` knows the repository. A folder that cannot be written to does not undo the push
+    with contextlib.suppress(OSError):
+        card.write_text(_renamed(card.read_text(encoding="utf-8"), url.repo_id), encoding="utf-8")
     return str(url)
 
 
@@ -160,15 +166,15 @@ def stage_student(
             A secret that must not be in any text, as those of the environment.
     """
     output_dir, staged = Path(output_dir).absolute(), Path(staged)
-    patterns = [*STUDENT_FILES, "README.md", *report_files]
+    patterns = [*STUDENT_FILES, CARD_NAME, *report_files]
     patterns += [f"{folder}/{files}" for folder in folders for files in FOLDER_FILES]
     for source in sorted({file for pattern in patterns for file in output_dir.glob(pattern) if file.is_file()}):
         target = staged / source.relative_to(output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.name in TEXTS and target.parent == staged:
             text = public_text(source.read_text(encoding="utf-8"), token)
-            if target.name == "README.md":
-                text = _renamed(text, repo_id)
+            if target.name == CARD_NAME:
+                text = _renamed(without_stale_comparison(text, output_dir), repo_id)
             target.write_text(text, encoding="utf-8")
         elif target.name in LOCAL_BASES:
             target.write_text(_without_local_base(source), encoding="utf-8")
@@ -183,10 +189,13 @@ def _renamed(card: str, repo_id: str) -> str:
     found = CARD_STUDENT.search(card)
     if found is None:
         return card
-    old, new = Path(json.loads(found.group(1))).name, Path(repo_id).name
-    for key, before, after in (("model_name: ", old, new), ("# ", escape(old), escape(new))):
+    old_id = json.loads(found.group(1))
+    old, new = Path(old_id).name, Path(repo_id).name
+    # The last is of the results in the metadata
+    for key, before, after in (("model_name: ", old, new), ("# ", escape(old), escape(new)), ("- name: ", old, new)):
         line = re.compile(f"^{key}{re.escape(before)}$", re.MULTILINE)
         card = line.sub((key + after).replace("\\", r"\\"), card, count=1)
+    card = card.replace(f"url: {source_url(old_id)}\n", f"url: {source_url(repo_id)}\n")
     return CARD_STUDENT.sub(lambda _: f'student = "{repo_id}"', card)
 
 

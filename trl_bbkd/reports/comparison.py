@@ -1,5 +1,6 @@
 """Runs side by side: students that answered the same held-out prompts, with intervals of what each has and of their differences."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from ..evaluation.diversity import Curve, SampledCurve, paired_difference_at_equ
 from ..evaluation.intervals import interval_of_mean
 from .held_out import HELD_OUT_NAME, read_held_out
 from .markdown import code, escape, one_line, table
+from .report import without_secrets
 from .text_report import EQUAL_DIVERSITY, format_value
-from .uncertainty import has_interval, paired_difference
+from .uncertainty import paired_difference
+from .verdicts import Difference, verdicts
 
 
 EXAMPLES = 5
@@ -122,7 +125,7 @@ def _read_run(folder: str) -> ComparedRun:
         raise ComparisonError(f"{folder}/{HELD_OUT_NAME} has no answers of its student. Finish that run first.")
     settings = {key: value for part in ("arguments", "script", "model") for key, value in progress[part].items()}
     settings |= {key: progress[key] for key in ("method", "processes", "model_name_or_path", "dataset_name")}
-    return ComparedRun(str(folder), metrics, lines, settings)
+    return ComparedRun(str(folder), metrics, lines, without_secrets(settings))
 
 
 class Comparison:
@@ -179,17 +182,20 @@ class Comparison:
         text = format_value(metric, value)
         return text if math.isnan(low) else f"{text} ({format_value(metric, low)} to {format_value(metric, high)})"
 
+    @functools.cached_property
+    def found(self) -> list[list[Difference]]:
+        """Of each run but the first, how far it is from the first by each metric."""
+        return [self._found(run) for run in self.runs[1:]]
+
+    def _found(self, run: ComparedRun) -> list[Difference]:
+        lines = [Difference(label_of(name), name, self.difference(run, name)) for name in self.metrics]
+        if self.judged:
+            lines.insert(0, Difference(EQUAL_DIVERSITY, "", self.at_equal_diversity(run)))
+        return lines
+
     def differences(self) -> list[list[str]]:
         """A line for each metric: its label, then how far each run is from the first."""
-        first, *others = self.runs
-        lines = [
-            [label_of(name), *(_difference(self.difference(run, name), name) for run in others)]
-            for name in self.metrics
-        ]
-        if self.judged:
-            found = [self.at_equal_diversity(run) for run in others]
-            lines.insert(0, [EQUAL_DIVERSITY, *(_difference(each, "") for each in found)])
-        return lines
+        return [[line[0].label, *(str(difference) for difference in line)] for line in zip(*self.found, strict=True)]
 
     def difference(self, run: ComparedRun, metric: str) -> dict[str, float]:
         """How far a run is from the first one: of [`~reports.uncertainty.paired_difference`]."""
@@ -244,7 +250,8 @@ class Comparison:
     def markdown(self) -> str:
         names = [escape(run.name) for run in self.runs]
         lines = ["# Comparison", "", *table(["", *names], self.table()), "", self.explanation, ""]
-        lines += ["## Differences", "", *table([f"less {names[0]}", *names[1:]], self.differences()), ""]
+        lines += ["## Differences", "", *(f"* {text}" for text in verdicts(self.found, names)), ""]
+        lines += [*table([f"less {names[0]}", *names[1:]], self.differences()), ""]
         if self.judged:
             lines += [equal_diversity_explained(self.judged), ""]
         if self.settings():
@@ -283,10 +290,3 @@ def label_of(metric: str) -> str:
 def _scale(metric: str, run: ComparedRun) -> float:
     """A number of answers is a sum over prompts, all else a mean."""
     return len(run.lines) if metric.startswith("distinct_valid") else 1
-
-
-def _difference(found: dict[str, float], metric: str) -> str:
-    if not has_interval(found):
-        return "–"
-    signed = lambda value: ("−" if value < 0 else "+") + format_value(metric, abs(value))  # noqa: E731
-    return f"{signed(found['difference'])} ({signed(found['low'])} to {signed(found['high'])})"

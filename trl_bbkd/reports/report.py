@@ -59,6 +59,8 @@ class Report:
         differences (`dict[str, dict[str, dict]]`):
             How far the method's student is from each other one, by the other's name and metric: as of
             [`~reports.uncertainty.paired_difference`].
+        intervals (`dict[str, tuple[float, float]]`):
+            Of the method's student, by metric: the 95 % interval of its value over prompts drawn anew.
     """
 
     method: str
@@ -75,6 +77,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[dict] = field(default_factory=list)
     differences: dict[str, dict[str, dict]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def judged_metrics(self) -> list[str]:

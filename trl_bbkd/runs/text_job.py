@@ -21,6 +21,7 @@ from ..data.student_tokenizer import student_tokenizer
 from ..data.teacher_data import check_teacher_data, load_teacher_data, tokenize_teacher_data
 from ..errors import RecipeError
 from ..evaluation.diversity import SampledCurve, paired_difference_at_equal_diversity
+from ..evaluation.intervals import interval_of_mean
 from ..evaluation.student import TEMPERATURES, evaluate_student, evaluate_teacher, temperature_name
 from ..evaluation.vllm import TrainersVLLM
 from ..host._compat import whole_models
@@ -262,6 +263,7 @@ class TextJob(Job):
         )
         if self.is_main_process:
             report.differences[UNDISTILLED] = self._differences(trainer._name, UNDISTILLED)
+            report.intervals = self._intervals(trainer._name)
             report.warnings = [*self.data_warnings, *found["warnings"], *decline(report)]
         return report
 
@@ -340,23 +342,35 @@ class TextJob(Job):
     def _differences(self, method: str, other: str) -> dict[str, dict[str, float]]:
         """Of each metric, how far the method's student is from another, and how sure that is."""
         own, others = (self.progress[name]["by_row"] for name in (method, other))
-        groups = rows_by_input(tuple(row["prompt_ids"]) for row in self.held_out_rows)
-        prompts = [input_key(row["prompt"]) for row in self.held_out_rows]
-        # The judge's metrics and others of the samples are of prompts, the NLL of answers
-        sampled = {"weights": None, "groups": [prompts[numbers[0]] for numbers in groups]}
-        answers = {"weights": [len(row["teacher_ids"]) for row in self.held_out_rows], "groups": prompts}
-        found = {
-            name: paired_difference(own[name], others[name], **(answers if name == "teacher_nll" else sampled))
-            for name in own
-        }
-        for name in found:
-            if name.startswith("distinct_valid"):
-                # A number of answers, of which the others are means
-                found[name] = {key: value * len(groups) for key, value in found[name].items()}
+        found = {name: paired_difference(own[name], others[name], **self._prompts_of(name)) for name in own}
+        found = {name: {key: self._scale(name) * value for key, value in found[name].items()} for name in found}
         if self.sample_metrics is not None and len(self.temperatures) > 1:
             judged = next(iter(own)).partition("@")[0]
             found[f"{judged}@equal_diversity"] = self._at_equal_diversity(judged, method, other)
         return found
+
+    def _intervals(self, student: str) -> dict[str, tuple[float, float]]:
+        """Of each metric, the interval of a student's own value."""
+        found = {
+            name: interval_of_mean(values, **self._prompts_of(name))
+            for name, values in self.progress[student]["by_row"].items()
+        }
+        return {name: (self._scale(name) * low, self._scale(name) * high) for name, (low, high) in found.items()}
+
+    def _prompts_of(self, metric: str) -> dict:
+        """Prompt and weight of each value: the judge's metrics and others of the samples are of prompts, the NLL of answers."""
+        prompts = [input_key(row["prompt"]) for row in self.held_out_rows]
+        if metric == "teacher_nll":
+            return {"weights": [len(row["teacher_ids"]) for row in self.held_out_rows], "groups": prompts}
+        return {"weights": None, "groups": [prompts[numbers[0]] for numbers in self._rows_by_prompt]}
+
+    def _scale(self, metric: str) -> int:
+        """A number of answers is a sum over prompts, all else a mean."""
+        return len(self._rows_by_prompt) if metric.startswith("distinct_valid") else 1
+
+    @functools.cached_property
+    def _rows_by_prompt(self) -> list[list[int]]:
+        return rows_by_input(tuple(row["prompt_ids"]) for row in self.held_out_rows)
 
     def _at_equal_diversity(self, judged: str, method: str, other: str) -> dict[str, float]:
         lines = self._held_out(method, other)

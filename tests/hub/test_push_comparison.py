@@ -1,0 +1,175 @@
+"""The table of a comparison in the students' cards: with the real client against a server of the Hub's protocol."""
+
+import os
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from tests.hub_server import TOKEN, HubServer
+from tests.reports.test_comparison import write_run
+from trl_bbkd.cli import main
+from trl_bbkd.errors import HubError
+from trl_bbkd.hub.compared import SECTION
+from trl_bbkd.hub.model_card import StudentCard, write_card
+from trl_bbkd.hub.push import push_student
+from trl_bbkd.hub.push_comparison import push_comparison
+from trl_bbkd.reports.comparison import Comparison, read_runs
+
+
+PAPER = {"title": "A paper", "id": "2511.10643", "citation": "@article{}"}
+SECRET = "a-password-of-somebody"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two finished runs with a student and a card each."""
+    found = [
+        write_run(tmp_path / "one", 0.5, discriminator=f"{tmp_path}/larger", model_init_kwargs={"token": SECRET}),
+        write_run(tmp_path / "two", 0.8, seed=1, learning_rate=1e-4, discriminator=f"{tmp_path}/{SECRET}"),
+    ]
+    for folder in found:
+        with open(f"{folder}/model.safetensors", "w") as weights:
+            weights.write(folder)
+        write_new_card(folder)
+    return found
+
+
+def write_new_card(folder):
+    write_card(StudentCard("GAD", PAPER, [], None, name=os.path.basename(folder), repo_id=folder), folder)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that the client in this process speaks to, logged in, with what was pushed."""
+    with HubServer() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("MY_API_KEY", SECRET)
+        yield server
+
+
+def text_in(folder):
+    with open(f"{folder}/README.md", encoding="utf-8") as card:
+        return card.read()
+
+
+@pytest.fixture
+def pushed(runs, hub):
+    for folder in runs:
+        push_student(folder, f"me/{os.path.basename(folder)}")
+    return runs
+
+
+def on_the_hub(hub, repository):
+    return [commit for commit in hub.commits if commit.repo_id == repository][-1].files["README.md"].decode()
+
+
+class TestSection:
+    def test_each_card_gets_it_and_nothing_else_changes(self, pushed, hub, tmp_path, capsys):
+        before = on_the_hub(hub, "me/one")
+        main(["compare", *pushed, "--push"])
+        assert capsys.readouterr().err.splitlines()[-2:] == [
+            f"On the Hub: {hub.url}/me/{name}" for name in ("one", "two")
+        ]
+        assert [set(commit.files) for commit in hub.commits[2:]] == [{"README.md"}] * 2
+        card = on_the_hub(hub, "me/one")
+        section = SECTION.search(card)
+        assert card.replace(f"{section[0]}\n\n", "") == before and card.index("## Compared") < card.index(
+            "## How to use it"
+        )
+        assert text_in(pushed[0]).count(section[0]) == 1 and ModelCard(card).text
+        comparison = Comparison(read_runs(pushed))
+        for label, *cells in [*comparison.table(), *comparison.differences()]:
+            assert f"| {label} | {' | '.join(cells)} |" in section[0]
+        assert "* **me/two** beside me/one: better: quality at equal diversity (+0." in section[0]
+        page = MarkdownIt().enable("table").render(section[0])
+        assert page.count("<table>") == 3 and page.count('href="https://huggingface.co/me/two"') == 1
+
+    def test_nothing_private_is_in_it(self, pushed, hub, tmp_path):
+        push_comparison(Comparison(read_runs(pushed)))
+        for repository in ("me/one", "me/two"):
+            card = on_the_hub(hub, repository)
+            assert '| discriminator | `"larger"` | `"***"` |' in card and "model_init_kwargs" in card
+            for private in (SECRET, TOKEN, str(tmp_path), "prompt</b>", "0 1 2"):
+                assert private not in card
+
+    def test_again_it_is_replaced_and_the_hubs_edits_stay(self, pushed, hub):
+        main(["compare", *pushed, "--push"])
+        edited = on_the_hub(hub, "me/one").replace("## Limits", "## Edited there\n\n## Limits")
+        hub.commits[-2].files["README.md"] = edited.encode()
+        main(["compare", *pushed, "--push"])
+        assert len(hub.commits) == 4  # nothing new to say
+        main(["compare", *reversed(pushed), "--push", "--metric", "valid"])
+        card = on_the_hub(hub, "me/one")
+        assert card.count("## Compared") == 1 and "less me/two" in card and "teacher NLL" not in card
+        assert "## Edited there" in card and "## Edited there" not in text_in(pushed[0])
+
+    def test_it_stays_as_long_as_the_weights(self, pushed, hub, caplog):
+        push_comparison(Comparison(read_runs(pushed)))
+        write_new_card(pushed[0])
+        assert "## Compared" in text_in(pushed[0]) and not caplog.text
+        push_student(pushed[0], "me/one")
+        assert "## Compared" in on_the_hub(hub, "me/one")
+        with open(f"{pushed[0]}/model.safetensors", "a") as weights:
+            weights.write("trained anew")
+        push_student(pushed[0], "me/one")
+        assert "## Compared" not in on_the_hub(hub, "me/one") and "## Compared" in text_in(pushed[0])
+        write_new_card(pushed[0])
+        assert "## Compared" not in text_in(pushed[0])
+        assert "loses its comparison with other runs, which was of other weights" in caplog.text
+
+
+class TestRefusals:
+    def refused(self, *arguments):
+        with pytest.raises(HubError) as error:
+            push_comparison(Comparison(read_runs(arguments)))
+        text = str(error.value)
+        assert "\n" not in text and TOKEN not in text
+        return text
+
+    def test_not_pushed_yet(self, runs, hub):
+        push_student(runs[0], "me/one")
+        text = self.refused(*runs)
+        assert f"Nothing was sent: the card in {runs[1]} names no repository." in text and len(hub.commits) == 1
+        assert f"`trl-bbkd push {runs[1]} me/student`" in text
+
+    def test_the_same_repository_twice(self, runs, hub):
+        for folder in runs:
+            push_student(folder, "me/one")
+        assert "Two runs have the same repository" in self.refused(*runs)
+
+    def test_no_such_repository(self, pushed, hub):
+        del hub.repositories["me/two"]
+        text = self.refused(*pushed)
+        assert "Nothing was sent: the card of me/two cannot be changed: the Hub answered 404" in text
+        assert f"`trl-bbkd push {pushed[1]} me/two`" in text and len(hub.commits) == 2
+
+    def test_no_card_there(self, pushed, hub):
+        del hub.commits[1].files["README.md"]
+        assert "the card of me/two cannot be changed: it has no card." in self.refused(*pushed)
+
+    def test_not_logged_in(self, pushed, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenOfNobody")
+        text = self.refused(*pushed)
+        assert "Nothing was sent: the card of me/one cannot be changed: the Hub answered 401" in text
+        assert "hf auth login" in text
+
+    def test_no_write_access(self, pushed, hub):
+        hub.refusals["me/two/auth-check/write"] = 403
+        text = self.refused(*pushed)
+        assert "the card of me/two cannot be changed: the Hub answered 403" in text and len(hub.commits) == 2
+        hub.refusals.clear()
+        hub.refusals["me/two/commit/"] = 500
+        text = self.refused(*pushed)
+        assert "The card of me/two could not be sent: the Hub answered 500" in text and "Done before: me/one." in text
+        assert "## Compared" in text_in(pushed[0]) and "## Compared" not in text_in(pushed[1])
+        hub.refusals.clear()
+        push_comparison(Comparison(read_runs(pushed)))
+        assert [commit.repo_id for commit in hub.commits[2:]] == ["me/one", "me/two"]
+
+    def test_offline(self, pushed, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "Unset HF_HUB_OFFLINE" in self.refused(*pushed)
