@@ -11,7 +11,10 @@ from trl_bbkd.judging.student import ANSWERS, SAMPLING, student_answers
 
 
 def asked(text="Why?", **columns):
-    return {"a": Asked(0, {"prompt": text, "chat_template_kwargs": None, **columns}), "b": Asked(1, {"prompt": "How?"})}
+    return {
+        "a": Asked(0, {"prompt": text, "chat_template_kwargs": None, **columns}),
+        "b": Asked(1, {"prompt": "How?"}),
+    }
 
 
 @pytest.fixture

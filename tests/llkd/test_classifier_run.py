@@ -424,7 +424,10 @@ class TestBadInput:
         rows = list(named(make_rows(40, gold=True)))
 
         def refused(missing):
-            write_rows(tmp_path / "train.jsonl", [{**row, "gold": None} if n in missing else row for n, row in enumerate(rows)])
+            write_rows(
+                tmp_path / "train.jsonl",
+                [{**row, "gold": None} if n in missing else row for n, row in enumerate(rows)],
+            )
             with pytest.raises(RecipeError, match="of the test rows has no `gold`") as error:
                 run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out", test_split_size=8)))
             return int(str(error.value).split()[1])
