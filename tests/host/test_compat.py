@@ -67,7 +67,11 @@ OVERRIDDEN = {
     (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
     (SFTTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (SFTTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (Trainer, "_get_output_dir"): ["self", "trial"],
     (SFTTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (DPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (SFTTrainer, "_prepare_dataset"): [
         "self",
         "dataset",
@@ -122,6 +126,18 @@ def test_what_a_finished_run_is_known_by():
     assert values[-1] == "max_steps,", (
         "ResumableRun._has_taken_all_steps takes the last of set_initial_training_values for the number of steps. Adapt it."
     )
+
+
+def test_the_folder_of_a_checkpoint_and_the_file_that_is_written_last():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    for line in (
+        'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"',
+        "self._get_output_dir(trial=trial)",
+        "TRAINER_STATE_NAME",
+    ):
+        assert line in source, (
+            f"Trainer._save_checkpoint no longer has {line!r}. Adapt FinishedCheckpoints._save_checkpoint."
+        )
 
 
 def test_grpo_keeps_of_its_batch_what_gad_begins_anew_with():

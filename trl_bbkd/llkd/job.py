@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from trl import get_peft_config, get_quantization_config
 
-from ..data.teacher_data import load_teacher_data
+from ..data.teacher_data import load_teacher_data, row_names
 from ..errors import LLKDDataError, RecipeError
 from ..host.engines import gathered
 from ..host.model_paths import base_of_student, no_model
@@ -121,7 +121,7 @@ class LLKDJob(Job):
         if "gold" not in test.column_names:
             return test
         if None in test["gold"][:]:
-            row = test["gold"][:].index(None)
+            row = row_names(test)[test["gold"][:].index(None)]
             raise RecipeError(
                 f"Row {row} of the test rows has no `gold`, the true label. Fill it in, or drop the row; or leave `gold` out if "
                 "`label` is the true one."
