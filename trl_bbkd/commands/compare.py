@@ -37,12 +37,13 @@ def run(options: argparse.Namespace) -> None:
         from ..reports.comparison import Comparison, read_runs
 
         comparison = Comparison(read_runs(options.runs), options.metrics)
-        print(comparison.markdown(), end="")
-        if options.html:
-            from ..reports.comparison_page import page
-
-            Path(options.html).write_text(page(comparison), encoding="utf-8")
-    except OSError as error:
-        exit_with_error(f"--html {options.html}: {error.strerror}. Name a file in a folder that is there.")
     except DistillationError as error:
         exit_with_error(error)
+    print(comparison.markdown(), end="")
+    if options.html:
+        from ..reports.comparison_page import page
+
+        try:
+            Path(options.html).write_text(page(comparison), encoding="utf-8")
+        except OSError as error:
+            exit_with_error(f"--html {options.html}: {error.strerror}. Name a file in a folder that is there.")

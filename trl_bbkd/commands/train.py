@@ -51,7 +51,6 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
 
 
 def _checked_recipe(recipe_file: str, overrides: list[str]):
-
     pass_over_known_noise()
     be_silent_to_the_hub()
     try:
