@@ -53,5 +53,7 @@ def write_writing_task(folder, rows=CHOICES, **changes):
 
 def ask(folder, model, *tasks, options=()):
     """Run the command; return its JSON and its page."""
-    main(["evaluate", str(model), "--tasks", *map(str, tasks), "--output_dir", str(folder / "out"), *map(str, options)])
+    main(
+        ["evaluate", str(model), "--tasks", *map(str, tasks), "--output_dir", str(folder / "out"), *map(str, options)]
+    )
     return json.loads((folder / "out/evaluation.json").read_text()), (folder / "out/evaluation.md").read_text()

@@ -70,7 +70,10 @@ def test_files(refusal, tmp_path, text, message):
 def test_data(refusal, tmp_path):
     gone = {"data_files": {"test": "gone.jsonl"}}
     line = refusal(write_task(tmp_path, dataset_kwargs=gone))
-    assert "red.yaml cannot be loaded: Unable to find" in line and f"gone.jsonl'. Relative paths of data files start at {tmp_path}." in line
+    assert (
+        "red.yaml cannot be loaded: Unable to find" in line
+        and f"gone.jsonl'. Relative paths of data files start at {tmp_path}." in line
+    )
     line = refusal(write_task(tmp_path, dataset_kwargs={"data_files": str(tmp_path / "red.jsonl")}))
     assert "there is no 'test'. A split of a local file is named so: `dataset_kwargs: {data_files: {test:" in line
     line = refusal(write_task(tmp_path), options=["--num_fewshot", 9])

@@ -50,7 +50,13 @@ def test_values_by_hand(tmp_path, tiny_model_dir, capsys, loads):
     picks = [chosen(model, tokenizer, row["question"], row["choices"]) for row in CHOICES]
     right = [float(pick == row["gold"]) for (pick, _), row in zip(picks, CHOICES, strict=True)]
     assert 0 < sum(right) < 7 and red["value"] == pytest.approx(statistics.mean(right))
-    assert (red["task"], red["version"], red["metric"], red["filter"], red["n_shot"]) == ("red", "1.5", "acc", "none", 0)
+    assert (red["task"], red["version"], red["metric"], red["filter"], red["n_shot"]) == (
+        "red",
+        "1.5",
+        "acc",
+        "none",
+        0,
+    )
     error = statistics.stdev(right) / 7**0.5
     assert red["standard_error"] == pytest.approx(error) and red["rows"] == red["of"] == 7
     assert red["high"] - red["value"] == pytest.approx(1.959964 * error) == pytest.approx(red["value"] - red["low"])
@@ -118,14 +124,18 @@ def test_an_adapter_is_asked_with_its_base_model(tmp_path, tiny_model_dir):
     merged = (tmp_path / "out/benchmarks/red.jsonl").read_text()
     assert likelihoods(samples) == pytest.approx(likelihoods(merged), abs=1e-2)
     ask(tmp_path, tiny_model_dir, task)
-    assert likelihoods(samples) != pytest.approx(likelihoods((tmp_path / "out/benchmarks/red.jsonl").read_text()), abs=0.1)
+    assert likelihoods(samples) != pytest.approx(
+        likelihoods((tmp_path / "out/benchmarks/red.jsonl").read_text()), abs=0.1
+    )
 
 
 def test_the_chat_template(tmp_path, tiny_model_dir):
     task = write_task(tmp_path)
     _, page = ask(tmp_path, tiny_model_dir, task, options=["--apply_chat_template"])
     sample = json.loads((tmp_path / "out/benchmarks/red.jsonl").read_text().splitlines()[0])
-    assert sample["arguments"][0][0] == f"<|im_start|>user\n{CHOICES[0]['question']}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        sample["arguments"][0][0] == f"<|im_start|>user\n{CHOICES[0]['question']}<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert "rendered with the student's chat template" in page
 
 
@@ -177,4 +187,6 @@ def test_a_name_of_lm_eval_is_found(tmp_path, tiny_model_dir, capsys):
     assert "lm_eval has no task 'hellaswagg'; did you mean 'hellaswag'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         ask(tmp_path, tiny_model_dir, "hellaswag")
-    assert "--tasks: hellaswag cannot be loaded: Couldn't reach 'Rowan/hellaswag' on the Hub" in capsys.readouterr().err
+    assert (
+        "--tasks: hellaswag cannot be loaded: Couldn't reach 'Rowan/hellaswag' on the Hub" in capsys.readouterr().err
+    )

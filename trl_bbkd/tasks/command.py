@@ -33,7 +33,9 @@ class Benchmarks:
         if importlib.util.find_spec("lm_eval") is None:
             raise RecipeError('--tasks needs lm_eval, which is not installed: pip install "trl-bbkd[eval]".')
         if is_file_of_answers(settings.model):
-            raise RecipeError(f"--tasks: {settings.model} is a file of answers. Tasks are asked of a model: name its folder.")
+            raise RecipeError(
+                f"--tasks: {settings.model} is a file of answers. Tasks are asked of a model: name its folder."
+            )
         # Only now: what reads data sets and models takes seconds to import
         from ..evaluation.loading import load_tokenizer
         from ..host.model_paths import checkpoint_fingerprint
@@ -74,7 +76,9 @@ class Benchmarks:
         warnings = warnings_of(self.settings, results)
         section = markdown(self.settings, lm_eval.__version__, results, warnings)
         page = (output / TABLE).read_text(encoding="utf-8") if is_judged else f"# {self.settings.model}\n"
-        found = json.loads((output / JSON).read_text(encoding="utf-8")) if is_judged else {"student": self.settings.model}
+        found = (
+            json.loads((output / JSON).read_text(encoding="utf-8")) if is_judged else {"student": self.settings.model}
+        )
         found["benchmarks"] = as_json(self.settings, lm_eval.__version__, results, warnings)
         write_atomically(output / JSON, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         write_atomically(output / TABLE, f"{page}\n{section}")

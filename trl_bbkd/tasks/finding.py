@@ -24,9 +24,7 @@ from .settings import TasksConfig
 
 SUFFIXES = (".yaml", ".yml")
 DATA_KEYS = ("dataset_path", "custom_dataset", "class", "include")
-FILE_IS_NO_TASK = (
-    "it is no task of lm_eval. A task has the keys `task` (its name) and `dataset_path`, a group has `group` and a list `task`"
-)
+FILE_IS_NO_TASK = "it is no task of lm_eval. A task has the keys `task` (its name) and `dataset_path`, a group has `group` and a list `task`"
 
 
 @dataclass
@@ -79,13 +77,15 @@ def find_tasks(settings: TasksConfig) -> list[Part]:
     groups: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for word in settings.tasks:
-        for spec in map(str, files[word]) if word in files else _matches(manager, word):
+        for spec in map(_spec, files[word]) if word in files else _matches(manager, word):
             _refuse_unsafe(manager, spec, settings)
             loaded = _load(manager, spec)
             for name in loaded["tasks"] if not loaded["groups"] else ():
                 first = origins.setdefault(name, spec)
                 if first != spec:
-                    raise RecipeError(f"--tasks: {first} and {spec} are both the task {name!r}. Leave one out, or rename it.")
+                    raise RecipeError(
+                        f"--tasks: {first} and {spec} are both the task {name!r}. Leave one out, or rename it."
+                    )
             tasks |= loaded["tasks"]
             groups |= loaded["groups"]
     for name, task in tasks.items():
@@ -111,6 +111,12 @@ def _files(word: str) -> list[Path]:
     if not _is_task(_keys(path)):
         raise RecipeError(f"--tasks: {word}: {FILE_IS_NO_TASK}.")
     return [path]
+
+
+def _spec(file: Path) -> str:
+    """What lm_eval loads a file by. A group goes by its name: by its path lm_eval takes the list of its tasks for the name."""
+    keys = _keys(file)
+    return keys["group"].value if "group" in keys else str(file)
 
 
 def _keys(file: Path) -> dict[str, yaml.Node]:
@@ -168,9 +174,7 @@ def _reason(error: Exception) -> str:
             return f"{line}. HF_HUB_OFFLINE is set: load its data once without it, or name a task with local data."
         return f"{line}."
     if isinstance(error, KeyError):
-        return (
-            f"there is no {line}. A split of a local file is named so: `dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}`."
-        )
+        return f"there is no {line}. A split of a local file is named so: `dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}`."
     return f"{type(error).__name__}: {line}."
 
 
@@ -203,7 +207,9 @@ def _make_ready(name: str, task: Any, settings: TasksConfig) -> None:
         with lm_eval_at_work():
             examples = len(list(task.fewshot_docs()))
         if shots > examples:
-            raise RecipeError(f"--num_fewshot: {name} has {examples} rows to take examples from, and {shots} are asked for.")
+            raise RecipeError(
+                f"--num_fewshot: {name} has {examples} rows to take examples from, and {shots} are asked for."
+            )
 
 
 def _parts(tasks: dict[str, Any], groups: dict[str, Any]) -> list[Part]:

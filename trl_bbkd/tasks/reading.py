@@ -40,7 +40,9 @@ def read_options(options: dict[str, Any]) -> TasksConfig | None:
     if not tasks:
         if "tasks" in options or given:
             first = "tasks" if "tasks" in options else next(iter(given))
-            raise RecipeError(f"--{first}: no task is named. Say which, such as --tasks hellaswag my_tasks/arith.yaml.")
+            raise RecipeError(
+                f"--{first}: no task is named. Say which, such as --tasks hellaswag my_tasks/arith.yaml."
+            )
         return None
     if not options.get("output_dir", "").strip():
         raise RecipeError("--output_dir is missing: the folder of the table and of what was answered.")

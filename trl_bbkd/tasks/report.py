@@ -110,7 +110,9 @@ def markdown(settings: TasksConfig, version: str, results: list[Result], warning
     for warning in warnings:
         lines += [f"> Warning: {escape(warning)}", ""]
     lines += [*table(HEAD, [_row(result) for result in results]), "", READING, ""]
-    template = "rendered with the student's chat template" if settings.apply_chat_template else "without a chat template"
+    template = (
+        "rendered with the student's chat template" if settings.apply_chat_template else "without a chat template"
+    )
     lines += [f"* {code(settings.model)}, asked by lm_eval {version}, {template}."]
     return "\n".join([*lines, ""])
 
