@@ -29,6 +29,7 @@ from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.recipe_keys import launcher_options
 from trl_bbkd.runs.shipped import find_recipe
+from trl_bbkd.tasks.reading import read_options as read_tasks
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -75,7 +76,11 @@ def trl_bbkd_takes(words, monkeypatch):
         assert found == [[]]
     elif words[0] == "evaluate":
         ((options, unknown),) = found
-        assert unknown == [] and read_options(vars(options)).judge.max_cost
+        assert unknown == []
+        if "tasks" in options:
+            assert len(read_tasks(vars(options)).tasks) > 0
+        else:
+            assert read_options(vars(options)).judge.max_cost
 
 
 def recipe_takes(recipe, arguments):
@@ -247,7 +252,8 @@ TESTED = {
     },
     "docs/evaluate.md": {
         "trl-bbkd evaluate output/gad --data teacher.jsonl --test_split_size 200 --judge gpt-4.1-mini --base_url "
-        "https://api.openai.com/v1 \\": parsed
+        "https://api.openai.com/v1 \\": parsed,
+        'pip install "trl-bbkd[eval]"': parsed,
     },
     "docs/gad.md": {
         "use_peft: true                  # a LoRA student; with it ...": part_of_gad_recipe,

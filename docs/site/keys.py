@@ -117,12 +117,13 @@ def keys_of_collect() -> list[Key]:
 
 
 def keys_of_evaluate() -> list[Key]:
-    """Every option of `trl-bbkd evaluate` beside those that its page names: what is judged, and the judge's endpoint."""
+    """Every option of `trl-bbkd evaluate` beside those that its page names: what is judged, the judge's endpoint, benchmarks."""
     from trl_bbkd.judging.settings import JUDGE_KEYS, OWN_KEYS, EvaluateConfig, JudgeConfig
+    from trl_bbkd.tasks.settings import TASK_KEYS, TasksConfig
 
     return [
         _key(field, cls, typing.get_type_hints(cls)[field.name], "")
-        for cls, names in ((EvaluateConfig, OWN_KEYS), (JudgeConfig, JUDGE_KEYS))
+        for cls, names in ((EvaluateConfig, OWN_KEYS), (JudgeConfig, JUDGE_KEYS), (TasksConfig, TASK_KEYS))
         for field in dataclasses.fields(cls)
         if field.name in names
     ]
