@@ -22,7 +22,7 @@ from .measures import Measured, measure
 from .pairs import Pair, make_pairs, prompts_of
 from .report import is_same_model, verdict_lines
 from .settings import EvalJudgeConfig
-from .verdicts import METRICS, request_text
+from .verdicts import METRICS, request_text, shown_answer
 
 
 FOLDER = "judge"
@@ -151,6 +151,45 @@ class TrainingJudge:
                 else f"no pair has a readable verdict in both orders; {unread:,} of {len(verdicts):,} cannot be read."
             )
         return Judged(whole, problem)
+
+    def report(self, lines: list[dict], students: list[str], at: str) -> tuple[dict, list[str]]:
+        """
+        Have the students of a run judged, after it is said what is asked for. The main process alone calls this.
+
+        Args:
+            lines (`list[dict]`):
+                What they said, as [`~reports.held_out.prompt_lines`] has it.
+            students (`list[str]`):
+                Their names.
+            at (`str`):
+                Name of the temperature whose first sample is judged.
+
+        Returns:
+            `tuple`: what the report has, and what went wrong.
+        """
+        lines = lines[: self.config.max_prompts]
+        each = 2 * len(self.questions) * len(lines)
+        print(
+            f"eval_judge: for the report, at most {each * len(students):,} requests to {self.config.model}, {each:,} of each "
+            f"student. What {self.folder} has is not asked again."
+        )
+        found, problems = {}, []
+        for student in students:
+            pairs = []
+            for line in lines:
+                place = f"Row {line['rows'][0]}"
+                own, teacher = line["students"][student]["samples"][at][0], line["teacher"][0]
+                shown = [shown_answer(text, place) for text in (own, teacher)]
+                pairs.append(Pair(line["rows"][0], request_text(line["prompt"], place), *shown))
+            judged = self.judge_pairs(pairs, f"report-{student}")
+            if judged.problem:
+                problems.append(f"the judge did not compare all of {student}'s answers: {judged.problem}")
+            found[student] = {
+                name: {**metric.estimate._asdict(), "prompts": metric.prompts, "unparsable": metric.unparsable}
+                | {"failed": metric.failed, "verdict": metric.verdict}
+                for name, metric in judged.measured.items()
+            }
+        return {"judge": self.config.model, "students": found}, problems
 
     def _asked(self, pairs: list[Pair]):
         """The cap that was reached, if any, and the verdicts."""

@@ -275,9 +275,16 @@ class TextJob(Job):
         return report
 
     def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
-        """Train SeqKD and add what its best checkpoint reaches."""
-        if not self.script_args.seqkd_baseline:
-            return
+        """Train SeqKD and add what its best checkpoint reaches; then have the students judged, if the recipe says so."""
+        if self.script_args.seqkd_baseline:
+            self._add_seqkd(report)
+        if self.judge is not None and self.is_main_process:
+            students = [name for name in report.results if name in self.progress]
+            lines = self._held_out(*students)
+            report.verdicts_of_judge, problems = self._training_judge().report(lines, students, report.at)
+            report.warnings += [{"kind": "judge", "step": self.max_steps, "text": text} for text in problems]
+
+    def _add_seqkd(self, report: TextReport) -> None:
         if self.vllm is not None:
             self.vllm.outlive_the_trainer()
         gc.collect()
