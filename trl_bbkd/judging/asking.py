@@ -134,7 +134,8 @@ def refuse_unreadable(verdicts: list[Verdict], judge: JudgeConfig) -> None:
         [`~errors.EndpointError`]: it says how the judge's words end.
     """
     for question in dict.fromkeys(verdict.question for verdict in verdicts):
-        own = [verdict for verdict in verdicts if verdict.question == question]
+        # Of two answers that are the same, both orders are one request
+        own = list({verdict.key: verdict for verdict in verdicts if verdict.question == question}.values())
         unread = [verdict for verdict in own if verdict.state == UNPARSABLE]
         if unread and not any(verdict.state == READ for verdict in own):
             cut = sum(verdict.is_cut for verdict in unread)

@@ -177,7 +177,6 @@ class EvalJudgeConfig(JudgeConfig):
 # What a recipe's `eval_judge` may say
 EVAL_JUDGE_KEYS = (
     "model",
-    "base_url",
     "metrics",
     "max_prompts",
     "student_max_tokens",

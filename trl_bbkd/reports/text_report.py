@@ -268,7 +268,9 @@ def verdict_lines(found: dict, sampled_at: str) -> list[str]:
 
     rows = [[name, *(cell(judged.get(metric)) for metric in metrics)] for name, judged in students.items()]
     prompts = max((metric["prompts"] for judged in students.values() for metric in judged.values()), default=0)
-    missing = sum(metric["unparsable"] + metric["failed"] for judged in students.values() for metric in judged.values())
+    missing = sum(
+        metric["unparsable"] + metric["failed"] for judged in students.values() for metric in judged.values()
+    )
     return [
         *table(["", *map(code, metrics)], rows),
         "",
