@@ -162,6 +162,10 @@ class Report:
         """What follows the table and the picture."""
         return []
 
+    def verdicts(self) -> list[Section]:
+        """What a judge said of the students, if one was asked."""
+        return []
+
     def draw(self, folder: Path) -> None:
         """Write `curves.png`, and what other pictures `sections` name, to `folder`."""
         raise NotImplementedError
@@ -175,7 +179,7 @@ def render_markdown(report: Report) -> str:
     if report.warnings:
         warnings = [f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings]
         lines += ["## Warnings", "", *warnings, ""]
-    for section in report.sections():
+    for section in [*report.verdicts(), *report.sections()]:
         lines += [f"## {section.title}", "", *section.lines, ""]
     lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
     if report.command:

@@ -108,7 +108,9 @@ class Job:
         args = {
             name: value for name, value in self.args.to_dict().items() if not name.startswith(UNDECISIVE_ARGUMENTS)
         }
-        script_args = {name: value for name, value in vars(self.script_args).items() if name != "teacher_name"}
+        # What a judge says is kept by its own journal
+        untold = ("teacher_name", "eval_judge")
+        script_args = {name: value for name, value in vars(self.script_args).items() if name not in untold}
         held_out = hashlib.blake2b(json.dumps(self.held_out_rows, default=str).encode(), digest_size=16).hexdigest()
         return {
             **self.inputs,

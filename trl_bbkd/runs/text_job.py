@@ -38,7 +38,7 @@ from ..seqkd.trainer import CurveCallback, curve, train_seqkd
 from .job import SEED, Job, display_path, hold_out, timed
 from .methods import load_class
 from .progress import TRAINED
-from .recipe import Recipe, import_callable
+from .recipe import Recipe, import_callable, judge_of
 from .sampling_plan import EVALUATION_PROMPTS, answers_in_training, sampling_plan
 
 
@@ -85,6 +85,10 @@ class TextJob(Job):
         for warning in self.data_warnings if self.is_main_process else []:
             if warning["kind"] != "cut answers":  # which the tokeniser has told of
                 logger.warning(warning["text"])
+        self.judge = judge_of(self.script_args)
+        if self.judge is not None:
+            # Before any weights are loaded, a judge that cannot be asked is an error
+            self._training_judge().check()
         self.vllm: TrainersVLLM | None = None
         self.measure = functools.partial(
             self._evaluate,
@@ -106,6 +110,9 @@ class TextJob(Job):
     def _evaluate(self, model, **settings) -> dict[str, float]:
         # What samples is known once there is a trainer
         return evaluate_student(model, vllm=self.vllm, **settings)
+
+    def _training_judge(self):
+        return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
 
     def _planned_steps(self) -> int:
         args = self.args
@@ -192,6 +199,8 @@ class TextJob(Job):
             trainer = self.method.trainer(self)
         if hasattr(trainer, "vllm_generation") and self.quantization_config is None:
             self.vllm = TrainersVLLM(trainer.vllm_generation)
+        if self.judge is not None:
+            trainer.add_callback(load_class("trl_bbkd.judging.callback:JudgeCallback")(trainer, self.test, self.judge))
         self.open_progress(trainer)
         self.start_card(trainer)
         # Without the student's training there is no report
@@ -266,9 +275,16 @@ class TextJob(Job):
         return report
 
     def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
-        """Train SeqKD and add what its best checkpoint reaches."""
-        if not self.script_args.seqkd_baseline:
-            return
+        """Train SeqKD and add what its best checkpoint reaches; then have the students judged, if the recipe says so."""
+        if self.script_args.seqkd_baseline:
+            self._add_seqkd(report)
+        if self.judge is not None and self.is_main_process:
+            students = [name for name in report.results if name in self.progress]
+            lines = self._held_out(*students)
+            report.verdicts_of_judge, problems = self._training_judge().report(lines, students, report.at)
+            report.warnings += [{"kind": "judge", "step": self.max_steps, "text": text} for text in problems]
+
+    def _add_seqkd(self, report: TextReport) -> None:
         if self.vllm is not None:
             self.vllm.outlive_the_trainer()
         gc.collect()
