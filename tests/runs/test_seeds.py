@@ -16,7 +16,6 @@ from tests.llkd.test_classifier_run import write_recipe as write_classifier_reci
 from tests.recipes import write_recipe
 from trl_bbkd.cli import main
 from trl_bbkd.commands import seeds as command
-from trl_bbkd.evaluation.intervals import interval_of_mean
 from trl_bbkd.runs.progress import can_go_on
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.run import run
