@@ -116,7 +116,9 @@ def runs(tmp_path):
     found = []
     for seed in range(3):
         own, other = (
-            read_held_out(write_run(tmp_path / f"{seed}{name}", skill, seed=10 * number + seed, method=name))
+            read_held_out(
+                write_run(tmp_path / f"{seed}{name}", skill, seed=10 * number + seed, method=name, words=(6, 3, 2))
+            )
             for number, (name, skill) in enumerate((("GAD", 0.75 + 0.03 * seed), ("SeqKD", 0.5)))
         )
         others = {json.dumps(line["prompt"]): line["students"] for line in other}
@@ -190,7 +192,7 @@ def test_the_page(runs):
     )
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines if line.startswith("| ")}
     assert rows["GAD less SeqKD"][:3] == ["mean", "over prompts", "over seeds"]
-    of_seed = [[value for value in rows[str(seed)]] for seed in range(3)]
+    of_seed = [rows[str(seed)] for seed in range(3)]
     assert of_seed[0][-1] == "1.000 |" and rows["2"][1] == f"{runs[2].report.results['GAD']['valid@t1.0']:.3f}"
     # One length for all lines of a table, and the teacher, whom no seed changes, without a spread
     for _, block in itertools.groupby(lines, key=lambda line: line.startswith("|")):

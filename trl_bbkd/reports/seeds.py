@@ -141,7 +141,7 @@ class SeedsReport:
         return (
             text
             if len({*values}) == 1 or text == "–"
-            else f"{text} ± {self.report.written(metric, np.std(values, ddof=1))}"
+            else f"{text} ± {self.report.written(metric, float(np.std(values, ddof=1)))}"
         )
 
     def of_each_seed(self) -> list[list[str]]:
