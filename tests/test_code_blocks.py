@@ -28,6 +28,7 @@ from trl_bbkd.judging.reading import read_options
 from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.recipe_keys import launcher_options
+from trl_bbkd.runs.seeds import read_seeds
 from trl_bbkd.runs.shipped import find_recipe
 from trl_bbkd.tasks.reading import read_options as read_tasks
 
@@ -69,6 +70,9 @@ def trl_bbkd_takes(words, monkeypatch):
     monkeypatch.setattr(cli.COMMANDS["collect"], "run", lambda options, unknown: found.append(unknown))
     monkeypatch.setattr(cli.COMMANDS["evaluate"], "run", lambda options, unknown: found.append((options, unknown)))
     monkeypatch.setattr(train, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
+    monkeypatch.setattr(
+        train, "train_seeds", lambda recipe, seeds, arguments: read_seeds(seeds) and found.append((recipe, arguments))
+    )
     cli.main(words)
     if words[0] == "train":
         recipe_takes(*found[0])
@@ -305,6 +309,7 @@ TESTED = {
     },
     "docs/runs.md": {
         "trl-bbkd train my.yaml --num_train_epochs 3": parsed,
+        "trl-bbkd train my.yaml --seeds 0 1 2": parsed,
         "trl-bbkd train my.yaml --resume_from_checkpoint true": parsed,
         "trl-bbkd compare output/gad output/preferencekd --html comparison.html": parsed,
     },
@@ -335,6 +340,7 @@ TESTED = {
         "python benchmarks/proxykd_real_text.py --proxy stories15M --data gsm8k_gpt3_solutions.jsonl \\": parsed,
     },
     "docs/results/recipes.md": {
+        "trl-bbkd train recipes/gad.yaml --seeds 0 1 2": parsed,
         "accelerate launch recipes/gad.yaml": README + "first_command_in_small",
         "accelerate launch recipes/proxykd-on-policy.yaml": parsed,
         "accelerate launch recipes/preferencekd.yaml": parsed,

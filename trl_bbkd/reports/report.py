@@ -114,6 +114,15 @@ class Report:
         """A value as the table writes it."""
         raise NotImplementedError
 
+    def sense(self, metric: str) -> int:
+        """Which way is better: 1 up, -1 down, 0 neither."""
+        return 1
+
+    def _is_worse(self, other: str, metric: str) -> bool:
+        """Whether the method's student is clearly worse than another one by this metric."""
+        found = self.differences.get(other, {}).get(metric)
+        return is_clear(found) and found["difference"] * self.sense(metric) < 0
+
     def signed(self, metric: str, value: float) -> str:
         return ("−" if value < 0 else "+") + self.written(metric, abs(value))
 
@@ -144,9 +153,17 @@ class Report:
         return sorted(self.results, key=lambda name: name == TEACHER)
 
     @property
+    def measured(self) -> list[tuple[str, str]]:
+        """Metric and label of each line of the table."""
+        raise NotImplementedError
+
+    @property
     def rows(self) -> list[list[str]]:
         """Cells of the table: a label, then one value per column."""
-        raise NotImplementedError
+        return [
+            [label, *(self.written(key, self.results[name].get(key)) for name in self.columns)]
+            for key, label in self.measured
+        ]
 
     @property
     def explanation(self) -> str:

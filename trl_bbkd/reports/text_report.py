@@ -119,13 +119,9 @@ class TextReport(Report):
                 texts.append(f"worse {how}: {', '.join(lost)}")
         return f" But {'; '.join(texts)}." if texts else ""
 
-    def _is_worse(self, other: str, key: str) -> bool:
-        """Whether the method's student is clearly worse than another one by this metric."""
-        name = key.partition("@")[0]
-        found = self.differences.get(other, {}).get(key)
-        return (
-            name not in WITHOUT_BETTER and is_clear(found) and (found["difference"] > 0) == (name in BETTER_WHEN_LOWER)
-        )
+    def sense(self, metric: str) -> int:
+        name = metric.partition("@")[0]
+        return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
 
     def written(self, metric: str, value: float | None) -> str:
         return format_value(metric, value)
@@ -138,11 +134,8 @@ class TextReport(Report):
         return metrics
 
     @property
-    def rows(self) -> list[list[str]]:
-        return [
-            [label, *(format_value(key, self.results[model].get(key)) for model in self.columns)]
-            for key, label in table_metrics(self)
-        ]
+    def measured(self) -> list[tuple[str, str]]:
+        return table_metrics(self)
 
     @property
     def explanation(self) -> str:
