@@ -197,3 +197,125 @@ def test_a_tracker_that_fails_costs_a_warning(folder, finished, monkeypatch, cap
     assert json.loads(path.read_text())["parts"][trackers.IN_TRACKERS] == ["tensorboard", "trackio"]
     after = in_trackio()
     assert len(after) == len(before) + 1 and tables(after)["report/table"] == 2 * tables(before)["report/table"]
+
+
+@pytest.mark.slow
+def test_a_classifiers_report_is_in_trackio(tmp_path, classifier_data, classifier, monkeypatch):  # noqa: F811
+    keep_trackio_in(tmp_path / "trackio", monkeypatch)
+    recipe = write_classifier_recipe(
+        classifier_data, classifier, tmp_path / "out", report_to="trackio", project="labels", max_steps=4
+    )
+    run(load_recipe(recipe))
+    entries, report = in_trackio("labels"), report_of(tmp_path / "out")
+    found, shown = scalars(entries), tables(entries)
+    assert found["report/macro_f1"] == [report["results"]["LLKD"]["macro_f1"]]
+    assert found["report/all_rows/accuracy"] == [report["results"]["all rows"]["accuracy"]]
+    assert list(shown["report/table"][0][0]) == ["metric", "undistilled", *[name for name in report["results"]][1:]]
+    assert {row["less"] for row in shown["report/differences"][0]} == report["differences"].keys()
+    assert "report/completions" not in shown and len(found["eval/macro_f1"]) > 1
+
+
+def run_tracked(recipe, folder):
+    keep_trackio_in(folder)
+    run(load_recipe(recipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", [Moment("trl_bbkd.gad.trainer.GADTrainer.training_step", call=3), "trl_bbkd.runs.text_job.train_seqkd"]
+)
+def test_a_killed_run_goes_on_in_the_same_runs(folder, tmp_path, tiny_model_dir, monkeypatch, moment):
+    recipe = tracked_recipe(folder, tiny_model_dir, "killed", output_dir=str(tmp_path / "out"), save_strategy="steps")
+    recipe.write_text(recipe.read_text() + "save_steps: 1\n")
+    killed_at(moment, run_tracked, recipe, tmp_path / "trackio")
+    keep_trackio_in(tmp_path / "trackio", monkeypatch)
+    (before,) = trackio.Api().runs(PROJECT)
+    run(load_recipe(recipe, RESUME))
+    (after,) = trackio.Api().runs(PROJECT)
+    assert after.id == before.id
+    assert len(tables(in_trackio())["report/table"]) == 1
+    assert len(list((tmp_path / "out/runs").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_rounds_are_one_run_and_the_proxys_training_is_another(
+    folder, tmp_path, tiny_model_dir, other_model_dir, monkeypatch
+):
+    keep_trackio_in(tmp_path / "trackio", monkeypatch)
+    shared = {"num_generations": None, "discriminator_learning_rate": None, "seqkd_baseline": False, "eval_prompts": 2}
+    rounds = {"method": "preferencekd", "num_rounds": 2, "num_train_epochs": 1, "max_steps": None, "project": "rounds"}
+    run(load_recipe(tracked_recipe(folder, tiny_model_dir, "rounds", **shared, **rounds)))
+    assert len(tables(in_trackio("rounds"))["report/table"]) == 1
+
+    proxy = {"method": "bayeskd", "proxy_model": other_model_dir, "project": "proxy", "run_name": "mine"}
+    run(load_recipe(tracked_recipe(folder, tiny_model_dir, "proxy", **shared, **proxy)))
+    runs = {found.name: SQLiteStorage.get_logs("proxy", found.name) for found in trackio.Api().runs("proxy")}
+    assert runs.keys() == {"mine", "mine-warmup"}
+    assert ["report/table" in tables(runs[name]) for name in ("mine", "mine-warmup")] == [True, False]
+
+
+class RecordedWandb:
+    """What is called of wandb: its own package needs an account, or a folder of its own format."""
+
+    Table = staticmethod(lambda columns, data: (columns, data))
+
+    def __init__(self):
+        self.run, self.logged, self.calls = None, [], []
+
+    def init(self, **settings):
+        self.calls.append(settings)
+        self.run = SimpleNamespace(entity="me", project="mine", id=settings.get("id", "new"))
+
+    def log(self, values):
+        self.logged.append((self.run.id, values))
+
+    def finish(self):
+        self.run = None
+
+
+def test_wandb_goes_on_in_the_run_of_the_training(tmp_path, monkeypatch):
+    wandb = RecordedWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    class WandbCallback(trackers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            if wandb.run is None:
+                wandb.init()
+
+    monkeypatch.setitem(trackers.TRACKERS, WandbCallback, trackers.Wandb)
+    model = SimpleNamespace(config=None, num_parameters=lambda: 1)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    report = SimpleNamespace(
+        method="GAD",
+        results={"GAD": {"teacher_nll": 2.0}, "undistilled": {"teacher_nll": float("nan")}},
+        differences={},
+        warnings=[{"step": 3, "text": "low"}],
+        compared=[("teacher_nll", "teacher NLL")],
+        columns=["GAD", "undistilled"],
+        rows=[["teacher NLL", "2.000", "–"]],
+        headline="teacher_nll",
+    )
+
+    def job():
+        handler = SimpleNamespace(callbacks=[WandbCallback()])
+        trainer = SimpleNamespace(model=model, args=args, callback_handler=handler, add_callback=lambda callback: None)
+        return trackers.Trackers(trainer, Progress(str(tmp_path), {})), handler.callbacks[0]
+
+    first, callback = job()
+    callback.on_train_begin()
+    first.on_train_begin(args, TrainerState(), None)
+    wandb.finish()  # the process has ended
+    second, _ = job()
+    second.send(report, [], 3)
+    assert wandb.calls == [{}, {"entity": "me", "project": "mine", "id": "new", "resume": "allow"}]
+    ((run_id, values),) = wandb.logged
+    assert run_id == "new" and wandb.run is None
+    assert values == {
+        "report/teacher_nll": 2.0,
+        "report/warnings": 1,
+        "report/table": (["metric", "GAD", "undistilled"], [["teacher NLL", "2.000", "–"]]),
+        "report/warning_texts": (["step", "warning"], [[3, "low"]]),
+        "train/global_step": 3,
+    }
+    job()[0].send(report, [], 3)
+    assert len(wandb.logged) == 1

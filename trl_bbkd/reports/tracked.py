@@ -51,7 +51,7 @@ def report_tables(report: Report, lines: list[dict]) -> dict[str, list[dict]]:
             for metric, found in differences.items()
             if metric in labels
         ],
-        "warnings": [{"step": warning["step"], "warning": warning["text"]} for warning in report.warnings],
+        "warning_texts": [{"step": warning["step"], "warning": warning["text"]} for warning in report.warnings],
         "completions": completions_table(lines[:COMPLETIONS], report.headline),
     }
     return {PREFIX + name: finite(rows) for name, rows in tables.items() if rows}
