@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import trackio
-from transformers import TrainerState, TrainingArguments
 from trackio.sqlite_storage import SQLiteStorage
+from transformers import TrainerState, TrainingArguments
 
 from tests.llkd.test_classifier_run import data as classifier_data  # noqa: F401
 from tests.llkd.test_classifier_run import student as classifier  # noqa: F401
@@ -210,7 +210,7 @@ def test_a_classifiers_report_is_in_trackio(tmp_path, classifier_data, classifie
     found, shown = scalars(entries), tables(entries)
     assert found["report/macro_f1"] == [report["results"]["LLKD"]["macro_f1"]]
     assert found["report/all_rows/accuracy"] == [report["results"]["all rows"]["accuracy"]]
-    assert list(shown["report/table"][0][0]) == ["metric", "undistilled", *[name for name in report["results"]][1:]]
+    assert list(shown["report/table"][0][0]) == ["metric", "undistilled", *list(report["results"])[1:]]
     assert {row["less"] for row in shown["report/differences"][0]} == report["differences"].keys()
     assert "report/completions" not in shown and len(found["eval/macro_f1"]) > 1
 
@@ -225,8 +225,7 @@ def run_tracked(recipe, folder):
     "moment", [Moment("trl_bbkd.gad.trainer.GADTrainer.training_step", call=3), "trl_bbkd.runs.text_job.train_seqkd"]
 )
 def test_a_killed_run_goes_on_in_the_same_runs(folder, tmp_path, tiny_model_dir, monkeypatch, moment):
-    recipe = tracked_recipe(folder, tiny_model_dir, "killed", output_dir=str(tmp_path / "out"), save_strategy="steps")
-    recipe.write_text(recipe.read_text() + "save_steps: 1\n")
+    recipe = tracked_recipe(folder, tiny_model_dir, tmp_path / "out", save_strategy="steps", save_steps=1)
     killed_at(moment, run_tracked, recipe, tmp_path / "trackio")
     keep_trackio_in(tmp_path / "trackio", monkeypatch)
     (before,) = trackio.Api().runs(PROJECT)
