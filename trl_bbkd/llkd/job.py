@@ -24,6 +24,7 @@ from ..reports.uncertainty import macro_f1_difference, paired_difference
 from ..runs.job import Job, display_path, hold_out, timed
 from ..runs.progress import TRAINED
 from ..runs.recipe import Recipe
+from ..runs.trackers import Trackers
 from ..seqkd.trainer import CURVE_POINTS
 from .config import LLKDConfig
 from .label_calibration import reliability_report
@@ -144,6 +145,7 @@ class LLKDJob(Job):
         except OSError as error:
             raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
         self.open_progress(trainer)
+        self.trackers = Trackers(trainer, self.progress)
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)

@@ -40,6 +40,7 @@ from .methods import load_class
 from .progress import TRAINED
 from .recipe import Recipe, import_callable, judge_of
 from .sampling_plan import EVALUATION_PROMPTS, answers_in_training, sampling_plan
+from .trackers import Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,12 @@ class TextJob(Job):
             chat_template_kwargs=self.args.chat_template_kwargs,
             progress_bar=None if self.args.disable_tqdm else "sampling for the report",
         )
+        self.last_measured: dict[str, dict] = {"by_row": {}, "samples": {}}  # along the way
         self.measure_briefly = functools.partial(
-            self.measure, temperatures=self.temperatures[:1], num_samples=self.plan.curve_samples
+            self.measure,
+            temperatures=self.temperatures[:1],
+            num_samples=self.plan.curve_samples,
+            **self.last_measured,
         )
 
     def _evaluate(self, model, **settings) -> dict[str, float]:
@@ -202,6 +207,10 @@ class TextJob(Job):
         if self.judge is not None:
             trainer.add_callback(load_class("trl_bbkd.judging.callback:JudgeCallback")(trainer, self.test, self.judge))
         self.open_progress(trainer)
+        name = trainer._name
+        self.trackers = Trackers(
+            trainer, self.progress, lambda: prompt_lines(self.held_out_rows, {name: self.last_measured})
+        )
         self.start_card(trainer)
         # Without the student's training there is no report
         undistilled = self._undistilled(trainer) if "distil" in getattr(args, "stages", ["distil"]) else {}
@@ -391,11 +400,13 @@ class TextJob(Job):
         """What students said to held-out prompts, a dictionary for each."""
         return prompt_lines(self.held_out_rows, {name: self.progress[name] for name in students})
 
+    def answers(self, report: TextReport) -> list[dict]:  # type: ignore[override]
+        return self._held_out(*(name for name in report.results if name in self.progress))
+
     def write(self, report: TextReport) -> None:  # type: ignore[override]
         super().write(report)
         if self.is_main_process:
-            students = [name for name in report.results if name in self.progress]
-            write_held_out(self._held_out(*students), self.args.output_dir)
+            write_held_out(self.answers(report), self.args.output_dir)
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}
