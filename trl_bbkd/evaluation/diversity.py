@@ -37,7 +37,7 @@ def distinct_ngrams(texts: Sequence[str], n: int = 4) -> float:
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = _words(text)
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return list(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def _words(text: str) -> list[str]:

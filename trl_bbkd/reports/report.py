@@ -15,6 +15,7 @@ from .uncertainty import has_interval, is_clear
 
 
 TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
+EVALUATION = "evaluation"
 
 
 class Section(NamedTuple):
@@ -53,7 +54,7 @@ class Report:
         versions (`dict[str, str]`):
             Versions of libraries.
         seconds (`dict[str, float]`):
-            Wall-clock time per part of the run.
+            Wall-clock time per part of the run. `"evaluation"` is that of measuring students, which the trainings' are without.
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
         differences (`dict[str, dict[str, dict]]`):
@@ -205,8 +206,16 @@ def render_markdown(report: Report) -> str:
         settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True)
         lines += ["The recipe:", "", fenced(settings, "yaml"), ""]
     lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
-    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
-    return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
+    times = wall_clock_time(report.seconds)
+    return "\n".join(lines + [times, ""] if times else lines)
+
+
+def wall_clock_time(seconds: dict[str, float]) -> str:
+    """A sentence on how long the parts of a run took; empty where none is known."""
+    times = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
+    if seconds.get(EVALUATION):
+        times += f" ({seconds[EVALUATION] / sum(seconds.values()):.0%} of these)"
+    return f"Wall-clock time: {times}." if times else ""
 
 
 def results(report: Report) -> list[str]:

@@ -31,7 +31,7 @@ from ..host.preflight import refuse_broken_weights
 from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
 from ..reports.held_out import prompt_lines, write_held_out
-from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
+from ..reports.report import EVALUATION, SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
 from ..reports.uncertainty import paired_difference
 from ..seqkd.trainer import CurveCallback, curve, train_seqkd
@@ -91,6 +91,7 @@ class TextJob(Job):
             # Before any weights are loaded, a judge that cannot be asked is an error
             self._training_judge().check()
         self.vllm: TrainersVLLM | None = None
+        self._measuring = 0.0  # seconds since they were asked for
         self.measure = functools.partial(
             self._evaluate,
             tokenizer=self.tokenizer,
@@ -113,8 +114,28 @@ class TextJob(Job):
         )
 
     def _evaluate(self, model, **settings) -> dict[str, float]:
-        # What samples is known once there is a trainer
-        return evaluate_student(model, vllm=self.vllm, **settings)
+        seconds: dict[str, float] = {}
+        with timed(seconds, EVALUATION):
+            # What samples is known once there is a trainer
+            found = evaluate_student(model, vllm=self.vllm, **settings)
+        self._measuring += seconds[EVALUATION]
+        return found
+
+    def _measuring_seconds(self) -> float:
+        """What measuring students has taken since this was last asked."""
+        seconds, self._measuring = self._measuring, 0.0
+        return seconds
+
+    def _parted(self, seconds: float) -> dict[str, float]:
+        """A training's time, apart from what its measurements along the way took."""
+        along = self._measuring_seconds()
+        return {"seconds": seconds - along, EVALUATION: along}
+
+    @property
+    def _evaluation_seconds(self) -> float:
+        """What all measurements of the run took, those along the way included."""
+        along = sum(part.get(EVALUATION, 0.0) for part in self.progress.parts.values())
+        return along + sum(part.get("seconds", 0.0) for part in self.progress.parts.values() if "by_row" in part)
 
     def _training_judge(self):
         return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
@@ -226,7 +247,7 @@ class TextJob(Job):
                 return None
             found = self.finished_training(
                 lambda: {
-                    "seconds": seconds[trainer._name],
+                    **self._parted(seconds[trainer._name]),
                     "more results": self.method.more_results(self, trainer),
                     "findings": self.method.findings(trainer),
                     "warnings": self.method.warnings(trainer),
@@ -301,6 +322,7 @@ class TextJob(Job):
         output_dir = str(Path(self.args.output_dir) / "seqkd")
         seqkd = dict(self.progress.once("SeqKD's training", lambda: self._train_seqkd(report, output_dir)))
         report.seconds[SEQKD] = seqkd.pop("seconds")
+        seqkd.pop(EVALUATION, None)
         best = self._measured(SEQKD, lambda: self._load(output_dir))
         undistilled = report.results[UNDISTILLED]
         points = [
@@ -331,7 +353,7 @@ class TextJob(Job):
                 peft_config=self.peft_config,
                 quantization_config=self.quantization_config,
             )
-        return dataclasses.asdict(seqkd) | {"seconds": seconds[SEQKD]}
+        return dataclasses.asdict(seqkd) | self._parted(seconds[SEQKD])
 
     def _undistilled(self, trainer) -> dict[str, float]:
         """What the student is before it learns, and how long the report's sampling will take."""
@@ -358,7 +380,12 @@ class TextJob(Job):
         def measure():
             by_row, samples = {}, {}
             metrics = self.measure(model(), by_row=by_row, samples=samples)
-            return {"metrics": metrics, "by_row": by_row, "samples": samples}
+            return {
+                "metrics": metrics,
+                "by_row": by_row,
+                "samples": samples,
+                "seconds": self._measuring_seconds(),
+            }
 
         return self.progress.once(name, measure).get("metrics", {})
 
@@ -404,6 +431,8 @@ class TextJob(Job):
         return self._held_out(*(name for name in report.results if name in self.progress))
 
     def write(self, report: TextReport) -> None:  # type: ignore[override]
+        report.seconds.pop(EVALUATION, None)
+        report.seconds[EVALUATION] = self._evaluation_seconds
         super().write(report)
         if self.is_main_process:
             write_held_out(self.answers(report), self.args.output_dir)
