@@ -28,7 +28,9 @@ from trl_bbkd.judging.reading import read_options
 from trl_bbkd.runs.method import Method
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.recipe_keys import launcher_options
+from trl_bbkd.runs.seeds import read_seeds
 from trl_bbkd.runs.shipped import find_recipe
+from trl_bbkd.tasks.reading import read_options as read_tasks
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -68,6 +70,9 @@ def trl_bbkd_takes(words, monkeypatch):
     monkeypatch.setattr(cli.COMMANDS["collect"], "run", lambda options, unknown: found.append(unknown))
     monkeypatch.setattr(cli.COMMANDS["evaluate"], "run", lambda options, unknown: found.append((options, unknown)))
     monkeypatch.setattr(train, "train_with_accelerate", lambda recipe, arguments: found.append((recipe, arguments)))
+    monkeypatch.setattr(
+        train, "train_seeds", lambda recipe, seeds, arguments: read_seeds(seeds) and found.append((recipe, arguments))
+    )
     cli.main(words)
     if words[0] == "train":
         recipe_takes(*found[0])
@@ -75,7 +80,11 @@ def trl_bbkd_takes(words, monkeypatch):
         assert found == [[]]
     elif words[0] == "evaluate":
         ((options, unknown),) = found
-        assert unknown == [] and read_options(vars(options)).judge.max_cost
+        assert unknown == []
+        if "tasks" in options:
+            assert len(read_tasks(vars(options)).tasks) > 0
+        else:
+            assert read_options(vars(options)).judge.max_cost
 
 
 def recipe_takes(recipe, arguments):
@@ -247,7 +256,8 @@ TESTED = {
     },
     "docs/evaluate.md": {
         "trl-bbkd evaluate output/gad --data teacher.jsonl --test_split_size 200 --judge gpt-4.1-mini --base_url "
-        "https://api.openai.com/v1 \\": parsed
+        "https://api.openai.com/v1 \\": parsed,
+        'pip install "trl-bbkd[eval]"': parsed,
     },
     "docs/gad.md": {
         "use_peft: true                  # a LoRA student; with it ...": part_of_gad_recipe,
@@ -299,6 +309,7 @@ TESTED = {
     },
     "docs/runs.md": {
         "trl-bbkd train my.yaml --num_train_epochs 3": parsed,
+        "trl-bbkd train my.yaml --seeds 0 1 2": parsed,
         "trl-bbkd train my.yaml --resume_from_checkpoint true": parsed,
         "trl-bbkd compare output/gad output/preferencekd --html comparison.html": parsed,
     },
@@ -329,6 +340,7 @@ TESTED = {
         "python benchmarks/proxykd_real_text.py --proxy stories15M --data gsm8k_gpt3_solutions.jsonl \\": parsed,
     },
     "docs/results/recipes.md": {
+        "trl-bbkd train recipes/gad.yaml --seeds 0 1 2": parsed,
         "accelerate launch recipes/gad.yaml": README + "first_command_in_small",
         "accelerate launch recipes/proxykd-on-policy.yaml": parsed,
         "accelerate launch recipes/preferencekd.yaml": parsed,

@@ -12,7 +12,9 @@ import pytest
 
 from trl_bbkd.collect.settings import CollectConfig
 from trl_bbkd.judging.reading import option_names
-from trl_bbkd.judging.settings import JUDGE_KEYS, OWN_KEYS
+from trl_bbkd.judging.settings import EVAL_JUDGE_KEYS, JUDGE_KEYS, OWN_KEYS
+from trl_bbkd.tasks.reading import OPTION_NAMES
+from trl_bbkd.tasks.settings import TASK_KEYS
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ SITE = ("mkdocs", "material", "mkdocstrings")
 
 def test_options_of_the_page_of_evaluations_exist():
     words = set(re.findall(r"--([a-z_]+)", (ROOT / "docs/evaluate.md").read_text()))
-    assert len(words) > 12 and words <= set(option_names())
+    assert len(words) > 12 and words <= {*option_names(), *OPTION_NAMES}
 
 
 @pytest.mark.skipif(
@@ -42,7 +44,10 @@ def test_site_builds_strictly(tmp_path):
     collect = (tmp_path / "site/collect.html").read_text()
     assert collect.count("<tr><td><code") == len(fields(CollectConfig)) and ">max_<wbr>cost</code>" in collect
     evaluate = (tmp_path / "site/evaluate.html").read_text()
-    assert evaluate.count("<tr><td><code") == len(JUDGE_KEYS) + len(OWN_KEYS)
+    of_a_training = {*EVAL_JUDGE_KEYS} - {*JUDGE_KEYS}
+    shown = len(JUDGE_KEYS) + len(OWN_KEYS) + len(TASK_KEYS) + len(of_a_training)
+    assert evaluate.count("<tr><td><code") == shown
+    assert all(f">{name.replace('_', '_<wbr>')}</code>" in evaluate for name in of_a_training)
     assert not (tmp_path / "site/site").exists()
 
 

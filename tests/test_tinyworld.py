@@ -74,6 +74,28 @@ def test_a_wrong_answer_is_invalid(world, wrong):
     assert world.judge([PROMPT, PROMPT], [ANSWER, wrong]) == {"valid": [1.0, 0.0]}
 
 
+def test_valid_is_what_the_distribution_lets_end(world, held_out_rows):
+    """Of answers, and of answers with a word lost, doubled or taken from another one."""
+    rng, verdicts = random.Random(0), set()
+    for row, other in zip(held_out_rows[:60], held_out_rows[60:], strict=False):
+        words = row["completion"].split()
+        at = rng.randrange(len(words))
+        stranger = rng.choice(other["completion"].split())
+        for answer in (
+            words,
+            words[:at],
+            words[:at] + words[at + 1 :],
+            words[: at + 1] + words[at:],
+            [*words[:at], stranger],
+        ):
+            for end in ([], words[at + 1 :], [world.END]):
+                text = [*answer, *end]
+                expected = world.END in world.next_token_distribution(row["prompt"], text)
+                assert world.is_valid(row["prompt"], " ".join(text)) == expected, text
+                verdicts.add(expected)
+    assert verdicts == {True, False}
+
+
 def test_another_prompt_makes_the_answer_wrong(world):
     for other in (PROMPT.replace("4", "5"), PROMPT.replace("tom", "ben"), PROMPT.replace("market", "river")):
         assert not world.is_valid(other, ANSWER)

@@ -16,8 +16,10 @@ from trl_bbkd import (
     BayesKDTrainer,
     Discriminator,
     DistillationError,
+    EvalJudgeConfig,
     GADConfig,
     GADTrainer,
+    JudgeCallback,
     LLKDConfig,
     LLKDDataCollator,
     LLKDMixin,
@@ -111,6 +113,12 @@ def teacher_text(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Data
 def scores(backbone: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     discriminator = Discriminator(backbone, head="scalar")
     return discriminator.forward(ids, torch.ones_like(ids), torch.ones_like(ids)).scores
+
+
+def judged(trainer: SFTTrainer, rows: Dataset) -> None:
+    judge = EvalJudgeConfig(base_url="http://127.0.0.1:8000/v1", model="judge", metrics=["win_rate"], max_cost=None)
+    assert_type(judge.metrics, list[str])
+    trainer.add_callback(JudgeCallback(trainer, rows, judge))
 
 
 def recipe() -> str:

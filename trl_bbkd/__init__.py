@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .errors import DistillationError
     from .gad.config import GADConfig
     from .gad.trainer import GADTrainer
+    from .judging.callback import JudgeCallback
+    from .judging.settings import EvalJudgeConfig
     from .llkd.config import LLKDConfig
     from .llkd.pseudo_labels import pseudo_label
     from .llkd.trainer import LLKDTrainer
@@ -32,8 +34,10 @@ __all__ = [
     "BayesKDTrainer",
     "Discriminator",
     "DistillationError",
+    "EvalJudgeConfig",
     "GADConfig",
     "GADTrainer",
+    "JudgeCallback",
     "LLKDConfig",
     "LLKDDataCollator",
     "LLKDMixin",
@@ -55,8 +59,10 @@ _LAZY_NAMES = {
     "BayesKDTrainer": ".bayeskd.trainer",
     "Discriminator": ".discriminator.model",
     "DistillationError": ".errors",
+    "EvalJudgeConfig": ".judging.settings",
     "GADConfig": ".gad.config",
     "GADTrainer": ".gad.trainer",
+    "JudgeCallback": ".judging.callback",
     "LLKDConfig": ".llkd.config",
     "LLKDDataCollator": ".selection.collator",
     "LLKDMixin": ".selection.mixin",

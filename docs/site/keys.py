@@ -71,6 +71,8 @@ def tables(method: str) -> str:
         return _table(keys_of_collect())
     if method == "evaluate":
         return _table(keys_of_evaluate())
+    if method == "eval_judge":
+        return _table(keys_of_eval_judge())
     keys = keys_of(method)
     taken = [key for key in keys if not key.verdict.startswith("refused")]
     own = [key for key in taken if key.is_ours]
@@ -117,15 +119,26 @@ def keys_of_collect() -> list[Key]:
 
 
 def keys_of_evaluate() -> list[Key]:
-    """Every option of `trl-bbkd evaluate` beside those that its page names: what is judged, and the judge's endpoint."""
+    """Every option of `trl-bbkd evaluate` beside those that its page names: what is judged, the judge's endpoint, benchmarks."""
     from trl_bbkd.judging.settings import JUDGE_KEYS, OWN_KEYS, EvaluateConfig, JudgeConfig
+    from trl_bbkd.tasks.settings import TASK_KEYS, TasksConfig
 
     return [
         _key(field, cls, typing.get_type_hints(cls)[field.name], "")
-        for cls, names in ((EvaluateConfig, OWN_KEYS), (JudgeConfig, JUDGE_KEYS))
+        for cls, names in ((EvaluateConfig, OWN_KEYS), (JudgeConfig, JUDGE_KEYS), (TasksConfig, TASK_KEYS))
         for field in dataclasses.fields(cls)
         if field.name in names
     ]
+
+
+def keys_of_eval_judge() -> list[Key]:
+    """Every key of a recipe's `eval_judge` that an evaluation's page does not have as the judge's."""
+    from trl_bbkd.judging.settings import EVAL_JUDGE_KEYS, JUDGE_KEYS, EvalJudgeConfig
+
+    hints = typing.get_type_hints(EvalJudgeConfig)
+    named = {field.name: field for field in dataclasses.fields(EvalJudgeConfig)}
+    own = [name for name in EVAL_JUDGE_KEYS if name not in JUDGE_KEYS]
+    return [_key(named[name], EvalJudgeConfig, hints[name], "") for name in own]
 
 
 def _verdicts(method: str) -> dict[str, str]:

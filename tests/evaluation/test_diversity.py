@@ -24,6 +24,15 @@ def test_text_without_spaces_is_taken_by_characters():
     assert distinct_ngrams(["我爱学习", "我爱学习"], n=2) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("text", ["", "one", "one two three", "a b c d e a b c d e", "我爱学习我爱"])
+def test_distinct_ngrams_one_by_one(text, n):
+    words = text.split() if " " in text else list(text)
+    ngrams = [" ".join(words[start : start + n]) for start in range(len(words) - n + 1)]
+    found = distinct_ngrams([text], n)
+    assert found == pytest.approx(len(set(ngrams)) / len(ngrams)) if ngrams else math.isnan(found)
+
+
 def test_quality_lies_between_neighbours_and_is_unknown_outside():
     curve = [(0.9, 0.5), (0.5, 0.9), (0.7, 0.8)]
     assert quality_at(curve, 0.7) == 0.8

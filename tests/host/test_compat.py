@@ -67,7 +67,11 @@ OVERRIDDEN = {
     (GRPOTrainer, "create_model_card"): ["self", "model_name", "dataset_name", "tags"],
     (SFTTrainer, "compute_loss"): ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     (SFTTrainer, "_set_signature_columns_if_needed"): ["self"],
+    (Trainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (Trainer, "_get_output_dir"): ["self", "trial"],
     (SFTTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (GRPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
+    (DPOTrainer, "_save_checkpoint"): ["self", "model", "trial"],
     (SFTTrainer, "_prepare_dataset"): [
         "self",
         "dataset",
@@ -116,12 +120,44 @@ def test_log_probs_seam():
     )
 
 
+def test_what_a_callback_adds_to_an_evaluation_chooses_the_best_model(tmp_path):
+    """`JudgeCallback` writes into the very dictionary that `on_evaluate` is handed."""
+    source = inspect.getsource(Trainer.evaluate)
+    handed = "self.callback_handler.on_evaluate(self.args, self.state, self.control, output.metrics)"
+    assert handed in source and source.rstrip().endswith("return output.metrics"), (
+        "Trainer.evaluate no longer returns the metrics that callbacks are handed. Read it, and adapt judging/callback.py."
+    )
+    source = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "metrics = self._evaluate(" in source and "_determine_best_metric(metrics=metrics" in source
+    assert inspect.getsource(Trainer._evaluate).rstrip().endswith("return metrics")
+    state, args = types.SimpleNamespace(best_metric=None), types.SimpleNamespace(metric_for_best_model="win_rate")
+    args.greater_is_better, args.save_strategy, state.global_step = True, "no", 1
+    trainer = types.SimpleNamespace(args=args, state=state)
+    for value, is_best in ((float("nan"), False), (0.3, True), (float("nan"), False), (0.2, False)):
+        assert Trainer._determine_best_metric(trainer, {"eval_win_rate": value}, None) == is_best, (
+            "a missing score is none"
+        )
+    assert list(inspect.signature(Trainer.log).parameters) == ["self", "logs", "start_time"]
+
+
 def test_what_a_finished_run_is_known_by():
     source = inspect.getsource(Trainer._inner_training_loop)
     values = source[: source.index(") = self.set_initial_training_values")].split()
     assert values[-1] == "max_steps,", (
         "ResumableRun._has_taken_all_steps takes the last of set_initial_training_values for the number of steps. Adapt it."
     )
+
+
+def test_the_folder_of_a_checkpoint_and_the_file_that_is_written_last():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    for line in (
+        'checkpoint_folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"',
+        "self._get_output_dir(trial=trial)",
+        "TRAINER_STATE_NAME",
+    ):
+        assert line in source, (
+            f"Trainer._save_checkpoint no longer has {line!r}. Adapt FinishedCheckpoints._save_checkpoint."
+        )
 
 
 def test_grpo_keeps_of_its_batch_what_gad_begins_anew_with():

@@ -486,6 +486,11 @@ class TestRedaction:
         monkeypatch.chdir(tmp_path)
         text = f'`{tmp_path}/data/t.jsonl` --out=/home/me/out judge: \'/srv/x/judge.py:has\' {{"a": "/home/me/"}}'
         assert public_text(text) == '`data/t.jsonl` --out=out judge: \'judge.py:has\' {"a": "me"}'
+        assert (
+            public_text("base_url: http://10.0.0.5:8000/v1, https://gpu.lan/v1")
+            == "base_url: http://***/v1, https://***/v1"
+        )
+        assert public_text("https://api.openai.com/v1") == "https://api.openai.com/v1"
         assert public_text("file:///home/me/x a:/home/me/y /a/b:/home/me/z") == "x a:y b:z"
         for kept in ("https://huggingface.co/papers/2511.10643", *"1/2/3 /think a/b/c ~/x/y ../x/y".split(), "T / U"):
             assert public_text(kept) == kept

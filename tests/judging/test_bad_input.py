@@ -46,6 +46,15 @@ def test_verdicts_that_can_never_be_read(refusal):
     assert line.endswith("'Let me think [cut]'. 8 were not whole: raise --max_tokens, now 1,024.")
 
 
+def test_an_output_dir_that_is_a_file(refusal, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for place in ("taken", "taken/below"):
+        line = refusal(output_dir=str(tmp_path / place))
+        assert line.startswith(f"--output_dir {tmp_path / place} cannot be used: ") and line.endswith(
+            "Name another folder."
+        )
+
+
 OPTIONS = {
     "a metric": ({"metric": "bleu"}, "--metric: 'bleu' is none of win_rate, lc_win_rate, score."),
     "no judge": ({"judge": None}, "--judge is missing: the judge, by the endpoint's name for it."),

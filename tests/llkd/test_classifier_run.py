@@ -419,6 +419,22 @@ class TestBadInput:
         with pytest.raises(RecipeError, match="Row 3 of the test rows has no `gold`"):
             run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out")))
 
+    def test_it_is_named_by_its_place_in_the_file(self, tmp_path, student):
+        """Held-out rows have others: the row that is named is the one to mend."""
+        rows = list(named(make_rows(40, gold=True)))
+
+        def refused(missing):
+            write_rows(
+                tmp_path / "train.jsonl",
+                [{**row, "gold": None} if n in missing else row for n, row in enumerate(rows)],
+            )
+            with pytest.raises(RecipeError, match="of the test rows has no `gold`") as error:
+                run(load_recipe(write_recipe(tmp_path, student, tmp_path / "out", test_split_size=8)))
+            return int(str(error.value).split()[1])
+
+        first = refused(range(40))
+        assert refused([first]) == first
+
     def test_no_confidence_says_how_to_make_it(self, tmp_path, data, student):
         rows = [{"text": row["text"], "label": row["label"]} for row in named(make_rows(64))]
         write_rows(tmp_path / "train.jsonl", rows)

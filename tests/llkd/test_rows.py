@@ -72,6 +72,10 @@ class TestNumbers:
         with pytest.raises(LLKDDataError, match=message):
             with_class_numbers(make(labels), "label", NAMES, "test")
 
+    def test_a_row_is_named_by_its_place_in_the_file(self):
+        with pytest.raises(LLKDDataError, match="Row 7 of the test rows: `label` is 'fruits'"):
+            with_class_numbers(make(["sky", "fruits"], row_in_file=[9, 7]), "label", NAMES, "test")
+
     def test_minus_one_of_a_class_label_is_no_class(self):
         rows = make([0, -1], ClassLabel(names=NAMES), text=["x", "y"])
         with pytest.raises(LLKDDataError, match="Row 1 of the test rows: `label` is -1"):

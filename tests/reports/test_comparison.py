@@ -161,6 +161,30 @@ class TestBadInput:
         with pytest.raises(ComparisonError, match="two cannot be read"):
             read_runs([runs[1], runs[2]])
 
+    @pytest.mark.parametrize(
+        ("file", "text"),
+        [
+            ("metrics.json", "[]"),
+            ("metrics.json", '{"method": "GAD"}'),
+            ("progress.json", "{}"),
+            ("progress.json", '{"settings": null}'),
+            ("held_out.jsonl", "[]\n"),
+            ("held_out.jsonl", '{"prompt": "a", "students": {}}\n'),
+        ],
+    )
+    def test_files_of_another_kind(self, runs, tmp_path, file, text):
+        (tmp_path / "two" / file).write_text(text)
+        with pytest.raises(ComparisonError, match=r"two cannot be read \(.+\). Name the output_dir of a finished run"):
+            read_runs(runs)
+
+    def test_only_the_page_is_blamed_for_what_cannot_be_written(self, runs, tmp_path, monkeypatch):
+        def closed(*arguments, **settings):
+            raise BrokenPipeError
+
+        monkeypatch.setattr("builtins.print", closed)
+        with pytest.raises(BrokenPipeError):
+            main(["compare", *runs])
+
     def test_one_run_and_an_unknown_metric(self, runs, tmp_path, capsys):
         for folders in (runs[:1], [runs[0], runs[0]]):
             with pytest.raises(ComparisonError, match="at least two runs, each once"):

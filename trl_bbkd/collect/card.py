@@ -1,6 +1,5 @@
 """The data card of a set: who answered what, how, and what is not in it."""
 
-import ipaddress
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,6 +7,7 @@ from urllib.parse import urlsplit
 
 from ..host.version import __version__
 from ..reports.markdown import code, escape, table
+from ..reports.redaction import is_own_host
 from .answer_set import EXACT, FILE, LEFT_OUT, Survey
 from .budget import Spent
 from .probe import HONOURED
@@ -93,11 +93,7 @@ def _what(settings: CollectConfig, survey: Survey) -> list[str]:
 def endpoint_family(base_url: str) -> str:
     """The host of a provider; no address of a network of one's own."""
     host = urlsplit(base_url).hostname or ""
-    try:
-        is_own = not ipaddress.ip_address(host).is_global
-    except ValueError:
-        is_own = "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost"))
-    return "a server of its user's own" if is_own else code(host)
+    return "a server of its user's own" if is_own_host(host) else code(host)
 
 
 def _parameters(settings: CollectConfig) -> list[list[str]]:

@@ -99,13 +99,14 @@ def refuse_unknown(arguments: list[str], known: Collection[str] | None = None) -
         [`~errors.RecipeError`]: the message names the nearest one.
     """
     option = next((argument for argument in arguments if argument.startswith("-")), arguments[0]).partition("=")[0]
-    if _is_a_key(option):
+    if is_a_key(option):
         raise RecipeError(f"option {option}: {KEY_ADVICE}")
     known = known or [field.name for field in dataclasses.fields(CollectConfig)]
     raise RecipeError(f"unknown option {option}{nearest(option, [f'--{name}' for name in known], NAMES_ELSEWHERE)}")
 
 
-def _is_a_key(name: object) -> bool:
+def is_a_key(name: object) -> bool:
+    """Whether a setting of this name would hold an endpoint's key."""
     return str(name).lstrip("-").replace("-", "_").lower() in KEY_NAMES
 
 
@@ -124,7 +125,7 @@ def read_settings(path: str | os.PathLike, overrides: dict[str, str]) -> Collect
     """
     file = CollectFile(path)
     for name in file.values:
-        if _is_a_key(name):
+        if is_a_key(name):
             raise file.error((name,), f"`{name}`: {KEY_ADVICE}")
     if "method" in file.values:
         raise file.error(("method",), f"this recipe trains: `trl-bbkd train {Path(path)}`.")

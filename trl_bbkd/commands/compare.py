@@ -43,22 +43,21 @@ def run(options: argparse.Namespace) -> None:
         from ..reports.comparison import Comparison, read_runs
 
         comparison = Comparison(read_runs(options.runs), options.metrics)
-        print(comparison.markdown(), end="")
-        if options.html:
-            _write_page(comparison, options.html)
-        if options.push:
-            from ..hub.push_comparison import push_comparison
-
-            for url in push_comparison(comparison):
-                print(f"On the Hub: {url}", file=sys.stderr)
     except DistillationError as error:
         exit_with_error(error)
+    print(comparison.markdown(), end="")
+    if options.html:
+        from ..reports.comparison_page import page
 
+        try:
+            Path(options.html).write_text(page(comparison), encoding="utf-8")
+        except OSError as error:
+            exit_with_error(f"--html {options.html}: {error.strerror}. Name a file in a folder that is there.")
+    if options.push:
+        from ..hub.push_comparison import push_comparison
 
-def _write_page(comparison, path: str) -> None:
-    from ..reports.comparison_page import page
-
-    try:
-        Path(path).write_text(page(comparison), encoding="utf-8")
-    except OSError as error:
-        exit_with_error(f"--html {path}: {error.strerror}. Name a file in a folder that is there.")
+        try:
+            for url in push_comparison(comparison):
+                print(f"On the Hub: {url}", file=sys.stderr)
+        except DistillationError as error:
+            exit_with_error(error)

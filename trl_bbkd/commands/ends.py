@@ -8,6 +8,8 @@ from typing import NoReturn
 
 
 INTERRUPTED = 130  # as a shell reports it
+# An environment variable: the command that started this run says itself how to go on
+ONE_OF_SEVERAL = "TRL_BBKD_ONE_OF_SEVERAL"
 
 
 def exit_with_error(error: Exception | str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`trl-bbkd evaluate`: a student judged beside its teacher."""
+"""`trl-bbkd evaluate`: a student judged beside its teacher, and its benchmarks."""
 
 import argparse
 
@@ -9,10 +9,11 @@ from .ends import be_silent_to_the_hub, exit_if_stopped, exit_with_error, pass_o
 def add_parser(commands) -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
-        help="have a judge compare a student with its teacher",
-        usage="trl-bbkd evaluate MODEL --data ROWS --judge NAME --base_url URL --output_dir FOLDER [options]",
-        description="Have a judge, behind any endpoint that is compatible with OpenAI's, compare a student's answers with its teacher's. "
-        "What was answered is kept and never asked again.",
+        help="have a judge compare a student with its teacher, or run benchmarks",
+        usage="trl-bbkd evaluate MODEL --data ROWS --judge NAME --base_url URL --output_dir FOLDER [options]\n"
+        "       trl-bbkd evaluate MODEL --tasks TASK ... --output_dir FOLDER [options]",
+        description="Have a judge, behind any endpoint that is compatible with OpenAI's, compare a student's answers with its teacher's; "
+        "or ask the student the tasks of lm_eval, and your own. What was answered is kept and never asked again.",
         allow_abbrev=False,
     )
     evaluate.add_argument(
@@ -24,23 +25,35 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def add_keys(parser: argparse.ArgumentParser) -> None:
     """What loads more than `--help` of all commands should."""
-    from ..judging.reading import add_options
+    from ..judging import reading as judging
+    from ..tasks import reading as tasks
 
-    add_options(parser)
+    judging.add_options(parser)
+    tasks.add_options(parser)
 
 
 def run(options: argparse.Namespace, unknown: list[str]) -> None:
-    """Ask a judge, and write the table."""
+    """Ask a judge, or tasks, or both, and write the table."""
     from ..collect.reading import refuse_unknown
+    from ..judging import reading as judging
     from ..judging.command import evaluate
-    from ..judging.reading import option_names, read_options
+    from ..tasks import reading as tasks
+    from ..tasks.command import Benchmarks
 
     pass_over_known_noise()
     be_silent_to_the_hub()
+    given = vars(options)
     try:
         if unknown:
-            refuse_unknown(unknown, option_names())
-        finished = evaluate(read_options(vars(options)))
+            refuse_unknown(unknown, [*judging.option_names(), *tasks.OPTION_NAMES])
+        asked = tasks.read_options(given)
+        # Of a judge's options, each asks for one; the folder is both's
+        is_judged = asked is None or bool(given.keys() - {"model", "output_dir", *tasks.OPTION_NAMES})
+        settings = judging.read_options(given) if is_judged else None
+        benchmarks = None if asked is None else Benchmarks(asked)
+        finished = evaluate(settings) if settings else True
+        if finished and benchmarks:
+            benchmarks.run(is_judged)
     except DistillationError as error:
         exit_with_error(error)
     except KeyboardInterrupt:

@@ -1,13 +1,15 @@
 """`trl-bbkd train`: a recipe through `accelerate launch`, or in this process."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from ..errors import DistillationError
 from ..runs.methods import load_method
-from .ends import INTERRUPTED, be_silent_to_the_hub, exit_with_error, pass_over_known_noise
+from .ends import INTERRUPTED, ONE_OF_SEVERAL, be_silent_to_the_hub, exit_with_error, pass_over_known_noise
+from .seeds import train_seeds
 
 
 OVERRIDES_HELP = "values that win over the recipe's, such as --learning_rate 1e-6; `--help` lists every key"
@@ -19,21 +21,27 @@ def add_parser(commands) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a recipe through `accelerate launch`",
-        usage="trl-bbkd train RECIPE [--accelerate_config NAME|PATH] [accelerate launch flags] [overrides]",
+        usage="trl-bbkd train RECIPE [--seeds N N ...] [--accelerate_config NAME|PATH] [accelerate launch flags] [overrides]",
         description="Train a recipe through `accelerate launch`.",
     )
     train.add_argument("recipe", metavar="RECIPE", help=f"{RECIPE_HELP}: `trl-bbkd recipes` lists them")
     train.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
-        help="--accelerate_config with one of ddp, zero2, zero3, fsdp2, hsdp or a path; flags of `accelerate launch`, such "
+        help="--seeds with at least two, each of which is trained, and what they come to together; --accelerate_config with one of ddp, zero2, zero3, fsdp2, hsdp or a path; flags of `accelerate launch`, such "
         f"as --num_processes 2; {OVERRIDES_HELP}",
     )
     return train
 
 
 def run(options: argparse.Namespace) -> None:
-    train_with_accelerate(options.recipe, options.arguments)
+    from ..runs.seeds import taken_out
+
+    seeds, arguments = taken_out("--seeds", options.arguments)
+    if seeds is None or {"-h", "--help", "--help-all", "--help_all"}.intersection(arguments):
+        train_with_accelerate(options.recipe, arguments)
+    else:
+        train_seeds(options.recipe, seeds, arguments)
 
 
 def run_recipe(recipe_file: str, overrides: list[str]) -> None:
@@ -51,7 +59,6 @@ def run_recipe(recipe_file: str, overrides: list[str]) -> None:
 
 
 def _checked_recipe(recipe_file: str, overrides: list[str]):
-
     pass_over_known_noise()
     be_silent_to_the_hub()
     try:
@@ -79,6 +86,8 @@ def _train(recipe) -> None:
 
 def _say_how_to_go_on(recipe) -> None:
     """After Ctrl-C. A second one, while this is found out, is of no more use."""
+    if ONE_OF_SEVERAL in os.environ:
+        return
     if recipe is None:
         print("\nStopped before anything was trained.", file=sys.stderr)
         return

@@ -37,7 +37,7 @@ def distinct_ngrams(texts: Sequence[str], n: int = 4) -> float:
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = _words(text)
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return list(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def _words(text: str) -> list[str]:
@@ -184,10 +184,31 @@ def paired_difference_at_equal_diversity(own: SampledCurve, other: SampledCurve,
         `dict[str, float]`: `difference`, `standard_error`, `low` and `high`; `nan` where they have no diversity in common, and
         but for the difference where a group of prompts decides on that, or there are too few to leave any out.
     """
+    return mean_difference_at_equal_diversity([(own, other)], count)
+
+
+def mean_difference_at_equal_diversity(
+    pairs: Sequence[tuple[SampledCurve, SampledCurve]], count: int
+) -> dict[str, float]:
+    """
+    The mean of [`paired_difference_at_equal_diversity`] over pairs of students, such as those of several seeds, who all answered
+    the same prompts.
+
+    Args:
+        pairs (`Sequence[tuple[SampledCurve, SampledCurve]]`):
+            The two students' curves, of each pair.
+        count (`int`):
+            Prompts.
+
+    Returns:
+        `dict[str, float]`: as there; `nan` where one pair has no diversity in common.
+    """
+
+    def of_pair(own: Curve, other: Curve) -> float:
+        return difference_at_equal_diversity(own, other) if own and other else math.nan
 
     def statistic(prompts: np.ndarray) -> float:
-        curves = own(prompts), other(prompts)
-        return difference_at_equal_diversity(*curves) if all(curves) else math.nan
+        return float(np.mean([of_pair(own(prompts), other(prompts)) for own, other in pairs]))
 
     value, error = jackknife(statistic, count) if count > 1 else (math.nan, math.nan)
     degrees = min(GROUPS, count) - 1

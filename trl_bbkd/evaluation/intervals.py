@@ -11,6 +11,8 @@ LEVEL = 0.95
 DRAWS = 2000
 # With fewer, even the whole range of what prompts gave covers the truth less often than `LEVEL`: 1 − 2^(1−n)
 FEWEST_PROMPTS = 6
+# Of two, Student's t is 12.7 standard errors
+FEWEST_SEEDS = 3
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
@@ -79,8 +81,56 @@ def interval_of_error(value: float, standard_error: float, degrees: int) -> Inte
     return value - reach, value + reach
 
 
+def interval_over_seeds(values) -> Interval:
+    r"""
+    Student's t interval of what trainings with other seeds come to on the mean,
+
+        m ± t · √(Σ_s (v_s − m)² / (S (S−1))),   m = Σ_s v_s / S.
+
+    It holds the prompts as they are.
+
+    Args:
+        values (`Sequence[float]`):
+            v, of each seed one, shape `(S,)`.
+
+    Returns:
+        `tuple[float, float]`: its ends; `nan` with fewer than `FEWEST_SEEDS` seeds.
+    """
+    values = np.asarray(values, dtype=float)
+    count = len(values)
+    if count < FEWEST_SEEDS:
+        return UNKNOWN
+    return interval_of_error(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(count), count - 1)
+
+
+def interval_over_both(value: float, over_prompts: Interval, over_seeds: Interval) -> Interval:
+    r"""
+    The interval of a value that both other prompts and other seeds would change: independent errors add as their squares do, on
+    each side (Zou and Donner, 2008, "MOVER"),
+
+        m − √((m − l_p)² + (m − l_s)²)   to   m + √((u_p − m)² + (u_s − m)²).
+
+    Chance in single answers is in both, so that it is rather too wide. It contains both, and so excludes zero only where both do.
+
+    Args:
+        value (`float`):
+            m.
+        over_prompts (`tuple[float, float]`):
+            l_p and u_p, with the seeds as they are.
+        over_seeds (`tuple[float, float]`):
+            l_s and u_s, with the prompts as they are.
+
+    Returns:
+        `tuple[float, float]`: its ends; `nan` where one of the two is not known.
+    """
+    low, high = (math.hypot(one - value, other - value) for one, other in zip(over_prompts, over_seeds, strict=True))
+    return value - low, value + high
+
+
 def students_t(degrees: int) -> float:
-    """Student's t that `LEVEL` lies within, by its expansion around the normal distribution: within 1 % from 4 degrees on."""
+    """Student's t that `LEVEL` lies within: of 2 degrees exact, else by its expansion around the normal distribution, within 1 %."""
+    if degrees == 2:
+        return LEVEL / math.sqrt((1 - LEVEL**2) / 2)
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     terms = (
         z,

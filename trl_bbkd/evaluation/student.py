@@ -6,18 +6,19 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.splitting import input_key, rows_by_input
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 from ..errors import JudgeError, kind_of
 from ..host._compat import wait_for_each_other
+from .bars import progress_bar_of
 from .processes import place, shared
 from .vllm import TrainersVLLM
 
 
 TEMPERATURES = (1.0, 0.7, 0.0)
+SECONDS_WITHOUT_A_BAR = 5
 SEED_OF_A_PROCESS = 1_000_003  # apart, so that no process draws another's random numbers in a later measurement
 
 # (prompts, completions) -> {"valid": [1.0, 0.0, ...], ...}, one number a completion
@@ -141,6 +142,7 @@ def generate_completion_ids(
             num_samples=num_samples,
             end_ids=end_ids,
             seed=seed,
+            progress_bar=progress_bar,
         )
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
@@ -166,14 +168,7 @@ def generate_completion_ids(
     model.eval()
     wait_for_each_other(model)
     devices = [model.device] if model.device.type != "cpu" else []
-    # Of all that the processes sample, shown by one
-    bar = tqdm(
-        total=len(queue),
-        desc=progress_bar,
-        disable=progress_bar is None or place()[0] > 0,
-        unit="completion",
-        leave=False,
-    )
+    bar = progress_bar_of(len(queue), progress_bar, "completion")
     at_once = place()[1] if is_shared else 1
 
     def generate(indices: list[int]) -> list[list[int]]:
@@ -257,11 +252,18 @@ def teacher_nll(
 
 @torch.no_grad()
 def teacher_nll_by_row(
-    model, tokenizer, rows, *, batch_size=32, chat_template_kwargs=None, is_shared=False
+    model,
+    tokenizer,
+    rows,
+    *,
+    batch_size=32,
+    chat_template_kwargs=None,
+    progress_bar: str | None = None,
+    is_shared: bool = False,
 ) -> list[float]:
     """
-    [`teacher_nll`] before its mean: the sum over the tokens of each row's answer. With `is_shared` the processes of a run
-    share the work.
+    [`teacher_nll`] before its mean: the sum over the tokens of each row's answer. `progress_bar` and `is_shared` are as in
+    [`generate_completion_ids`]; there is no bar of what takes a few seconds.
     """
     prompt_ids = _prompt_ids(tokenizer, rows, chat_template_kwargs)
     pairs = [(prompt, list(row["teacher_ids"])) for prompt, row in zip(prompt_ids, rows, strict=True)]
@@ -277,10 +279,13 @@ def teacher_nll_by_row(
         labels, _ = pad_rows([[-100] * len(p) + a for p, a in batch], -100, model.device, side="right")
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2).float(), labels[:, 1:], reduction="none")
+        bar.update(min(len(numbers) * at_once, bar.total - bar.n))
         return losses.sum(dim=1).tolist()
 
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    results = shared(batches, nll) if is_shared else list(map(nll, batches))
+    at_once = place()[1] if is_shared else 1
+    with progress_bar_of(len(order), progress_bar, "answer", delay=SECONDS_WITHOUT_A_BAR) as bar:
+        results = shared(batches, nll) if is_shared else list(map(nll, batches))
     found = dict(zip(order, itertools.chain.from_iterable(results), strict=True))
     model.train(was_training)
     return [found[row] for row in range(len(pairs))]
@@ -325,7 +330,7 @@ def evaluate_student(
         samples (`dict[str, list[list[str]]]`, *optional*):
             Filled with each temperature's answers, a list for each prompt.
         progress_bar (`str`, *optional*):
-            Text before a bar of the completions made. `None` shows none.
+            Text before bars of the completions made and of the answers whose likelihood was measured. `None` shows none.
         vllm ([`~evaluation.vllm.TrainersVLLM`], *optional*):
             Samples in the model's place.
 
@@ -395,7 +400,13 @@ def evaluate_student(
                     texts[start : start + len(grouped[0])] for start in range(0, len(texts), len(grouped[0]))
                 ]
     totals = teacher_nll_by_row(
-        model, tokenizer, rows, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs, is_shared=True
+        model,
+        tokenizer,
+        rows,
+        batch_size=batch_size,
+        chat_template_kwargs=chat_template_kwargs,
+        progress_bar=None if progress_bar is None else f"{progress_bar}, teacher NLL",
+        is_shared=True,
     )
     if not is_main_process:
         return {}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
 
 from ..host._compat import vllm_with_weights_of
+from .bars import progress_bar_of
 from .processes import in_order, place
 
 
@@ -51,6 +52,7 @@ class TrainersVLLM:
         num_samples: int,
         end_ids: list[int],
         seed: int,
+        progress_bar: str | None = None,
     ) -> list[list[list[int]]]:
         """
         Token ids, as those of [`~evaluation.student.generate_completion_ids`], whose arguments these are. Every process gets
@@ -60,10 +62,15 @@ class TrainersVLLM:
         seeds = [seed + number * num_samples for number in range(len(prompt_ids))]
         settings = {"n": num_samples, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         sample = self._from_server if self.generation.mode == "server" else self._from_devices
-        return sample(prompt_ids, seeds, settings, end_ids)
+        return sample(prompt_ids, seeds, settings, end_ids, progress_bar)
 
     def _from_server(
-        self, prompt_ids: list[list[int]], seeds: list[int], settings: dict[str, Any], end_ids: list[int]
+        self,
+        prompt_ids: list[list[int]],
+        seeds: list[int],
+        settings: dict[str, Any],
+        end_ids: list[int],
+        progress_bar: str | None,
     ) -> list[list[list[int]]]:
         def ask(ids: list[int], seed: int) -> list[list[int]]:
             more = {"seed": seed, "stop_token_ids": end_ids}
@@ -72,14 +79,24 @@ class TrainersVLLM:
 
         found: list[Any] = [None]
         if place()[0] == 0:
-            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-                found = [list(threads.map(ask, prompt_ids, seeds))]
+            bar = progress_bar_of(len(prompt_ids), progress_bar, "prompt")
+            with bar, ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
+                answers = []
+                for answer in threads.map(ask, prompt_ids, seeds):
+                    answers.append(answer)
+                    bar.update()
+            found = [answers]
         if place()[1] > 1:
             broadcast_object_list(found)
         return found[0]
 
     def _from_devices(
-        self, prompt_ids: list[list[int]], seeds: list[int], settings: dict[str, Any], end_ids: list[int]
+        self,
+        prompt_ids: list[list[int]],
+        seeds: list[int],
+        settings: dict[str, Any],
+        end_ids: list[int],
+        progress_bar: str | None,
     ) -> list[list[list[int]]]:
         from vllm import SamplingParams
 
@@ -91,7 +108,8 @@ class TrainersVLLM:
             found = self.generation.llm.generate(
                 [{"prompt_token_ids": prompt_ids[number]} for number in own],
                 [SamplingParams(seed=seeds[number], stop_token_ids=end_ids, **settings) for number in own],
-                use_tqdm=False,
+                # vLLM's own bar, of this process's part
+                use_tqdm=progress_bar is not None and rank == 0,
             )
         ids = [[list(sample.token_ids) for sample in output.outputs] for output in found]
         return in_order(dict(zip(own, ids, strict=True)))

@@ -22,6 +22,7 @@ READ, UNPARSABLE, FAILED, NOT_ASKED = "read", "unparsable", "failed", "not asked
 # Pairs that are judged before all others, so that a judge without readable verdicts is not paid for all of them
 FIRST_PAIRS = 4
 SHOWN = 120
+GOES_ON = " The same command goes on with what is missing."
 
 
 @dataclass
@@ -96,7 +97,7 @@ def ask_judge(judge: JudgeConfig, calls: Calls, journal: Journal, key: str | Non
         if collection.tally.expected and ask(collection, judge):
             return End("interrupt", "")
         if collection.end is not None and collection.end.kind == "error":
-            raise EndpointError(f"{collection.end.text.rstrip('.')}. The same command goes on with what is missing.")
+            raise EndpointError(f"{collection.end.text.rstrip('.')}.{GOES_ON}")
         refuse_unreadable(read_verdicts(judge, part, journal), judge)
         if collection.end is not None:
             return collection.end
@@ -133,7 +134,8 @@ def refuse_unreadable(verdicts: list[Verdict], judge: JudgeConfig) -> None:
         [`~errors.EndpointError`]: it says how the judge's words end.
     """
     for question in dict.fromkeys(verdict.question for verdict in verdicts):
-        own = [verdict for verdict in verdicts if verdict.question == question]
+        # Of two answers that are the same, both orders are one request
+        own = list({verdict.key: verdict for verdict in verdicts if verdict.question == question}.values())
         unread = [verdict for verdict in own if verdict.state == UNPARSABLE]
         if unread and not any(verdict.state == READ for verdict in own):
             cut = sum(verdict.is_cut for verdict in unread)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..collect.command import key_of
-from ..errors import EndpointError
+from ..errors import EndpointError, RecipeError
 from .settings import EvaluateConfig
 from .verdicts import METRICS
 
@@ -41,7 +41,10 @@ def evaluate(settings: EvaluateConfig) -> bool:
 
     folder = Path(judge.output_dir).expanduser()
     rows = read_teacher_rows(settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--output_dir {folder} cannot be used: {error.strerror}. Name another folder.") from error
     answers, cut = student_answers(settings, rows.prompts, folder)
     pairs = make_pairs(rows.prompts, answers)
     _say(f"{len(pairs):,} pairs of answers, to {len(answers):,} prompts.")

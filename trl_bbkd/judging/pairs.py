@@ -7,6 +7,8 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
 from ..data.messages import plain_messages
 from ..data.teacher_data import check_teacher_data, load_teacher_data
 from ..data.teacher_files import ROW_COLUMN, load_splits, named
@@ -80,19 +82,28 @@ def read_teacher_rows(settings: EvaluateConfig) -> TeacherRows:
         train, test = load_teacher_data(_file(settings.data), split)
     except TeacherDataError as error:
         raise TeacherDataError(str(error).replace("`dataset_name: ", "`--data ")) from error
-    rows = train if test is None else test
+    prompts, teachers = prompts_of(train if test is None else test, settings.max_prompts)
+    return TeacherRows(prompts, teachers, test is not None)
+
+
+def prompts_of(rows: Dataset, most: int | None) -> tuple[dict[str, Asked], list[str]]:
+    """
+    The first prompts of rows, at most so many, with all answers to them; and the names in the column `teacher`.
+
+    Raises:
+        [`~errors.TeacherDataError`]: the rows cannot be used.
+    """
     check_teacher_data(rows)
     prompts: dict[str, Asked] = {}
     teachers: dict[str, None] = {}
-    for row in rows:
-        place = f"Row {row[ROW_COLUMN]}"
+    for number, row in enumerate(rows):
+        name = row.get(ROW_COLUMN, number)
+        place = f"Row {name}"
         key = prompt_key(row["prompt"], f"{place}: `prompt`")
         answer = row.pop("completion")
         teachers |= {row["teacher"]: None} if isinstance(row.get("teacher"), str) else {}
-        prompts.setdefault(key, Asked(row[ROW_COLUMN], row)).answers.append(
-            shown_answer(answer, f"{place}: `completion`")
-        )
-    return TeacherRows(dict(islice(prompts.items(), settings.max_prompts)), list(teachers), test is not None)
+        prompts.setdefault(key, Asked(name, row)).answers.append(shown_answer(answer, f"{place}: `completion`"))
+    return dict(islice(prompts.items(), most)), list(teachers)
 
 
 def read_answers(path: str, prompts: dict[str, Asked]) -> dict[str, list[str]]:

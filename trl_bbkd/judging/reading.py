@@ -1,11 +1,22 @@
-"""The command line of `trl-bbkd evaluate`. Imports nothing heavy."""
+"""The command line of `trl-bbkd evaluate`, and the key `eval_judge` of recipes. Imports nothing heavy."""
 
 import argparse
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_type_hints
 
-from ..collect.reading import add_keys, values_of_options
+from ..collect.reading import KEY_ADVICE, NAMES_ELSEWHERE, add_keys, is_a_key, values_of_options
 from ..errors import RecipeError
-from .settings import JUDGE_KEYS, METRIC_NAMES, OWN_KEYS, EvaluateConfig, JudgeConfig
+from ..runs.key_names import nearest
+from ..runs.recipe_file import convert
+from .settings import (
+    EVAL_JUDGE_KEYS,
+    JUDGE_KEYS,
+    METRIC_NAMES,
+    OWN_KEYS,
+    EvalJudgeConfig,
+    EvaluateConfig,
+    JudgeConfig,
+)
 
 
 NEEDED = ("data", "judge", "base_url", "output_dir")
@@ -16,6 +27,12 @@ WHAT = {
     "judge": "the judge, by the endpoint's name for it",
     "base_url": "the address of the judge's endpoint, such as https://api.openai.com/v1",
     "output_dir": "the folder of the table, the verdicts and the journal",
+}
+
+EVAL_JUDGE_NAMES = NAMES_ELSEWHERE | {
+    **dict.fromkeys(("judge", "judge_model"), ("model",)),
+    **dict.fromkeys(("prompts", "num_prompts", "eval_prompts", "limit", "max_samples"), ("max_prompts",)),
+    **dict.fromkeys(("max_new_tokens", "max_completion_length"), ("student_max_tokens",)),
 }
 
 
@@ -65,3 +82,66 @@ def read_options(options: dict[str, Any]) -> EvaluateConfig:
     except ValueError as error:
         name, _, text = str(error).partition(":")
         raise RecipeError(f"--{OPTION_OF.get(name, name)}:{text}") from error
+
+
+def read_eval_judge(values: dict[str, Any]) -> EvalJudgeConfig:
+    """
+    Check what a recipe's `eval_judge` says.
+
+    Raises:
+        [`~errors.RecipeError`]: for the first thing that is wrong; the message begins with its key, `eval_judge.max_cost: `.
+    """
+    checked = {}
+    hints, choices = get_type_hints(EvalJudgeConfig), {}
+    for entry in fields(EvalJudgeConfig):
+        choices[entry.name] = entry.metadata.get("choices")
+    for name, value in values.items():
+        if is_a_key(name):
+            raise RecipeError(f"eval_judge.{name}: {KEY_ADVICE}")
+        if name not in EVAL_JUDGE_KEYS:
+            raise RecipeError(
+                f"eval_judge.{name}: unknown key {name!r}{nearest(str(name), EVAL_JUDGE_KEYS, EVAL_JUDGE_NAMES)}"
+            )
+        try:
+            checked[name] = convert(value, hints[name], choices[name])
+        except ValueError as error:
+            raise RecipeError(f"eval_judge.{name}: {error}") from error
+    for name, what in (("model", WHAT["judge"]), ("base_url", WHAT["base_url"])):
+        if not checked.get(name):
+            raise RecipeError(f"eval_judge.{name}: it is missing: {what}.")
+    try:
+        return EvalJudgeConfig(**checked)
+    except ValueError as error:
+        raise RecipeError(f"eval_judge.{error}") from error
+
+
+def refuse_unjudged(metric: str | None, judge: EvalJudgeConfig | None, is_evaluated: bool) -> None:
+    """
+    Refuse to choose the best checkpoint by what no judge says.
+
+    Args:
+        metric (`str`, *optional*):
+            `metric_for_best_model`.
+        judge ([`~judging.settings.EvalJudgeConfig`], *optional*):
+            The judge.
+        is_evaluated (`bool`):
+            Whether there are evaluations.
+
+    Raises:
+        [`~errors.RecipeError`]: it is one of a judge's metrics, and there is no such judge, or nothing that it is asked of.
+    """
+    name = (metric or "").removeprefix("eval_")
+    if name not in METRIC_NAMES:
+        return
+    if judge is None:
+        raise RecipeError(f"metric_for_best_model={metric!r} is what a judge says. Name one with `eval_judge`.")
+    if name not in judge.metrics:
+        raise RecipeError(
+            f"metric_for_best_model={metric!r} is not asked for: add {name} to `metrics` of `eval_judge`, which are "
+            f"{', '.join(judge.metrics)}."
+        )
+    if not is_evaluated:
+        raise RecipeError(
+            f"metric_for_best_model={metric!r} is judged at evaluations, and there are none. Set `eval_strategy: steps` and "
+            "`eval_steps`."
+        )

@@ -172,6 +172,7 @@ def verdict_lines(verdicts: list[Verdict], pairs: list[Pair]) -> str:
             "state": verdict.state,
             "student": verdict.student,
             "teacher": verdict.teacher,
+            "answer": pairs[verdict.pair].student,
             "judge": verdict.text,
         }
         for verdict in verdicts

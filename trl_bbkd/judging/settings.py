@@ -121,3 +121,65 @@ class EvaluateConfig:
 
 
 OWN_KEYS = tuple(entry.name for entry in fields(EvaluateConfig) if entry.metadata)
+
+
+@dataclass
+class EvalJudgeConfig(JudgeConfig):
+    """
+    A judge of a student in training, beside its endpoint's [`JudgeConfig`].
+
+    Parameters:
+        base_url (`str`):
+            Address of the judge's endpoint, such as `https://api.openai.com/v1`.
+        model (`str`):
+            The judge, by the endpoint's name for it.
+        metrics (`list[str]`, *optional*):
+            Of `win_rate`, `lc_win_rate` and `score`; the first two by default, which share their verdicts.
+        max_prompts (`int`, *optional*, defaults to `64`):
+            Held-out prompts that are judged at each evaluation, the first ones.
+        student_max_tokens (`int`, *optional*):
+            Longest answer of the student. `None` takes the trainer's `max_completion_length`, or else 512.
+        student_temperature (`float`, *optional*, defaults to `0.0`):
+            Of the student's answers; 0 is greedy.
+        teacher_name (`str`, *optional*):
+            The teacher's name; by default what the rows' column `teacher` says. A judge of that name is warned of.
+    """
+
+    # A run has these itself
+    output_dir: str = field(init=False, default="output_dir of the run")
+    dataset_name: str = field(init=False, default="rows of the run")
+    model: str = field(metadata=_help("The judge, by the endpoint's name for it."))
+    metrics: list[str] = field(
+        default_factory=lambda: ["win_rate", "lc_win_rate"],
+        metadata=_help("Of win_rate, lc_win_rate and score; the first two share their verdicts."),
+    )
+    max_prompts: int | None = field(
+        default=64, metadata=_help("Held-out prompts that are judged at each evaluation, the first ones.")
+    )
+    student_max_tokens: int | None = field(
+        default=None, metadata=_help("Longest answer of the student; max_completion_length, or else 512.")
+    )
+    student_temperature: float = field(default=0.0, metadata=_help("Of the student's answers; 0 is greedy."))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.metrics:
+            raise ValueError(f"metrics: name one of {', '.join(METRIC_NAMES)}.")
+        for name in self.metrics:
+            if name not in METRIC_NAMES:
+                raise ValueError(f"metrics: {name!r} is none of {', '.join(METRIC_NAMES)}.")
+        if self.student_max_tokens is not None and self.student_max_tokens < 1:
+            raise ValueError(f"student_max_tokens: expected 1 or more, got {self.student_max_tokens}.")
+        if not self.student_temperature >= 0:
+            raise ValueError(f"student_temperature: expected 0 or more, got {self.student_temperature:g}.")
+
+
+# What a recipe's `eval_judge` may say
+EVAL_JUDGE_KEYS = (
+    "model",
+    "metrics",
+    "max_prompts",
+    "student_max_tokens",
+    "student_temperature",
+    *JUDGE_KEYS,
+)

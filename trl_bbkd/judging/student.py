@@ -9,7 +9,7 @@ from ..data.teacher_files import BUILDERS, ROW_COLUMN
 from ..data.teacher_tokens import RENDERED_COLUMNS
 from ..errors import RecipeError
 from ..host.files import write_atomically
-from ..host.model_paths import base_of_adapter, checkpoint_fingerprint, no_model
+from ..host.model_paths import checkpoint_fingerprint
 from .pairs import Asked, read_answers
 from .settings import EvaluateConfig
 
@@ -70,25 +70,16 @@ def _how(settings: EvaluateConfig, prompts: dict[str, Asked]) -> dict[str, Any]:
 
 
 def _sample(settings: EvaluateConfig, prompts: dict[str, Asked]) -> list[dict[str, Any]]:
-    from accelerate import PartialState
-
-    from ..data.student_tokenizer import student_tokenizer
     from ..data.teacher_data import prompt_ids_of
+    from ..evaluation.loading import load_student, load_tokenizer
     from ..evaluation.student import end_token_ids, generate_completion_ids
-    from ..host.model_files import load_model
 
-    path = settings.model if not Path(settings.model).expanduser().is_dir() else str(Path(settings.model).expanduser())
-    base = base_of_adapter(path)
-    has_tokenizer = base is None or (Path(path) / "tokenizer_config.json").is_file()
     rows = [asked.columns for asked in prompts.values()]
     batch = {
         name: [row[name] for row in rows] for name in ("prompt", ROW_COLUMN, *RENDERED_COLUMNS) if name in rows[0]
     }
-    try:
-        tokenizer = student_tokenizer(path if has_tokenizer else str(base), None)
-        model = load_model(path, dtype="auto").to(PartialState().device)
-    except (OSError, ValueError) as error:
-        raise RecipeError(no_model("MODEL", settings.model, "a student", error)) from error
+    tokenizer = load_tokenizer(settings.model)
+    model = load_student(settings.model)
     prompt_ids = prompt_ids_of(tokenizer, batch)
     ids = generate_completion_ids(
         model,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from trl import get_peft_config, get_quantization_config
 
-from ..data.teacher_data import load_teacher_data
+from ..data.teacher_data import load_teacher_data, row_names
 from ..errors import LLKDDataError, RecipeError
 from ..host.engines import gathered
 from ..host.model_paths import base_of_student, no_model
@@ -24,6 +24,7 @@ from ..reports.uncertainty import macro_f1_difference, paired_difference
 from ..runs.job import Job, display_path, hold_out, timed
 from ..runs.progress import TRAINED
 from ..runs.recipe import Recipe
+from ..runs.trackers import Trackers
 from ..seqkd.trainer import CURVE_POINTS
 from .config import LLKDConfig
 from .label_calibration import reliability_report
@@ -121,7 +122,7 @@ class LLKDJob(Job):
         if "gold" not in test.column_names:
             return test
         if None in test["gold"][:]:
-            row = test["gold"][:].index(None)
+            row = row_names(test)[test["gold"][:].index(None)]
             raise RecipeError(
                 f"Row {row} of the test rows has no `gold`, the true label. Fill it in, or drop the row; or leave `gold` out if "
                 "`label` is the true one."
@@ -144,6 +145,7 @@ class LLKDJob(Job):
         except OSError as error:
             raise RecipeError(no_model("model_name_or_path", self.model, "a student", error)) from error
         self.open_progress(trainer)
+        self.trackers = Trackers(trainer, self.progress)
         # Only now: the trainer has looked at every row
         self.counts = {"train": count_labels(self.train), "test": count_labels(self.test)}
         self.start_card(trainer)

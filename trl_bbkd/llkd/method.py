@@ -13,6 +13,7 @@ class LLKD(Method):
     config = "trl_bbkd.llkd.config:LLKDConfig"
     arguments = "trl_bbkd.runs.recipe:ClassifierArguments"
     job = "trl_bbkd.llkd.job:LLKDJob"
+    report = "trl_bbkd.llkd.report:LLKDReport"
     console_keys = ("loss", "selection/kept_share", "grad_norm", "learning_rate")
     init_options = ("labels",)
 

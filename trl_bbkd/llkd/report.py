@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..reports.markdown import escape, table
 from ..reports.report import UNDISTILLED, Report, Section
-from ..reports.uncertainty import is_clear
 
 
 ALL_ROWS, RANDOM_ROWS = "all rows", "random rows"
@@ -76,15 +75,9 @@ class LLKDReport(Report):
         ]
         return text + "." + (f" But worse {', '.join(lost)}." if lost else "")
 
-    def _is_worse(self, other: str, metric: str) -> bool:
-        found = self.differences.get(other, {}).get(metric)
-        return is_clear(found) and found["difference"] < 0
-
     @property
-    def rows(self) -> list[list[str]]:
-        return [
-            [label, *(format_value(key, self.results[name].get(key)) for name in self.columns)] for key, label in TABLE
-        ]
+    def measured(self) -> list[tuple[str, str]]:
+        return list(TABLE)
 
     @property
     def compared(self) -> list[tuple[str, str]]:

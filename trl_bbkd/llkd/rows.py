@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset
 
-from ..data.teacher_files import named
+from ..data.teacher_files import named, row_names
 from ..errors import LLKDDataError
 
 
@@ -107,7 +107,7 @@ def with_class_numbers(rows: Dataset, column: str, names: list[str], where: str)
     if isinstance(feature, ClassLabel):
         values = [feature.names[value] if value in range(len(feature.names)) else value for value in values]
     numbers = {name: number for number, name in enumerate(names)}
-    for row, value in enumerate(values):
+    for row, value in zip(row_names(rows), values, strict=True):
         is_number = not isinstance(value, str | bool) and value in range(len(names))
         if not (value is None or is_number or (isinstance(value, str) and value in numbers)):
             nearest = difflib.get_close_matches(str(value), names, n=1)

@@ -37,12 +37,17 @@ PROXY_FOLDER = "proxy"
 # Of the student's configuration, what the proxy trains with as well
 PROXY_ARGUMENTS = (
     *(name for name in SHARED_ARGUMENTS if name not in ("model_init_kwargs", "warmup_steps")),
+    "hub_private_repo",
     "max_grad_norm",
     "per_device_eval_batch_size",
+    "project",
     "report_to",
     "save_steps",
     "save_strategy",
     "save_total_limit",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
 )
 
 
@@ -183,6 +188,7 @@ class ProxyStages:
             learning_rate=learning_rate,
             num_train_epochs=epochs,
             max_length=None,
+            run_name=self._run_name(folder),
             **self._proxy_arguments(),
         )
         check_sharding(args)
@@ -258,6 +264,10 @@ class ProxyStages:
             "per_device_train_batch_size": args.proxy_per_device_train_batch_size or args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.proxy_gradient_accumulation_steps or args.gradient_accumulation_steps,
         }
+
+    def _run_name(self, folder: Path) -> str | None:
+        """That of a stage in experiment trackers, where the student's has a name: they are no one training."""
+        return None if self.args.run_name is None else f"{self.args.run_name}-{folder.name}"
 
     def _init_kwargs(self, dtype: str = "float32") -> dict:
         return {"dtype": dtype, "trust_remote_code": self.args.trust_remote_code} | dict(

@@ -84,6 +84,7 @@ class ProxyKDStages(ProxyStages):
             model=self._trainable_proxy(),
             args=ProxyAlignmentConfig(
                 output_dir=str(folder),
+                run_name=self._run_name(folder),
                 learning_rate=learning_rate,
                 num_rounds=args.alignment_rounds,
                 num_train_epochs=args.alignment_epochs,

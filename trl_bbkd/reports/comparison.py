@@ -107,6 +107,12 @@ def _read_run(folder: str) -> ComparedRun:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         lines = read_held_out(path)
         progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))["settings"]
+        settings = {key: value for part in ("arguments", "script", "model") for key, value in progress[part].items()}
+        settings |= {key: progress[key] for key in ("method", "processes", "model_name_or_path", "dataset_name")}
+        _require(metrics, "method", "headline", "results")
+        for line in lines:
+            _require(line, "prompt", "teacher", "teacher_tokens", "students")
+        has_answers = bool(lines) and all(metrics["method"] in line["students"] for line in lines)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         why = (
@@ -117,15 +123,19 @@ def _read_run(folder: str) -> ComparedRun:
         raise ComparisonError(
             f"{folder} has no {missing}: {why}. Name the output_dir of a finished run whose student writes text."
         ) from error
-    except (ValueError, KeyError, NotADirectoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(
             f"{folder} cannot be read ({one_line(error)}). Name the output_dir of a finished run."
         ) from error
-    if not lines or metrics["method"] not in lines[0]["students"]:
+    if not has_answers:
         raise ComparisonError(f"{folder}/{HELD_OUT_NAME} has no answers of its student. Finish that run first.")
-    settings = {key: value for part in ("arguments", "script", "model") for key, value in progress[part].items()}
-    settings |= {key: progress[key] for key in ("method", "processes", "model_name_or_path", "dataset_name")}
     return ComparedRun(str(folder), metrics, lines, without_secrets(settings))
+
+
+def _require(found: dict, *keys: str) -> None:
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise KeyError(f"no {', '.join(missing)}")
 
 
 class Comparison:

@@ -1,5 +1,6 @@
-"""What must not leave this machine: secrets, and paths of its disk."""
+"""What must not leave this machine: secrets, paths of its disk, and addresses of its network."""
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ SECRET = re.compile(
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 # Two components at least: `/` and `/think` are no paths. What comes before tells a path from a URL or a fraction.
 ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w./~]))/(?!/)(?:[\w.@+~-]+/)+[\w.@+~-]*")
+ADDRESS = re.compile(r"\b(https?://)(\[[\da-fA-F:]+\]|[\w.-]+)(:\d+)?")
 SHORTEST_SECRET = 8
 
 
@@ -37,11 +39,20 @@ def without_tokens(text: str, token: str | None = None) -> str:
 
 def public_text(text: str, token: str | None = None) -> str:
     """
-    `text` as strangers may read it: without secrets and without absolute paths.
+    `text` as strangers may read it: without secrets, without absolute paths, and without addresses of a network of one's own.
 
     A path below the current directory becomes relative to it; of any other one the last component stays.
     """
+    text = ADDRESS.sub(lambda match: f"{match[1]}***" if is_own_host(match[2]) else match[0], text)
     return ABSOLUTE_PATH.sub(lambda match: _public_path(match[0]), without_tokens(text, token))
+
+
+def is_own_host(host: str) -> bool:
+    """Whether a host is of a network of one's own, and no provider's."""
+    try:
+        return not ipaddress.ip_address(host.strip("[]")).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan", ".localhost"))
 
 
 def _public_path(path: str) -> str:

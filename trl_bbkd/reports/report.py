@@ -15,6 +15,7 @@ from .uncertainty import has_interval, is_clear
 
 
 TEACHER, UNDISTILLED, SEQKD = "teacher", "undistilled", "SeqKD"
+EVALUATION = "evaluation"
 
 
 class Section(NamedTuple):
@@ -53,7 +54,7 @@ class Report:
         versions (`dict[str, str]`):
             Versions of libraries.
         seconds (`dict[str, float]`):
-            Wall-clock time per part of the run.
+            Wall-clock time per part of the run. `"evaluation"` is that of measuring students, which the trainings' are without.
         warnings (`list[dict]`):
             What went wrong during training: `step` and `text`.
         differences (`dict[str, dict[str, dict]]`):
@@ -117,6 +118,15 @@ class Report:
         """A value as the table writes it."""
         raise NotImplementedError
 
+    def sense(self, metric: str) -> int:
+        """Which way is better: 1 up, -1 down, 0 neither."""
+        return 1
+
+    def _is_worse(self, other: str, metric: str) -> bool:
+        """Whether the method's student is clearly worse than another one by this metric."""
+        found = self.differences.get(other, {}).get(metric)
+        return is_clear(found) and found["difference"] * self.sense(metric) < 0
+
     def signed(self, metric: str, value: float) -> str:
         return ("−" if value < 0 else "+") + self.written(metric, abs(value))
 
@@ -147,9 +157,17 @@ class Report:
         return sorted(self.results, key=lambda name: name == TEACHER)
 
     @property
+    def measured(self) -> list[tuple[str, str]]:
+        """Metric and label of each line of the table."""
+        raise NotImplementedError
+
+    @property
     def rows(self) -> list[list[str]]:
         """Cells of the table: a label, then one value per column."""
-        raise NotImplementedError
+        return [
+            [label, *(self.written(key, self.results[name].get(key)) for name in self.columns)]
+            for key, label in self.measured
+        ]
 
     @property
     def explanation(self) -> str:
@@ -165,6 +183,10 @@ class Report:
         """What follows the table and the picture."""
         return []
 
+    def verdicts(self) -> list[Section]:
+        """What a judge said of the students, if one was asked."""
+        return []
+
     def draw(self, folder: Path) -> None:
         """Write `curves.png`, and what other pictures `sections` name, to `folder`."""
         raise NotImplementedError
@@ -178,7 +200,7 @@ def render_markdown(report: Report) -> str:
     if report.warnings:
         warnings = [f"* Step {warning['step']}: {warning['text']}" for warning in report.warnings]
         lines += ["## Warnings", "", *warnings, ""]
-    for section in report.sections():
+    for section in [*report.verdicts(), *report.sections()]:
         lines += [f"## {section.title}", "", *section.lines, ""]
     lines += ["## Teacher data", "", *counts_table(report.counts), "", "## Reproduce", ""]
     if report.command:
@@ -187,8 +209,16 @@ def render_markdown(report: Report) -> str:
         settings = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True)
         lines += ["The recipe:", "", fenced(settings, "yaml"), ""]
     lines += [", ".join(f"{name} {version}" for name, version in report.versions.items()) + ".", ""]
-    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.seconds.items())
-    return "\n".join(lines + [f"Wall-clock time: {times}.", ""] if times else lines)
+    times = wall_clock_time(report.seconds)
+    return "\n".join(lines + [times, ""] if times else lines)
+
+
+def wall_clock_time(seconds: dict[str, float]) -> str:
+    """A sentence on how long the parts of a run took; empty where none is known."""
+    times = ", ".join(f"{name} {duration(part)}" for name, part in seconds.items())
+    if seconds.get(EVALUATION):
+        times += f" ({seconds[EVALUATION] / sum(seconds.values()):.0%} of these)"
+    return f"Wall-clock time: {times}." if times else ""
 
 
 def results(report: Report) -> list[str]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation.student import TEMPERATURES, temperature_name
-from .report import SEQKD, UNDISTILLED, Report
+from .markdown import code, table
+from .report import SEQKD, UNDISTILLED, Report, Section
 from .uncertainty import has_interval, is_clear
 
 
@@ -30,6 +31,9 @@ class TextReport(Report):
             list of what was measured `at` which moment.
         calibration (`dict`):
             How well what the student learned from predicts held-out teacher text, where a method measures that.
+        verdicts_of_judge (`dict`):
+            What a judge said: its name `judge`, and `students`, by name and metric as
+            [`~judging.in_training.TrainingJudge.report`] has them.
         results, curves, kwargs:
             As in [`~reports.report.Report`]; metrics are those of [`~evaluation.student.evaluate_student`], of `"teacher"`,
             `"undistilled"`, `"SeqKD"` and the method.
@@ -39,6 +43,7 @@ class TextReport(Report):
     seqkd: dict = field(default_factory=dict)
     stages: list[dict] = field(default_factory=list)
     calibration: dict = field(default_factory=dict)
+    verdicts_of_judge: dict = field(default_factory=dict)
 
     @property
     def temperatures(self) -> list[float]:
@@ -114,13 +119,9 @@ class TextReport(Report):
                 texts.append(f"worse {how}: {', '.join(lost)}")
         return f" But {'; '.join(texts)}." if texts else ""
 
-    def _is_worse(self, other: str, key: str) -> bool:
-        """Whether the method's student is clearly worse than another one by this metric."""
-        name = key.partition("@")[0]
-        found = self.differences.get(other, {}).get(key)
-        return (
-            name not in WITHOUT_BETTER and is_clear(found) and (found["difference"] > 0) == (name in BETTER_WHEN_LOWER)
-        )
+    def sense(self, metric: str) -> int:
+        name = metric.partition("@")[0]
+        return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
 
     def written(self, metric: str, value: float | None) -> str:
         return format_value(metric, value)
@@ -133,11 +134,8 @@ class TextReport(Report):
         return metrics
 
     @property
-    def rows(self) -> list[list[str]]:
-        return [
-            [label, *(format_value(key, self.results[model].get(key)) for model in self.columns)]
-            for key, label in table_metrics(self)
-        ]
+    def measured(self) -> list[tuple[str, str]]:
+        return table_metrics(self)
 
     @property
     def explanation(self) -> str:
@@ -187,6 +185,11 @@ class TextReport(Report):
     @property
     def derived(self) -> dict:
         return super().derived | {"warmup_steps": self.warmup_steps}
+
+    def verdicts(self) -> list[Section]:
+        if not self.verdicts_of_judge:
+            return []
+        return [Section("Judged beside the teacher", verdict_lines(self.verdicts_of_judge, self.sampled_at))]
 
     def draw_panels(self, panels: list) -> list:
         """
@@ -241,6 +244,31 @@ def table_metrics(report: TextReport) -> list[tuple[str, str]]:
         (f"length@{at}", f"length, {short}"),
         (f"length_ratio@{at}", f"length / teacher's, {short}"),
         (f"truncated@{at}", f"truncated, {short}"),
+    ]
+
+
+def verdict_lines(found: dict, sampled_at: str) -> list[str]:
+    """Lines of Markdown: what a judge said of each student, with its interval."""
+    students = found["students"]
+    metrics = list(dict.fromkeys(name for metrics in students.values() for name in metrics))
+
+    def cell(metric: dict | None) -> str:
+        if metric is None:
+            return "–"
+        value = format_value("", metric["value"])
+        has_ends = math.isfinite(metric["low"])
+        return f"{value} ({metric['low']:.3f} to {metric['high']:.3f})" if has_ends else value
+
+    rows = [[name, *(cell(judged.get(metric)) for metric in metrics)] for name, judged in students.items()]
+    prompts = max((metric["prompts"] for judged in students.values() for metric in judged.values()), default=0)
+    missing = sum(
+        metric["unparsable"] + metric["failed"] for judged in students.values() for metric in judged.values()
+    )
+    return [
+        *table(["", *map(code, metrics)], rows),
+        "",
+        f"By {code(found['judge'])}, of {prompts:,} prompts and the first sample at {sampled_at} of each, in both orders. 0.5 is as good "
+        f"as the teacher; intervals are over prompts. Verdicts that failed or could not be read: {missing:,}.",
     ]
 
 

@@ -37,6 +37,7 @@ from .recipe import Recipe
 from .recipe_checks import check_packages
 from .recipe_file import RecipeFile, one_line
 from .shipped import recipe_path as path_of_recipe
+from .trackers import TRACKER_RUNS, Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,13 @@ UNDECISIVE_ARGUMENTS = (
     "hub_",
     "log",
     "output_dir",
+    "project",
     "push_",
     "report_to",
     "resume_",
     "run_name",
     "save_",
+    "trackio_",
 )
 SEED = 0  # of held-out rows and of evaluation samples: the same for every student
 
@@ -67,8 +70,10 @@ class Job:
         `output_dir` holds a run of another recipe.
     """
 
+    trackers: Trackers  # of the student's training
     counts: dict  # of training and held-out rows, for the report and the card
     held_out_rows: list  # what results are measured on
+    max_steps: int  # of the student's training, once it is over
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -108,7 +113,9 @@ class Job:
         args = {
             name: value for name, value in self.args.to_dict().items() if not name.startswith(UNDECISIVE_ARGUMENTS)
         }
-        script_args = {name: value for name, value in vars(self.script_args).items() if name != "teacher_name"}
+        # What a judge says is kept by its own journal
+        untold = ("teacher_name", "eval_judge")
+        script_args = {name: value for name, value in vars(self.script_args).items() if name not in untold}
         held_out = hashlib.blake2b(json.dumps(self.held_out_rows, default=str).encode(), digest_size=16).hexdigest()
         return {
             **self.inputs,
@@ -151,6 +158,7 @@ class Job:
     def run_training(self, trainer, seconds: dict[str, float]):
         """Train the student and save it; `None` if the recipe leaves that out."""
         self.shorten_log(trainer)
+        self.trackers.go_on()
         with timed(seconds, trainer._name), self.one_line_errors(NoStepsError):
             output = trainer.train(resume_from_checkpoint=self.resume)
         if output is None:
@@ -167,7 +175,7 @@ class Job:
         fingerprint = self._student_fingerprint()
         if self._has_trained(fingerprint):
             return self.progress[TRAINED]
-        self.progress.keep_only(UNDISTILLED)
+        self.progress.keep_only(UNDISTILLED, TRACKER_RUNS)
         return self.progress.finish(TRAINED, {**make(), STUDENT: fingerprint})
 
     def _has_trained(self, fingerprint: str) -> bool:
@@ -227,6 +235,14 @@ class Job:
             write_report(report, self.args.output_dir)
             self.card.report = report
             write_card(self.card, self.args.output_dir)
+
+    def answers(self, report: Report) -> list[dict]:
+        """What students said to held-out prompts, a dictionary for each; none of students that do not write."""
+        return []
+
+    def track(self, report: Report) -> None:
+        """Send the report to the experiment trackers that the recipe names."""
+        self.trackers.send(report, self.answers(report), self.max_steps)
 
     def push(self) -> None:
         """Send the student to the Hub, if the recipe says so."""

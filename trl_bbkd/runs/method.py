@@ -27,8 +27,8 @@ class Method:
         job (`str`):
             The [`~runs.job.Job`] that runs a recipe.
         report (`str`):
-            The [`~reports.text_report.TextReport`] of a student that writes text, with the method's own sections and small
-            pictures.
+            The [`~reports.report.Report`]; of a student that writes text a [`~reports.text_report.TextReport`], with the method's
+            own sections and small pictures.
         console_keys (`tuple[str, ...]`):
             What of a line of the log a terminal shows.
         input_paths (`tuple[str, ...]`):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from ..data.config import KeywordArguments
 from ..errors import RecipeError
 from .key_names import nearest
 from .methods import METHODS, load_class, load_method
@@ -84,6 +86,9 @@ class RecipeArguments(RunArguments):
             the training.
         eval_temperatures (`list[float]`, *optional*):
             Temperatures that the report samples at, the one that decides first; 0 is greedy. `None` takes 1.0, 0.7 and 0.
+        eval_judge (`dict[str, Any]`, *optional*):
+            A judge that compares the student's answers with the teacher's at each evaluation, and in the report: fields of
+            [`~judging.settings.EvalJudgeConfig`].
     """
 
     reward_funcs: list[str] | None = field(
@@ -133,6 +138,20 @@ class RecipeArguments(RunArguments):
             "0."
         },
     )
+    eval_judge: KeywordArguments | None = field(
+        default=None,
+        metadata={
+            "help": "A judge that compares the student's answers with the teacher's at each evaluation, and in the report: "
+            "`model`, `base_url`, and what else the page on judges lists."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.eval_judge, str):
+            try:
+                self.eval_judge = json.loads(self.eval_judge)
+            except ValueError as error:
+                raise ValueError(f"eval_judge: not valid JSON: {error}.") from error
 
 
 @dataclass
@@ -184,7 +203,42 @@ def load_recipe(path: str | os.PathLike, overrides: Collection[str] = ()) -> Rec
             f"{recipe_file.path}: reward_funcs are added to {takers}'s discriminator; method {recipe_file.method!r} has no "
             "rewards. Take them out."
         )
+    if isinstance(script_args, RecipeArguments):
+        try:
+            check_judge(script_args, training_args)
+        except RecipeError as error:
+            raise _at_its_line(error, recipe_file) from error
     return Recipe(recipe_file.path, recipe_file.method, script_args, training_args, model_args, dataset_args)
+
+
+def check_judge(script_args: RecipeArguments, training_args: "TrainingArguments") -> None:
+    """
+    Refuse a judge that cannot be asked, and a best checkpoint by what no judge says.
+
+    Raises:
+        [`RecipeError`]: for the first thing that is wrong.
+    """
+    judge = judge_of(script_args)
+    # A function may have a metric of the same name
+    if judge is not None or script_args.sample_metrics is None:
+        is_evaluated = training_args.eval_strategy != "no"
+        load_class("trl_bbkd.judging.reading:refuse_unjudged")(
+            training_args.metric_for_best_model, judge, is_evaluated
+        )
+
+
+def judge_of(script_args: RecipeArguments):
+    """The [`~judging.settings.EvalJudgeConfig`] of a recipe, if it has one."""
+    if script_args.eval_judge is None:
+        return None
+    judge = load_class("trl_bbkd.judging.reading:read_eval_judge")(script_args.eval_judge)
+    judge.teacher_name = script_args.teacher_name
+    return judge
+
+
+def _at_its_line(error: RecipeError, recipe_file: RecipeFile) -> RecipeError:
+    key = tuple(str(error).partition(":")[0].split("."))
+    return recipe_file.error(key, str(error)) if key in recipe_file.lines else error
 
 
 def check_keys(recipe_file: RecipeFile, overrides: Collection[str], also_valid: Collection[str] = ()) -> None:

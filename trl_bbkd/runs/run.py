@@ -37,4 +37,5 @@ def run(recipe: Recipe) -> None:
     if job.is_main_process:
         print_table(report)
         print(f"Student, report.md, curves.png and metrics.json: {recipe.training_args.output_dir}")
+        job.track(report)
         job.push()

@@ -32,15 +32,16 @@ from ..host.preflight import refuse_broken_weights
 from ..host.sharding import is_sharded
 from ..hub.model_card import library_versions
 from ..reports.held_out import prompt_lines, write_held_out
-from ..reports.report import SEQKD, TEACHER, UNDISTILLED, duration
+from ..reports.report import EVALUATION, SEQKD, TEACHER, UNDISTILLED, duration
 from ..reports.text_report import TextReport, decline
 from ..reports.uncertainty import paired_difference
 from ..seqkd.trainer import CurveCallback, curve, train_seqkd
 from .job import SEED, Job, display_path, hold_out, timed
 from .methods import load_class
 from .progress import TRAINED
-from .recipe import Recipe, import_callable
+from .recipe import Recipe, import_callable, judge_of
 from .sampling_plan import EVALUATION_PROMPTS, answers_in_training, sampling_plan
+from .trackers import Trackers
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,12 @@ class TextJob(Job):
         for warning in self.data_warnings if self.is_main_process else []:
             if warning["kind"] != "cut answers":  # which the tokeniser has told of
                 logger.warning(warning["text"])
+        self.judge = judge_of(self.script_args)
+        if self.judge is not None:
+            # Before any weights are loaded, a judge that cannot be asked is an error
+            self._training_judge().check()
         self.vllm: TrainersVLLM | None = None
+        self._measuring = 0.0  # seconds since they were asked for
         self.measure = functools.partial(
             self._evaluate,
             tokenizer=self.tokenizer,
@@ -100,13 +106,40 @@ class TextJob(Job):
             chat_template_kwargs=self.args.chat_template_kwargs,
             progress_bar=None if self.args.disable_tqdm else "sampling for the report",
         )
+        self.last_measured: dict[str, dict] = {"by_row": {}, "samples": {}}  # along the way
         self.measure_briefly = functools.partial(
-            self.measure, temperatures=self.temperatures[:1], num_samples=self.plan.curve_samples
+            self.measure,
+            temperatures=self.temperatures[:1],
+            num_samples=self.plan.curve_samples,
+            **self.last_measured,
         )
 
     def _evaluate(self, model, **settings) -> dict[str, float]:
-        # What samples is known once there is a trainer
-        return evaluate_student(model, vllm=self.vllm, **settings)
+        seconds: dict[str, float] = {}
+        with timed(seconds, EVALUATION):
+            # What samples is known once there is a trainer
+            found = evaluate_student(model, vllm=self.vllm, **settings)
+        self._measuring += seconds[EVALUATION]
+        return found
+
+    def _measuring_seconds(self) -> float:
+        """What measuring students has taken since this was last asked."""
+        seconds, self._measuring = self._measuring, 0.0
+        return seconds
+
+    def _parted(self, seconds: float) -> dict[str, float]:
+        """A training's time, apart from what its measurements along the way took."""
+        along = self._measuring_seconds()
+        return {"seconds": seconds - along, EVALUATION: along}
+
+    @property
+    def _evaluation_seconds(self) -> float:
+        """What all measurements of the run took, those along the way included."""
+        along = sum(part.get(EVALUATION, 0.0) for part in self.progress.parts.values())
+        return along + sum(part.get("seconds", 0.0) for part in self.progress.parts.values() if "by_row" in part)
+
+    def _training_judge(self):
+        return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
 
     def _planned_steps(self) -> int:
         args = self.args
@@ -193,7 +226,13 @@ class TextJob(Job):
             trainer = self.method.trainer(self)
         if hasattr(trainer, "vllm_generation") and self.quantization_config is None:
             self.vllm = TrainersVLLM(trainer.vllm_generation)
+        if self.judge is not None:
+            trainer.add_callback(load_class("trl_bbkd.judging.callback:JudgeCallback")(trainer, self.test, self.judge))
         self.open_progress(trainer)
+        name = trainer._name
+        self.trackers = Trackers(
+            trainer, self.progress, lambda: prompt_lines(self.held_out_rows, {name: self.last_measured})
+        )
         self.start_card(trainer)
         # Without the student's training there is no report
         undistilled = self._undistilled(trainer) if "distil" in getattr(args, "stages", ["distil"]) else {}
@@ -209,7 +248,7 @@ class TextJob(Job):
                 return None
             found = self.finished_training(
                 lambda: {
-                    "seconds": seconds[trainer._name],
+                    **self._parted(seconds[trainer._name]),
                     "more results": self.method.more_results(self, trainer),
                     "findings": self.method.findings(trainer),
                     "warnings": self.method.warnings(trainer),
@@ -268,9 +307,16 @@ class TextJob(Job):
         return report
 
     def add_baselines(self, report: TextReport) -> None:  # type: ignore[override]
-        """Train SeqKD and add what its best checkpoint reaches."""
-        if not self.script_args.seqkd_baseline:
-            return
+        """Train SeqKD and add what its best checkpoint reaches; then have the students judged, if the recipe says so."""
+        if self.script_args.seqkd_baseline:
+            self._add_seqkd(report)
+        if self.judge is not None and self.is_main_process:
+            students = [name for name in report.results if name in self.progress]
+            lines = self._held_out(*students)
+            report.verdicts_of_judge, problems = self._training_judge().report(lines, students, report.at)
+            report.warnings += [{"kind": "judge", "step": self.max_steps, "text": text} for text in problems]
+
+    def _add_seqkd(self, report: TextReport) -> None:
         if self.vllm is not None:
             self.vllm.outlive_the_trainer()
         gc.collect()
@@ -278,6 +324,7 @@ class TextJob(Job):
         output_dir = str(Path(self.args.output_dir) / "seqkd")
         seqkd = dict(self.progress.once("SeqKD's training", lambda: self._train_seqkd(report, output_dir)))
         report.seconds[SEQKD] = seqkd.pop("seconds")
+        seqkd.pop(EVALUATION, None)
         best = self._measured(SEQKD, lambda: self._load(output_dir))
         undistilled = report.results[UNDISTILLED]
         points = [
@@ -308,7 +355,7 @@ class TextJob(Job):
                 peft_config=self.peft_config,
                 quantization_config=self.quantization_config,
             )
-        return dataclasses.asdict(seqkd) | {"seconds": seconds[SEQKD]}
+        return dataclasses.asdict(seqkd) | self._parted(seconds[SEQKD])
 
     def _undistilled(self, trainer) -> dict[str, float]:
         """What the student is before it learns, and how long the report's sampling will take."""
@@ -335,7 +382,12 @@ class TextJob(Job):
         def measure():
             by_row, samples = {}, {}
             metrics = self.measure(model(), by_row=by_row, samples=samples)
-            return {"metrics": metrics, "by_row": by_row, "samples": samples}
+            return {
+                "metrics": metrics,
+                "by_row": by_row,
+                "samples": samples,
+                "seconds": self._measuring_seconds(),
+            }
 
         return self.progress.once(name, measure).get("metrics", {})
 
@@ -389,11 +441,15 @@ class TextJob(Job):
         """What students said to held-out prompts, a dictionary for each."""
         return prompt_lines(self.held_out_rows, {name: self.progress[name] for name in students})
 
+    def answers(self, report: TextReport) -> list[dict]:  # type: ignore[override]
+        return self._held_out(*(name for name in report.results if name in self.progress))
+
     def write(self, report: TextReport) -> None:  # type: ignore[override]
+        report.seconds.pop(EVALUATION, None)
+        report.seconds[EVALUATION] = self._evaluation_seconds
         super().write(report)
         if self.is_main_process:
-            students = [name for name in report.results if name in self.progress]
-            write_held_out(self._held_out(*students), self.args.output_dir)
+            write_held_out(self.answers(report), self.args.output_dir)
 
     def _load(self, folder: str):
         kwargs = {key: value for key, value in self.args.model_init_kwargs.items() if key != "revision"}

@@ -80,8 +80,8 @@ class LLKDMixin(MixinBase):
             self.train_dataset = rows.add_column("row_id", list(range(len(rows))))
         columns, num_groups = self.train_dataset, 1
         if self._group_column in columns.column_names:
-            num_groups = 1 + int(integers(self._group_column, columns[self._group_column], range(len(rows))).max())
-        ids = integers("row_id", columns["row_id"], range(len(rows)))
+            num_groups = 1 + int(integers(self._group_column, columns[self._group_column], row_names(rows)).max())
+        ids = integers("row_id", columns["row_id"], row_names(rows))
         self.selector = Selector(args.selection_settings(num_groups))
         self.tally = SelectionTally(num_groups, int(ids.max()) + 1, self._true_groups(ids))
         self._selection_logs: dict[str, list[float]] = {}
