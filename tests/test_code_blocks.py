@@ -7,6 +7,7 @@ an error: run it, or say here how it is checked.
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import runpy
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -160,6 +162,15 @@ def uv_takes(words, monkeypatch):
     assert words[0] == "run" and (ROOT / script).is_file() and words[-1] == "--help"
 
 
+def trackio_takes(words, monkeypatch):
+    program = importlib.import_module("trackio.cli")
+    monkeypatch.setattr(sys, "argv", ["trackio", *words])
+    shown = []
+    monkeypatch.setattr(program, "show", lambda *given, **named: shown.append(given))
+    program.main()
+    assert len(shown) == 1
+
+
 PROGRAMS = {
     "trl-bbkd": trl_bbkd_takes,
     "accelerate": accelerate_takes,
@@ -167,6 +178,7 @@ PROGRAMS = {
     "pip": pip_takes,
     "hf": hf_takes,
     "uv": uv_takes,
+    "trackio": trackio_takes,
 }
 
 
@@ -228,6 +240,16 @@ def judges(block, folder, monkeypatch):
     assert scope["judge"](["p"] * 2, ["a", "much longer"], ["short"] * 2) == [1.0, 0.0]
 
 
+def judge_callback(block, folder, monkeypatch):
+    """The configuration is one, and the callback takes these; `tests/judging/test_in_training.py` trains with it."""
+    arguments, added = inspect.signature(trl_bbkd.JudgeCallback), []
+    monkeypatch.setattr(trl_bbkd, "JudgeCallback", lambda *given: arguments.bind(*given).arguments)
+    trainer, held_out = SimpleNamespace(add_callback=added.append), [{"prompt": "Name a fruit.", "completion": "Fig."}]
+    exec(block.code, {"trainer": trainer, "rows": {"test": held_out}})
+    (found,) = added
+    assert (found["trainer"], found["rows"], type(found["judge"])) == (trainer, held_out, trl_bbkd.EvalJudgeConfig)
+
+
 README, EXAMPLES, SKILL, NEW_RECIPE = (
     f"tests/test_{name}.py::test_" for name in ("readme", "examples", "skill", "new_recipe")
 )
@@ -258,6 +280,8 @@ TESTED = {
         "trl-bbkd evaluate output/gad --data teacher.jsonl --test_split_size 200 --judge gpt-4.1-mini --base_url "
         "https://api.openai.com/v1 \\": parsed,
         'pip install "trl-bbkd[eval]"': parsed,
+        "eval_strategy: steps": part_of_gad_recipe,
+        "from trl_bbkd import EvalJudgeConfig, JudgeCallback": judge_callback,
     },
     "docs/gad.md": {
         "use_peft: true                  # a LoRA student; with it ...": part_of_gad_recipe,
@@ -314,6 +338,7 @@ TESTED = {
         "trl-bbkd compare output/gad output/preferencekd --html comparison.html": parsed,
     },
     "docs/teacher_data.md": {"dataset.map(": splits_messages},
+    "docs/trackers.md": {'pip install -c constraints.txt -e ".[trackers]"': parsed},
     "docs/proxykd.md": {"target_source: on_policy": part_of_proxykd_recipe},
     "docs/results/scoreboard.md": {
         'python benchmarks/scoreboard.py tinyworld --arms "GAD, anchored" "Proxy-KD, on policy" "PreferenceKD, judge: '
