@@ -365,7 +365,6 @@ TESTED = {
         "python benchmarks/proxykd_real_text.py --proxy stories15M --data gsm8k_gpt3_solutions.jsonl \\": parsed,
     },
     "docs/results/recipes.md": {
-        "trl-bbkd train recipes/gad.yaml --seeds 0 1 2": parsed,
         "accelerate launch recipes/gad.yaml": README + "first_command_in_small",
         "accelerate launch recipes/proxykd-on-policy.yaml": parsed,
         "accelerate launch recipes/preferencekd.yaml": parsed,
