@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class ComparedRun:
 
     Args:
         name (`str`):
-            What it is called here: its folder, as it was named.
+            Its folder, as it was named.
         metrics (`dict`):
             Its `metrics.json`.
         lines (`list[dict]`):
@@ -81,7 +82,7 @@ def read_runs(folders: Sequence[str]) -> list[ComparedRun]:
         [`~errors.ComparisonError`]: a folder has no finished run of a student that writes text, or runs were measured on different
             test rows.
     """
-    if len(folders) < 2 or len({*folders}) < len(folders):
+    if len(folders) < 2 or len({*map(os.path.abspath, folders)}) < len(folders):
         raise ComparisonError("compare takes the folders of at least two runs, each once.")
     runs = [_read_run(folder) for folder in folders]
     first = {_key(line): number for number, line in enumerate(runs[0].lines)}
@@ -166,9 +167,20 @@ class Comparison:
         for metric in metrics:
             if not any(metric in (name, name.partition("@")[0]) for name in known):
                 raise ComparisonError(f"--metric {metric}: not every run has it. All have: {', '.join(known)}.")
-        self.metrics = [name for name in known if not metrics or {name, name.partition("@")[0]} & {*metrics}]
+        told = [name for name in known if not metrics or {name, name.partition("@")[0]} & {*metrics}]
+        # Without a 0/1 judge no answer is counted as right
+        told = [name for name in told if not name.startswith("distinct_valid") or any(map(self._reached(name), runs))]
+        self.deciding = (
+            told if metrics else [name for name in told if name.partition("@")[2] in ("", runs[0].temperatures[0])]
+        )
+        self.metrics = [*self.deciding, *(name for name in told if name not in self.deciding)]
+        self.names = short_names([run.name for run in runs])
         judges = {self._judged(run) for run in runs}
         self.judged = judges.pop() if len(judges) == 1 else None
+
+    @staticmethod
+    def _reached(metric: str):
+        return lambda run: run.metrics["results"][run.method].get(metric)
 
     @staticmethod
     def _judged(run: ComparedRun) -> str | None:
@@ -202,6 +214,14 @@ class Comparison:
         if self.judged:
             lines.insert(0, Difference(EQUAL_DIVERSITY, "", self.at_equal_diversity(run)))
         return lines
+
+    @property
+    def deciding_differences(self) -> list[list[Difference]]:
+        """Of each run but the first, by what it is told at a glance."""
+        return [
+            [each for each in found if each.metric in self.deciding or each.label == EQUAL_DIVERSITY]
+            for found in self.found
+        ]
 
     def differences(self) -> list[list[str]]:
         """A line for each metric: its label, then how far each run is from the first."""
@@ -239,10 +259,10 @@ class Comparison:
         """The first prompts with the teacher's answer and each run's: the greedy one, or the first sample."""
         found = []
         for number, line in enumerate(self.runs[0].lines[:EXAMPLES]):
-            answers = {}
+            answers = []
             for run in self.runs:
                 samples = run.answers[number]["samples"]
-                answers[run.name] = samples.get("greedy", next(iter(samples.values())))[0]
+                answers.append(samples.get("greedy", next(iter(samples.values())))[0])
             found.append({"prompt": prompt_text(line["prompt"]), "teacher": line["teacher"][0], "answers": answers})
         return found
 
@@ -258,10 +278,10 @@ class Comparison:
         return text
 
     def markdown(self) -> str:
-        names = [escape(run.name) for run in self.runs]
-        lines = ["# Comparison", "", *table(["", *names], self.table()), "", self.explanation, ""]
-        lines += ["## Differences", "", *(f"* {text}" for text in verdicts(self.found, names)), ""]
-        lines += [*table([f"less {names[0]}", *names[1:]], self.differences()), ""]
+        names = [escape(name) for name in self.names]
+        lines = ["# Comparison", "", *(f"* {text}" for text in verdicts(self.deciding_differences, names)), ""]
+        lines += [*table(["", *names], self.table()), "", self.explanation, *self._folders(), ""]
+        lines += ["## Differences", "", *table([f"less {names[0]}", *names[1:]], self.differences()), ""]
         if self.judged:
             lines += [equal_diversity_explained(self.judged), ""]
         if self.settings():
@@ -270,8 +290,31 @@ class Comparison:
         lines += ["## Answers", ""]
         for example in self.examples():
             lines += [f"* prompt: {code(example['prompt'])}", f"    * teacher: {code(example['teacher'])}"]
-            lines += [f"    * {escape(name)}: {code(answer)}" for name, answer in example["answers"].items()]
+            lines += [f"    * {name}: {code(answer)}" for name, answer in zip(names, example["answers"], strict=True)]
         return "\n".join(lines) + "\n"
+
+    def _folders(self) -> list[str]:
+        told = [
+            f"{escape(name)} is {code(run.name)}"
+            for name, run in zip(self.names, self.runs, strict=True)
+            if name != run.name
+        ]
+        return ["", f"{'; '.join(told)}."] if told else []
+
+
+def short_names(folders: Sequence[str]) -> list[str]:
+    """What tells folders apart: their paths without the folders that they begin and end with alike."""
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    paths = _without_what_is_shared(paths)
+    return ["/".join(parts[::-1]) for parts in _without_what_is_shared([parts[::-1] for parts in paths])]
+
+
+def _without_what_is_shared(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths without their first parts, as long as these are the same in all and something is left of each."""
+    shared = 0
+    while shared < min(map(len, paths)) - 1 and len({parts[shared] for parts in paths}) == 1:
+        shared += 1
+    return [parts[shared:] for parts in paths]
 
 
 def equal_diversity_explained(judged: str) -> str:

@@ -235,9 +235,9 @@ def table_metrics(report: TextReport) -> list[tuple[str, str]]:
         for temperature in report.temperatures:
             metrics.append((f"{name}@{temperature_name(temperature)}", f"{name}, {in_short(temperature)}"))
     at, short = report.at, in_short(report.temperatures[0])
-    if report.judged_metrics:
+    if any(found.get(f"distinct_valid@{at}") for found in report.results.values()):
         metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
-    else:
+    elif not report.judged_metrics:
         metrics.append((f"distinct_share@{at}", f"distinct answers, {short}"))
     return metrics + [
         ("teacher_nll", "teacher NLL"),

@@ -34,6 +34,12 @@ class Difference(NamedTuple):
         value, low, high = (self.signed(name) for name in ("difference", "low", "high"))
         return f"{value} ({low} to {high})"
 
+    @property
+    def told(self) -> str:
+        """With the interval; where no difference is seen, that alone says how large one might be."""
+        ends = f"({self.signed('low')} to {self.signed('high')})"
+        return f"{self.label} {ends}" if self.kind == UNCLEAR else f"{self.label} {self.signed('difference')} {ends}"
+
     def signed(self, name: str) -> str:
         value = self.found[name]
         return ("−" if value < 0 else "+") + format_value(self.metric, abs(value))
@@ -62,14 +68,12 @@ def verdicts(found: Sequence[Sequence[Difference]], names: Sequence[str]) -> lis
         names (`Sequence[str]`):
             What runs are called, the first one's first.
     """
-    return [f"**{name}** beside {names[0]}: {_verdict(own)}." for name, own in zip(names[1:], found, strict=True)]
+    return [f"**{name}** beside {names[0]}. {_verdict(own)}." for name, own in zip(names[1:], found, strict=True)]
 
 
 def _verdict(found: Sequence[Difference]) -> str:
     parts = []
     for kind in KINDS:
-        own = [difference for difference in found if difference.kind == kind]
-        told = [each.label if kind == UNCLEAR else f"{each.label} ({each.signed('difference')})" for each in own]
-        if told:
-            parts.append(f"{kind}: {'; '.join(told)}")
-    return ". ".join(parts) or "no verdict without an interval"
+        if told := [each.told for each in found if each.kind == kind]:
+            parts.append(f"{kind.capitalize()}: {'; '.join(told)}")
+    return ". ".join(parts) or "No verdict without an interval"
