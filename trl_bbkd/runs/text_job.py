@@ -79,7 +79,7 @@ class TextJob(Job):
             steps,
             count_prompts(self.test),
             self.script_args.seqkd_baseline,
-            answers_in_training(self.method.samples_per_prompt(self.args), steps * self._rows_of_a_step),
+            answers_in_training(self.method.samples_of_a_row(self.args), steps * self._rows_of_a_step),
         )
         self.held_out_rows = first_prompts(self.test, self.plan.prompts)
         self.data_warnings = sameness_warnings(self.train, self.held_out_rows, self.counts)
