@@ -15,7 +15,7 @@ EVALUATION_SHARE = 0.1
 # Tokens that are learned from in the time of one that is sampled: 1.3 (135 M parameters) to 5.4 (0.26 M) on a CPU, at batch 8
 COST_OF_SAMPLING = 2
 # Answers that are only sampled in the time of one that a method samples and learns from: 2.4 (Proxy-KD on policy), 5 (PreferenceKD)
-# and 5.7 (GAD) in tinycount, 3.7 (GAD, 135 M parameters), on a CPU
+# and 5.7 (GAD) in tinycount, 4 (GAD, 135 M parameters), on a CPU
 COST_OF_LEARNING_FROM_SAMPLES = 3
 
 
