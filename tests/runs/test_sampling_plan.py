@@ -9,11 +9,11 @@ from trl_bbkd.runs.recipe import RecipeArguments, load_recipe
 from trl_bbkd.runs.sampling_plan import FEWEST_PROMPTS, answers_in_training, sampling_plan
 
 
-@pytest.mark.parametrize("samples_of_a_row", [0, 1, 3.2])
+@pytest.mark.parametrize("samples_per_prompt", [1, 8])
 @pytest.mark.parametrize("steps", [200, 600, 5000])
 @pytest.mark.parametrize("has_baseline", [True, False])
-def test_by_default_it_takes_a_tenth_of_the_training(samples_of_a_row, steps, has_baseline):
-    answers = answers_in_training(samples_of_a_row, steps * 64)
+def test_by_default_it_takes_a_tenth_of_the_training(samples_per_prompt, steps, has_baseline):
+    answers = answers_in_training(samples_per_prompt, steps * 64)
     plan = sampling_plan(RecipeArguments(), steps, 1000, has_baseline, answers)
     assert (
         0.05 * answers < plan.all <= 0.1 * answers
@@ -33,7 +33,7 @@ def test_samples_go_before_prompts_and_some_stay():
     fewest = sampling_plan(RecipeArguments(), 600, 1000, True, 10)
     assert (fewest.prompts, fewest.samples) == (FEWEST_PROMPTS, 1)
     # A small model on 200 rows, of which 10 are held out
-    small = sampling_plan(RecipeArguments(), 300, 10, True, answers_in_training(0, 300 * 8))
+    small = sampling_plan(RecipeArguments(), 300, 10, True, answers_in_training(1, 300 * 8))
     assert (small.prompts, small.all // small.prompts) == (10, 24)
 
 
@@ -68,32 +68,35 @@ def test_temperatures_that_are_none(tmp_path, recipe_folder, tiny_model_dir, val
     assert recipe.script_args.eval_temperatures == [0.7, 0]
 
 
-def test_what_a_training_samples_itself_counts():
-    """A method's own samples, which it learns from as well, take longer than the report's; rows take less than those."""
-    assert answers_in_training(0, 1200) < 1200 < answers_in_training(1, 1200) < answers_in_training(3.2, 1200)
-    gad = load_recipe("recipes/gad.yaml")
-    of_a_row = load_method("gad").samples_of_a_row(gad.training_args)
-    answers = answers_in_training(of_a_row, 120 * 256)
-    plan = sampling_plan(gad.script_args, 120, 256, True, answers)
-    # Measured: 28 %. The recipe's keys stay, whatever the estimate
-    assert (plan.prompts, plan.samples, plan.all) == (256, 8, 52_224)
-    assert "52,224 in the whole run, about 57% of the training's cost" in str(plan)
-
-
 @pytest.mark.parametrize(
-    ("name", "overrides", "samples"),
+    ("name", "overrides", "samples", "says"),
     [
-        ("gad", [], 1),
-        ("proxykd-on-policy", [], 1),
-        ("proxykd", [], 0),
-        ("bayeskd", [], 0),
-        ("preferencekd", [], 3.2),
-        ("preferencekd", ["--num_train_epochs", "1"], 8),
+        ("gad", [], 1, "1.7 for each answer that the training samples and learns from"),
+        ("proxykd-on-policy", [], 1, "1.7 for each answer that the training samples and learns from"),
+        ("preferencekd", [], 3.2, "0.53 for each answer that the training samples and learns from"),
+        (
+            "preferencekd",
+            ["--num_train_epochs", "1"],
+            8,
+            "0.21 for each answer that the training samples and learns from",
+        ),
+        ("proxykd", [], 0, "about 340% of the training's cost"),
+        ("bayeskd", [], 0, "about 340% of the training's cost"),
     ],
 )
-def test_how_many_answers_a_method_samples_for_each_row(name, overrides, samples):
-    recipe = load_recipe(f"recipes/{name}.yaml", overrides)
-    assert load_method(recipe.method).samples_of_a_row(recipe.training_args) == samples
+def test_a_method_that_samples_itself_is_told_no_share_of_its_cost(name, overrides, samples, says):
+    """How long it learns from a sample is not known; how many there are is."""
+    recipe, rows = load_recipe(f"recipes/{name}.yaml", overrides), 120 * 256
+    method = load_method(recipe.method)
+    of_a_row = method.samples_of_a_row(recipe.training_args)
+    assert of_a_row == samples
+    answers = answers_in_training(method.samples_per_prompt(recipe.training_args), rows)
+    recipe.script_args.eval_temperatures = [1.0, 1.2, 0.8, 0.6, 0.4, 0.2]
+    plan = sampling_plan(recipe.script_args, 120, 256, True, answers, of_a_row * rows)
+    # The recipes name their counts
+    assert (plan.prompts, plan.samples, plan.all) == (256, 8, 52_224)
+    assert str(plan).endswith(f"52,224 in the whole run, {says}")
+    assert ("training's cost" in str(plan)) == (samples == 0)
 
 
 def test_one_sample_is_one():

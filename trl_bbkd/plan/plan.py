@@ -263,7 +263,7 @@ class Plan:
             held_out = most if self.rows is None else min(most, max(1, self.rows // 20))
             args = self.recipe.training_args
             learned = steps * rows_of_a_step(self.recipe) * self.machine.gpus
-            answers = answers_in_training(load_method(self.recipe.method).samples_of_a_row(args), learned)
+            answers = answers_in_training(load_method(self.recipe.method).samples_per_prompt(args), learned)
             plan = sampling_plan(script_args, steps, held_out, script_args.seqkd_baseline, answers)
             batches = -(-plan.all // (self.machine.gpus * args.per_device_eval_batch_size))
             tokens = batches * args.max_completion_length

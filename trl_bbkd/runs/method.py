@@ -83,7 +83,7 @@ class Method:
         return 1
 
     def samples_of_a_row(self, args) -> float:
-        """Answers that it samples itself, during training, for each sequence that it learns from."""
+        """Answers that it samples itself, in training, for each sequence that it learns from."""
         return 0.0
 
     def sft_learning_rate(self, args) -> float:

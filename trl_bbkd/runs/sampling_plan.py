@@ -14,9 +14,6 @@ EVALUATION_PROMPTS, EVALUATION_SAMPLES, FEWEST_PROMPTS = 256, 8, 16
 EVALUATION_SHARE = 0.1
 # Tokens that are learned from in the time of one that is sampled: 1.3 (135 M parameters) to 5.4 (0.26 M) on a CPU, at batch 8
 COST_OF_SAMPLING = 2
-# Answers that are only sampled in the time of one that a method samples and learns from: 2.4 (Proxy-KD on policy), 5 (PreferenceKD)
-# and 5.7 (GAD) in tinycount, 4 (GAD, 135 M parameters), on a CPU
-COST_OF_LEARNING_FROM_SAMPLES = 3
 
 
 @dataclass
@@ -39,6 +36,9 @@ class SamplingPlan:
             Temperatures.
         answers (`float`, *optional*):
             How many answers could be sampled in the time of the training.
+        own_answers (`float`, *optional*, defaults to `0.0`):
+            Answers that the training samples itself. How long it learns from one is not known before: on a CPU, 2.4 (Proxy-KD on
+            policy), 5 (PreferenceKD) and 5.7 (GAD) only sampled ones took as long in tinycount, 4 with 135 M parameters (GAD).
     """
 
     prompts: int
@@ -48,6 +48,7 @@ class SamplingPlan:
     curves: int
     temperatures: Sequence[float] = TEMPERATURES
     answers: float | None = None
+    own_answers: float = 0.0
 
     @property
     def once(self) -> int:
@@ -65,26 +66,33 @@ class SamplingPlan:
             f"report: {self.prompts} held-out prompts (eval_prompts), {self.samples} sample{'s' * (self.samples > 1)} of each "
             f"(eval_samples; one when greedy) at temperatures {named} (eval_temperatures): {self.once:,} completions now, {self.all:,} in the whole run"
         )
+        if self.own_answers:
+            return (
+                f"{text}, {self.all / self.own_answers:.2g} for each answer that the training samples and learns from"
+            )
         return text + (f", about {self.all / self.answers:.0%} of the training's cost" if self.answers else "")
 
 
-def answers_in_training(samples_of_a_row: float, rows: int) -> float:
+def answers_in_training(samples_per_prompt: int, rows: int) -> float:
     """
     How many answers could be sampled in the time of a training, by counts alone: a run and its repetition plan alike.
 
     Args:
-        samples_of_a_row (`float`):
-            Answers that the method samples itself for each of them.
+        samples_per_prompt (`int`):
+            The method's sequences for each prompt; where there are several, it samples them itself.
         rows (`int`):
             Sequences that are learned from.
     """
-    if samples_of_a_row > 0:
-        return COST_OF_LEARNING_FROM_SAMPLES * samples_of_a_row * rows
-    return rows / COST_OF_SAMPLING
+    return rows if samples_per_prompt > 1 else rows / COST_OF_SAMPLING
 
 
 def sampling_plan(
-    script_args: RecipeArguments, steps: int, rows: int, has_baseline: bool, answers: float | None = None
+    script_args: RecipeArguments,
+    steps: int,
+    rows: int,
+    has_baseline: bool,
+    answers: float | None = None,
+    own_answers: float = 0.0,
 ) -> SamplingPlan:
     """
     What the recipe says of the report's sampling. What it leaves open suits the training's length, and is then made smaller,
@@ -101,6 +109,8 @@ def sampling_plan(
             Whether SeqKD is trained.
         answers (`float`, *optional*):
             As of [`answers_in_training`]; `None` makes nothing smaller.
+        own_answers (`float`, *optional*, defaults to `0.0`):
+            Answers that the training samples itself.
     """
     points = len(curve_steps(steps))
 
@@ -114,6 +124,7 @@ def sampling_plan(
             curves=points - 1 + (points if has_baseline else 0),
             temperatures=script_args.eval_temperatures or TEMPERATURES,
             answers=answers,
+            own_answers=own_answers,
         )
 
     prompts = min(max(steps, FEWEST_PROMPTS), EVALUATION_PROMPTS)
