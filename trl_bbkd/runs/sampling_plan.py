@@ -64,7 +64,8 @@ class SamplingPlan:
         named = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
         text = (
             f"report: {self.prompts} held-out prompts (eval_prompts), {self.samples} sample{'s' * (self.samples > 1)} of each "
-            f"(eval_samples; one when greedy) at temperatures {named} (eval_temperatures): {self.once:,} completions now, {self.all:,} in the whole run"
+            f"(eval_samples; one when greedy) at temperatures {named} (eval_temperatures): {self.once:,} completions now, "
+            f"{self.all:,} in the whole run"
         )
         if self.own_answers:
             return (
