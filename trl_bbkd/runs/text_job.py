@@ -75,12 +75,14 @@ class TextJob(Job):
         self._tokenize(train, test, most)
         self.temperatures = [float(value) for value in self.script_args.eval_temperatures or TEMPERATURES]
         steps = self._planned_steps()
+        learned = steps * self._rows_of_a_step
         self.plan = sampling_plan(
             self.script_args,
             steps,
             count_prompts(self.test),
             self.script_args.seqkd_baseline,
-            answers_in_training(self.method.samples_per_prompt(self.args), steps * self._rows_of_a_step),
+            answers_in_training(self.method.samples_per_prompt(self.args), learned),
+            self.method.samples_of_a_row(self.args) * learned,
         )
         self.held_out_rows = first_prompts(self.test, self.plan.prompts)
         self.data_warnings = sameness_warnings(self.train, self.held_out_rows, self.counts)
