@@ -291,6 +291,7 @@ TESTED = {
     "docs/hub.md": {
         "trl-bbkd train recipes/gad.yaml --push_to_hub true --hub_model_id me/student": parsed,
         "trl-bbkd push output/gad me/student": parsed,
+        "trl-bbkd compare output/gad output/preferencekd --push": parsed,
     },
     "docs/llkd.md": {
         "from datasets import Dataset": README + "code_of_the_llkd_docs_runs",

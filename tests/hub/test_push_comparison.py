@@ -44,6 +44,8 @@ def hub(monkeypatch):
     """A Hub that the client in this process speaks to, logged in, with what was pushed."""
     with HubServer() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        files = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -84,7 +86,7 @@ class TestSection:
         comparison = Comparison(read_runs(pushed))
         for label, *cells in [*comparison.table(), *comparison.differences()]:
             assert f"| {label} | {' | '.join(cells)} |" in section[0]
-        assert "* **me/two** beside me/one: better: quality at equal diversity (+0." in section[0]
+        assert "* **me/two** beside me/one. Better: quality at equal diversity +0." in section[0]
         page = MarkdownIt().enable("table").render(section[0])
         assert page.count("<table>") == 3 and page.count('href="https://huggingface.co/me/two"') == 1
 
