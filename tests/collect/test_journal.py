@@ -42,6 +42,14 @@ def test_what_is_kept(tmp_path):
         assert journal.spent() == Spent(2, 3, 4, 0.01) and journal.unheard() == 0
 
 
+def test_the_key_is_in_no_column(tmp_path):
+    """Wherever an endpoint quotes it."""
+    raw = {"message": {"content": "my KEY"}, "finish_reason": "stop KEY"}
+    answers = Answers([read_choice(raw)], USAGE, "m KEY", "fp KEY")
+    kept = Entry.answered(0, answers.choices[0], answers, USAGE, 1, lambda text: text.replace("KEY", "***"))
+    assert "KEY" not in str(vars(kept)) and str(vars(kept)).count("***") == 5
+
+
 def test_a_second_answer_takes_the_place_of_a_failure(tmp_path):
     with Journal(tmp_path / "journal.sqlite") as journal:
         failed = Entry(0, 3, now(), failure="status 500")

@@ -83,6 +83,16 @@ def test_in_a_traceback(tmp_path):
     assert found_in(tmp_path, done.stdout, done.stderr) == []
 
 
+def test_secrets_of_the_environment(monkeypatch):
+    """With ends of lines, as JSON has them, and where one begins as another does."""
+    monkeypatch.setenv("SOME_TOKEN", 'schlüssel"geheim\n')
+    monkeypatch.setenv("OTHER_TOKEN", "another-secret-and-more")
+    redactor = Redactor("another-secret")
+    spelled = ('schlüssel"geheim', 'schlüssel\\"geheim', 'schl\\u00fcssel\\"geheim', "another-secret-and-more")
+    for text in (*spelled, "another-secret", "hf_" + "a" * 20):
+        assert redactor.in_messages(f"<{text}>") == "<***>"
+
+
 def test_spellings(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "another/secret+value")
     redactor = Redactor('key/with "signs"')
