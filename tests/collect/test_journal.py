@@ -58,6 +58,16 @@ def test_a_second_answer_takes_the_place_of_a_failure(tmp_path):
         assert journal.state(b"a") == "answer"
 
 
+def test_answers_and_what_they_took_are_one_commit(tmp_path):
+    """As where the process ends, or the disk is full, between the two."""
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        request = journal.sending(Spent(1, 9, 9, 1.0))
+        with pytest.raises(sqlite3.Error):
+            journal.settle(request, "answered", Spent(1, object(), 1, 0.1), {b"a": entry()})
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        assert journal.state(b"a") is None and journal.unheard() == 1 and journal.spent() == Spent(1, 9, 9, 1.0)
+
+
 def test_keys_that_come_again(tmp_path):
     with Journal(tmp_path / "journal.sqlite") as journal:
         meetings = journal.first_meetings()

@@ -129,6 +129,23 @@ def test_reasoning(message, content, reasoning):
     assert read_message(message)[:2] == (content, reasoning)
 
 
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        (b"a \\ud83c", "a \ufffd"),
+        (b"\\uDF4F b", "\ufffd b"),
+        (b"a \xed\xa0\xbc", "a \ufffd"),
+        (b"\\ud83c\\udf4f \\u00fc", "🍏 ü"),
+        ("한국 🍏".encode(), "한국 🍏"),
+    ],
+)
+def test_half_a_character_is_none(written, content):
+    body = b'{"choices": [{"message": {"content": "%s"}}], "model": "%s"}' % (written, written)
+    answers = reply(body)
+    assert answers.choices[0].content == answers.choices[0].raw["message"]["content"] == answers.model == content
+    assert reply(b'{"error": {"message": "%s"}}' % written, 500).text == content
+
+
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
 

@@ -1,16 +1,21 @@
 """The key is nowhere but in the environment, also where an endpoint quotes it."""
 
+import asyncio
 import base64
 import os
 import subprocess
 import sys
 
+import aiohttp
 import pytest
 
 from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, LASTING, NOTED, TRANSIENT, TeacherServer
 from trl_bbkd.cli import main
+from trl_bbkd.collect.client import Client
 from trl_bbkd.collect.redaction import Redactor
+from trl_bbkd.collect.replies import NoReply
+from trl_bbkd.collect.settings import CollectConfig
 
 
 OTHER = "wandb-secret-of-another-program"
@@ -64,6 +69,20 @@ def test_in_what_ends_a_run(tmp_path, monkeypatch, capfd, caplog, kind):
     out, err = capfd.readouterr()
     assert err.splitlines()[-1].startswith("error: ") and kind in err
     assert found_in(tmp_path, out, err, caplog.text) == []
+
+
+def test_of_an_error_of_the_connection_its_name_is_shown_alone(monkeypatch):
+    """Its text may hold the headers that were sent."""
+
+    def broken(*_, **__):
+        raise aiohttp.ClientError(f"headers: Bearer {KEY}")
+
+    async def send():
+        async with Client(CollectConfig("http://h/v1", "m", "out", "x"), KEY) as client:
+            return await client.send({})
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", broken)
+    assert asyncio.run(send()) == NoReply("connection lost", "ClientError")
 
 
 def test_in_a_traceback(tmp_path):
