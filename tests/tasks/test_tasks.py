@@ -106,6 +106,32 @@ def test_what_is_asked_anew(tmp_path, tiny_model_dir, other_model_dir, loads):
     assert result["low"] is None and "| 2 of 8 |" in page and "Warning: --limit 2: of red the first rows alone" in page
 
 
+BROKEN = ["{", "[]", "{}", '{"how": HOW, "results": [{"task": "red"}]}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_record_that_is_broken_is_made_anew(tmp_path, tiny_model_dir, loads, text):
+    task = write_task(tmp_path)
+    found = ask(tmp_path, tiny_model_dir, task)
+    record = tmp_path / "out/benchmarks/red.json"
+    record.write_text(text.replace("HOW", json.dumps(json.loads(record.read_text())["how"])))
+    assert ask(tmp_path, tiny_model_dir, task) == found and len(loads) == 2
+
+
+def test_a_function_that_fails_at_work_is_one_line(tmp_path, tiny_model_dir, capsys):
+    """It names the line; what other tasks have come to is kept."""
+    task = write_writing_task(tmp_path, process_results="RESULTS")
+    task.write_text(task.read_text().replace("RESULTS", "!function words.results"))
+    (tmp_path / "words.py").write_text("def results(row, answers):\n    raise KeyError('gone')\n")
+    with pytest.raises(SystemExit) as stopped:
+        ask(tmp_path, tiny_model_dir, write_task(tmp_path), task)
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == (
+        f"error: --tasks: writing ended with KeyError: 'gone' ({tmp_path}/words.py, line 2). Mend that; the same command goes on with "
+        "what is missing."
+    )
+    assert [path.name for path in (tmp_path / "out/benchmarks").glob("*.json")] == ["red.json"]
+
+
 def test_an_adapter_is_asked_with_its_base_model(tmp_path, tiny_model_dir):
     """One without a tokenizer of its own, whose B is not zero, answers otherwise than its base model, and is known from it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -176,7 +202,7 @@ def test_beside_a_judge(tmp_path, tiny_model_dir, capsys):
     with judging(lambda *_: "Verdict: A") as server:
         found, page = judge(server, tmp_path, **changes)
         asked = server.requests
-        assert judge(server, tmp_path, **changes) == (found, page) and server.requests == asked == 14
+        assert judge(server, tmp_path, **changes) == (found, page) and server.requests == asked == 4 + 14
     assert found["metrics"]["win_rate"]["value"] == 0.5 and found["benchmarks"]["results"][0]["task"] == "red"
     assert page.index("`win_rate`") < page.index("## Benchmarks") < page.index("| `red` |")
 
