@@ -126,7 +126,8 @@ def test_keys_of_the_guides_exist(page):
         "machine_rank",
         "main_process_ip",
         "main_process_port",
-    }  # the launcher's
+        "seeds",
+    }  # the launcher's and the command's
     assert len(keys) > 4 and keys - known == set()
 
 

@@ -150,6 +150,16 @@ def test_a_training_is_the_same_with_a_judge(tmp_path, tiny_model_dir):
     assert {request for request, *_ in told} == prompts and len(students) > 3
 
 
+def test_a_metric_of_the_same_name_is_refused(tmp_path, tiny_model_dir):
+    """Of the trainer's own, before the judge is asked and it is lost."""
+    with judging(by_wins) as server:
+        trainer, _ = judged_training(server, tmp_path / "out", tiny_model_dir)
+        trainer.compute_metrics = lambda _: {"win_rate": 0.5}
+        with pytest.raises(RecipeError, match="both would be eval_win_rate. Rename"):
+            trainer.evaluate()
+        assert server.requests == OF_THE_CHECK
+
+
 class FailingServer(JudgeServer):
     """After so many requests it refuses the key."""
 
