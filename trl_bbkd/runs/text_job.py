@@ -136,8 +136,10 @@ class TextJob(Job):
     @property
     def _evaluation_seconds(self) -> float:
         """What all measurements of the run took, those along the way included."""
-        along = sum(part.get(EVALUATION, 0.0) for part in self.progress.parts.values())
-        return along + sum(part.get("seconds", 0.0) for part in self.progress.parts.values() if "by_row" in part)
+        # Others are lists, as of the trackers that have the report
+        parts = [part for part in self.progress.parts.values() if isinstance(part, dict)]
+        along = sum(part.get(EVALUATION, 0.0) for part in parts)
+        return along + sum(part.get("seconds", 0.0) for part in parts if "by_row" in part)
 
     def _training_judge(self):
         return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
