@@ -188,6 +188,18 @@ class TestStopped:
         code, error = self.ended(recipe, capsys, status=0, monkeypatch=monkeypatch)
         assert code == 2 and "seed-0 has no metrics.json: the recipe leaves the student's training out" in error
 
+    def test_what_is_finished_has_a_report_and_came_to_its_end(self, recipe, tmp_path):
+        """A run that is killed after its first report is not finished."""
+        several = SeveralSeeds(str(recipe), ["0", "1"], [])
+        several.folder(0).mkdir(parents=True)
+        (several.folder(0) / "metrics.json").write_text("{}")
+        assert not several.is_finished(0)
+        several.finish(0)
+        again = SeveralSeeds(str(recipe), ["0", "1"], [])
+        assert again.is_finished(0) and not again.is_finished(1)
+        (several.folder(0) / "metrics.json").unlink()
+        assert not again.is_finished(0)
+
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": 1, "finished": [0]}', "\xff"])
     def test_a_list_of_what_is_finished_that_is_broken(self, recipe, tmp_path, text):
         """Each run says itself what it has."""

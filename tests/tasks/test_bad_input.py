@@ -49,6 +49,11 @@ def test_names(refusal):
 def test_unsafe_code(refusal, tmp_path):
     line = "runs on this machine what the student writes. Where that may happen, in a container, add --confirm_run_unsafe_code."
     assert refusal("humaneval") == f"--tasks: humaneval {line}"
+    # Its own functions are not run either
+    own = write_writing_task(tmp_path / "stock", task="humaneval", unsafe_code=True, process_docs="DOCS")
+    own.write_text(own.read_text().replace("DOCS", "!function module.docs"))
+    (tmp_path / "stock/module.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\ndocs = list\n")
+    assert refusal("humaneval") == f"--tasks: humaneval {line}" and not (tmp_path / "it_ran").exists()
     assert refusal(write_writing_task(tmp_path, unsafe_code=True)) == f"--tasks: writing {line}"
 
 

@@ -1,16 +1,19 @@
 """Benchmarks by tasks of lm_eval that lie on disk: values by hand, a second run, adapters, beside a judge."""
 
 import json
+import shutil
 import statistics
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.judging.helpers import evaluate as judge
 from tests.judging.helpers import files, judging
 from tests.tasks.helpers import CHOICES, ask, write_task, write_writing_task
+from trl_bbkd.tasks.report import results_of
 
 
 pytest.importorskip("lm_eval")
@@ -106,6 +109,48 @@ def test_what_is_asked_anew(tmp_path, tiny_model_dir, other_model_dir, loads):
     assert result["low"] is None and "| 2 of 8 |" in page and "Warning: --limit 2: of red the first rows alone" in page
 
 
+def test_settings_that_ask_anew(tmp_path, tiny_model_dir, loads, monkeypatch):
+    """Rows, template, few-shot examples, lm_eval's version: each alone."""
+    shutil.copytree(tiny_model_dir, model := tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    task = write_task(tmp_path / "mine")
+    templated = ["--apply_chat_template"]
+
+    def asked(*options):
+        before = len(loads)
+        ask(tmp_path, model, task, options=options)
+        return len(loads) - before
+
+    assert [asked("--limit", 3), asked("--limit", 3), asked(), asked(*templated), asked(*templated)] == [1, 0, 1, 1, 0]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    assert asked(*templated) == 1
+    keys = yaml.safe_load(task.read_text())
+    keys["dataset_kwargs"]["data_files"]["train"] = str(tmp_path / "examples.jsonl")
+    task.write_text(yaml.safe_dump(keys | {"training_split": "train", "num_fewshot": 1}))
+    for gold in (0, 1):
+        (tmp_path / "examples.jsonl").write_text(json.dumps(CHOICES[5] | {"gold": gold}) + "\n")
+        assert [asked(), asked()] == [1, 0]
+    monkeypatch.setattr("lm_eval.__version__", "0")
+    assert asked() == 1
+
+
+def test_a_task_that_says_no_examples_means_it(tmp_path, tiny_model_dir):
+    tasks = write_task(tmp_path, num_fewshot=0), write_task(tmp_path, "blue")
+    found, _ = ask(tmp_path, tiny_model_dir, *tasks, options=["--num_fewshot", 1])
+    assert {result["task"]: result["n_shot"] for result in found["benchmarks"]["results"]} == {"red": 0, "blue": 1}
+
+
+@pytest.mark.parametrize(("rows", "has_interval"), [(5, False), (6, True)])
+def test_an_interval_needs_rows(rows, has_interval):
+    found = {"red": {"sample_len": rows, "acc,none": 0.4, "acc_stderr,none": 0.1}}
+    (result,) = results_of(
+        {"results": found} | dict.fromkeys(("n-samples", "higher_is_better", "versions", "n-shot"), {})
+    )
+    assert (result.low is not None) == has_interval
+
+
 BROKEN = ["{", "[]", "{}", '{"how": HOW, "results": [{"task": "red"}]}']
 
 
@@ -175,6 +220,7 @@ def test_a_group_and_names_of_a_folder(tmp_path, tiny_model_dir, few_tasks):
     found, _ = ask(tmp_path, tiny_model_dir, tmp_path / "mine")
     values = {result["task"]: result for result in found["benchmarks"]["results"]}
     assert set(values) == {"red", "other", "both"} and values["both"]["rows"] == 10
+    assert len(found["benchmarks"]["results"]) == 3
     mean = (7 * values["red"]["value"] + 3 * values["other"]["value"]) / 10
     assert values["both"]["value"] == pytest.approx(mean)
     found, _ = ask(tmp_path, tiny_model_dir, "red,other", options=["--include_path", tmp_path / "mine"])
