@@ -92,7 +92,9 @@ class TextJob(Job):
         self.judge = judge_of(self.script_args)
         if self.judge is not None:
             # Before any weights are loaded, a judge that cannot be asked is an error
-            self._training_judge().check()
+            training_judge = self._training_judge()
+            training_judge.refuse_names(self.args.metric_for_best_model, self._names_of_sample_metrics)
+            training_judge.check()
         self.vllm: TrainersVLLM | None = None
         self._measuring = 0.0  # seconds since they were asked for
         self.measure = functools.partial(
@@ -137,12 +139,20 @@ class TextJob(Job):
     @property
     def _evaluation_seconds(self) -> float:
         """What all measurements of the run took, those along the way included."""
+        # Others are lists, as of the trackers that have the report
         parts = [part for part in self.progress.parts.values() if isinstance(part, dict)]
         along = sum(part.get(EVALUATION, 0.0) for part in parts)
         return along + sum(part.get("seconds", 0.0) for part in parts if "by_row" in part)
 
     def _training_judge(self):
         return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
+
+    def _names_of_sample_metrics(self) -> list[str]:
+        """Of what `sample_metrics` returns, by one of the teacher's answers; none where no evaluation has them."""
+        if self.sample_metrics is None or self.args.eval_strategy == "no":
+            return []
+        found = evaluate_teacher(self.held_out_rows[:1], self.sample_metrics, self.tokenizer)
+        return [name.partition("@")[0] for name in found]
 
     def _planned_steps(self) -> int:
         args = self.args
