@@ -442,25 +442,6 @@ class TestCard:
         data = ModelCard(render_card(make_card(datasets=["someone/questions", "teacher/train.jsonl/x"]))).data
         assert data.base_model == "Qwen/Qwen2.5-0.5B" and data.datasets == ["someone/questions"]
 
-    def test_results_are_those_of_the_report(self):
-        """As the Hub's own client reads them: the method's student, with intervals, without what is neither good nor bad."""
-        intervals = {"valid@t1.0": (0.75, 0.8333333), "teacher_nll": (float("nan"), float("nan"))}
-        report = make_report(intervals=intervals)
-        data = ModelCard(render_card(make_card(datasets=["someone/questions"], report=report))).data
-        found = {result.metric_name: result for result in data.eval_results}
-        assert data.model_name == "student" and not [name for name in found if name.startswith("length")]
-        valid, nll = found["valid, T=1.0"], found["teacher NLL"]
-        assert (valid.metric_type, valid.metric_value, nll.metric_value) == ("valid", 0.792, 0.84)
-        assert valid.metric_args["low"] == 0.75 and valid.metric_args["high"] == 0.8333 and nll.metric_args is None
-        assert {result.dataset_type for result in found.values()} == {"someone/questions"}
-        assert {result.verified for result in found.values()} == {False} and valid.dataset_split == "held-out"
-
-    def test_results_on_a_file_name_no_data_set_of_the_hub(self, tmp_path):
-        data = ModelCard(render_card(make_card(datasets=[f"{tmp_path}/rows.jsonl"], report=make_report()))).data
-        assert {(result.dataset_type, result.dataset_name) for result in data.eval_results} == {
-            ("unknown", "rows.jsonl")
-        }
-
     def test_warnings_are_not_hidden(self):
         report = make_report(warnings=[{"step": 7, "text": "The discriminator is inverted."}])
         assert "Warnings during training: 1, the first at step 7" in render_card(make_card(report=report))
