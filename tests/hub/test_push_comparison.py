@@ -86,7 +86,7 @@ class TestSection:
         comparison = Comparison(read_runs(pushed))
         for label, *cells in [*comparison.table(), *comparison.differences()]:
             assert f"| {label} | {' | '.join(cells)} |" in section[0]
-        assert "* **me/two** beside me/one. Better: quality at equal diversity +0." in section[0]
+        assert "* **me/two** beside me/one: better: quality at equal diversity (+0." in section[0]
         page = MarkdownIt().enable("table").render(section[0])
         assert page.count("<table>") == 3 and page.count('href="https://huggingface.co/me/two"') == 1
 

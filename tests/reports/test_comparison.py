@@ -10,7 +10,7 @@ import pytest
 from trl_bbkd.cli import main
 from trl_bbkd.errors import ComparisonError
 from trl_bbkd.evaluation.intervals import interval_of_mean
-from trl_bbkd.reports.comparison import Comparison, read_runs, short_names
+from trl_bbkd.reports.comparison import Comparison, read_runs
 from trl_bbkd.reports.comparison_page import page
 from trl_bbkd.reports.held_out import write_held_out
 
@@ -68,7 +68,6 @@ def runs(tmp_path):
 def test_the_table_has_what_runs_left(runs):
     comparison = Comparison(read_runs(runs))
     rows = {label: cells for label, *cells in comparison.table()}
-    # What is measured at the deciding temperature first
     deciding = ["valid, T=1.0", "distinct valid answers, T=1.0", "teacher NLL"]
     assert list(rows) == [*deciding, "valid, T=0.7", "valid, greedy"]
     for number, run in enumerate(comparison.runs):
@@ -92,58 +91,10 @@ def test_differences_are_of_the_same_prompts(runs):
     assert re.fullmatch(r"\+0\.[23]\d\d \(\+0\.\d{3} to \+0\.\d{3}\)", rows["quality at equal diversity"][0])
     alone = Comparison(comparison.runs, ["valid@greedy", "teacher_nll"])
     assert [row[0] for row in alone.table()] == ["valid, greedy", "teacher NLL"]
-    judged = ["valid, T=1.0", "valid, T=0.7", "valid, greedy"]
-    assert [row[0] for row in Comparison(comparison.runs, ["valid"]).table()] == judged
-
-
-@pytest.mark.parametrize(
-    ("folders", "names"),
-    [
-        (["output/gad", "output/gad-2"], ["gad", "gad-2"]),
-        (["a/gad/seed-0", "a/llkd/seed-0", "a/gad/seed-1"], ["gad/seed-0", "llkd/seed-0", "gad/seed-1"]),
-        (["gad/output", "llkd/output"], ["gad", "llkd"]),
-        (["output", "output/gad"], ["output", "output/gad"]),
-        (["/one/run", "/two/run"], ["one", "two"]),
-    ],
-)
-def test_runs_are_named_by_what_tells_them_apart(folders, names):
-    assert short_names(folders) == names
-
-
-def test_a_folder_under_two_names_is_one_run(runs):
-    with pytest.raises(ComparisonError, match="each once"):
-        read_runs([runs[0], f"{runs[0]}/"])
-
-
-def test_at_a_glance(runs):
-    """What got better, worse, and where nothing is seen, with intervals, and of the deciding temperature alone."""
-    comparison = Comparison(read_runs([runs[1], runs[0], runs[2]]))
-    lines = [line for line in comparison.markdown().splitlines() if line.startswith("* **")]
-    assert [line.partition(". ")[0] for line in lines] == ["* **one** beside two", "* **three** beside two"]
-    assert re.search(
-        r"Worse: quality at equal diversity −0\.\d{3} \(−0\.\d{3} to −0\.\d{3}\); valid, T=1\.0 −0\.\d{3} \(", lines[0]
-    )
-    assert re.search(r"No difference seen: teacher NLL \(−0\.\d{3} to \+0\.\d{3}\)\.$", lines[0])
-    assert "T=0.7" not in lines[0] and "greedy" not in lines[0]
-    html = page(comparison)
-    found = re.findall(r'<li class="(\w+)"><i>(.)</i><span>([^<]+)', html)
-    assert ("worse", "▼", "worse: valid, T=1.0 ") in found and ("no", "=", "no difference seen: teacher NLL ") in found
-    assert html.index('class="verdict"') < html.index("<table")
-    better = page(Comparison(comparison.runs[1::-1]))
-    assert '<li class="better"><i>▲</i><span>better: valid, T=1.0 <b>+0.' in better
-
-
-def test_what_does_not_decide_is_folded(runs):
-    html = page(Comparison(read_runs(runs)))
-    before = html.partition("<details>")[0]
-    assert "valid, T=0.7" not in before and "learning_<wbr>rate" not in before and "valid, T=1.0" in before
-    folded = re.findall(r"<summary>([^<]+)</summary>", html)
-    assert folded == ["At other temperatures", "All differences", "Settings that differ: 2", "Folders"]
-
-
-def test_answers_are_not_counted_by_a_judge_of_degrees(tmp_path):
-    runs = [write_run(tmp_path / name, 0.0, seed=seed) for seed, name in enumerate(("one", "two"))]
-    assert "distinct valid" not in Comparison(read_runs(runs)).markdown()
+    assert list(rows)[:2] == ["quality at equal diversity", "valid, T=1.0"]
+    assert [row[0] for row in Comparison(comparison.runs, ["valid"]).table()] == [
+        row for row in rows if row.startswith("valid")
+    ]
 
 
 def test_settings_that_differ_are_told(runs):
@@ -165,7 +116,7 @@ def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path, capsys):
     html = (tmp_path / "page.html").read_text()
     # Nothing is fetched, nothing of the rows is markup, and all that is opened is closed
     assert not re.search(r"https?://|<script|<link|@import|url\(", html)
-    assert "&lt;b&gt;prompt&lt;/b&gt;" in html and "<b>prompt" not in html and "0 1 2 | &lt;i&gt;" in html
+    assert "&lt;b&gt;prompt&lt;/b&gt;" in html and "<b>" not in html and "0 1 2 | &lt;i&gt;" in html
     assert Balanced().check(html) == [] and html.count("<svg") == 2 and "<mark>" in html
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
 

@@ -36,7 +36,7 @@ def compared_section(comparison: Comparison, repositories: list[str], folder: st
     names = [escape(name) for name in repositories]
     links = " · ".join(f"[{name}](https://huggingface.co/{name})" for name in repositories)
     lines = ["## Compared", "", f"Students of the same teacher, side by side: {links}.", ""]
-    lines += [f"* {sentence}" for sentence in verdicts(comparison.deciding_differences, names)]
+    lines += [f"* {sentence}" for sentence in verdicts(comparison.found, names)]
     lines += ["", *table(["", *names], comparison.table()), "", comparison.explanation, ""]
     lines += [*table([f"less {names[0]}", *names[1:]], comparison.differences()), ""]
     if comparison.judged:

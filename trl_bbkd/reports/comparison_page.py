@@ -2,127 +2,123 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from html import escape
 
-from .comparison import Comparison, equal_diversity_explained, label_of
-from .line_chart import COLORS, line_chart
-from .verdicts import BETTER, UNCLEAR, WORSE, Difference
+from .comparison import ComparedRun, Comparison, equal_diversity_explained, label_of
+from .line_chart import line_chart, line_mark
+from .page_style import style
+from .verdicts import BETTER, NO_VERDICT, UNCLEAR, WORSE, Difference, by_kind
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #d1d5db; --paper: #ffffff; --card: #f3f4f6; --mark: #fde68a;
-  --better: #047857; --worse: #b91c1c; %s }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #a3acb9; --line: #374151; --paper: #111827; --card: #1f2937; --mark: #854d0e;
-    --better: #34d399; --worse: #f87171; %s }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.4rem; line-height: 1.25; margin: 0 0 .5rem } h2 { font-size: 1.1rem; margin: 1.75rem 0 .5rem }
-h2 small { display: inline; font-weight: 400 }
-p { color: var(--soft); max-width: 44rem; font-size: .9rem }
-.verdict { background: var(--card); border-radius: .5rem; padding: .75rem; margin: .75rem 0 } .verdict h2 { margin: 0 0 .35rem }
-.verdict ul { list-style: none; margin: 0; padding: 0 } .verdict li { display: flex; gap: .5rem }
-.verdict i { font-style: normal; width: 1rem; flex: none } .verdict li small { display: inline; white-space: nowrap }
-.better i, .better b { color: var(--better) } .worse i, .worse b { color: var(--worse) }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-td { white-space: nowrap } th { overflow-wrap: break-word; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal; padding-left: 0 }
-.settings td, .settings th { white-space: normal; overflow-wrap: break-word; text-align: left }
-small { color: var(--soft); display: block; font-size: .8em }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 20rem), 1fr)); gap: 1rem; margin: 1rem 0 }
-figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem } figcaption { font-weight: 600; font-size: .9rem }
-svg { width: 100%%; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px } .grid { stroke: var(--line) }
-.legend { font-size: .85rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem } .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%%; margin-right: .35em }
-article { background: var(--card); border-radius: .5rem; padding: .75rem; margin: .75rem 0 }
-dl { margin: 0 } dt { color: var(--soft); font-size: .85rem; margin-top: .4rem } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }
-mark { background: var(--mark); color: inherit }
-details { border-top: 1px solid var(--line) } summary { padding: .75rem 0; cursor: pointer; font-weight: 600 }
-@media (max-width: 30rem) { table { font-size: .82rem } th, td { padding: .3rem .35rem } }
-"""
+# Shape and word say it too, where colour does not
+KIND_MARKS = {BETTER: ("▲", "better"), WORSE: ("▼", "worse"), UNCLEAR: ("≈", "unclear")}
+OPEN_EXAMPLES = 2
+NOTHING_FETCHED = "default-src 'none'; style-src 'unsafe-inline'"
+INTERVAL = re.compile(r"^(\S+) \((\S+) to (\S+)\)$")
 
 
 def page(comparison: Comparison) -> str:
-    """The page's HTML. What differs from the teacher's answer is marked in the students'."""
-    names = comparison.names
-    rows, differences = comparison.table(), comparison.differences()
-    known = len(comparison.deciding)
+    """The page's HTML: verdicts, what decides, pictures, and folded what is left."""
+    first = breakable(comparison.names[0])
     parts = [
-        f"<h1>{_breaking(' · '.join(names))}</h1>",
+        f"<h1>{' · '.join(map(breakable, comparison.names))}</h1>",
+        _runs(comparison),
         f"<p>{escape(comparison.explanation)}</p>",
-        *map(_verdict, names[1:], comparison.deciding_differences, [names[0]] * len(names[1:])),
-        _table(["", *names], rows[:known]),
+        *_values(comparison),
         f'<div class="charts">{_curves(comparison)}{_diversity(comparison)}</div>',
     ]
     if comparison.judged:
-        parts.append(f"<p>{escape(equal_diversity_explained(comparison.judged)).replace('`', '')}</p>")
-    parts += ["<h2>Answers</h2>", *(_example(example, names) for example in comparison.examples())]
-    parts.append("<h2>More</h2>")
-    if rows[known:]:
-        parts.append(_folded("At other temperatures", _table(["", *names], rows[known:])))
-    parts.append(_folded("All differences", _table([f"less {names[0]}", *names[1:]], differences)))
-    if settings := comparison.settings():
+        explained = escape(equal_diversity_explained(comparison.judged)).replace("`", "")
         parts.append(
-            _folded(f"Settings that differ: {len(settings)}", _table(["", *names], settings, "wide settings"))
+            f"<p>{explained} In the picture a better student lies higher, a sharper one only farther left.</p>"
         )
-    folders = [[name, run.name] for name, run in zip(names, comparison.runs, strict=True)]
-    parts.append(_folded("Folders", _table(["run", "folder"], folders, "wide settings")))
-    light, dark = (" ".join(f"--c{number}: {color};" for number, color in enumerate(colors)) for colors in COLORS)
+    head = [f"less {first}", *_heads(comparison)[1:]]
+    parts.append(_folded("All differences", _table(head, comparison.differences())))
+    if settings := comparison.settings():
+        parts.append(_folded("Settings that differ", _table(["", *_heads(comparison)], settings, "wide settings")))
+    parts += _answers(comparison)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(', '.join(names))}</title>\n<style>{STYLE % (light, dark)}</style>\n</head>\n<body>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_FETCHED}">\n'
+        f"<title>{escape(', '.join(comparison.names))}</title>\n<style>{style()}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
 
 
-def _verdict(name: str, found: list[Difference], first: str) -> str:
-    """What a run is better and worse in than the first, each with its interval."""
-    lines = []
-    for kind, sign in SIGNS.items():
-        for each in (each for each in found if each.kind == kind):
-            ends = f"{each.signed('low')} to {each.signed('high')}"
-            value = "" if kind == UNCLEAR else f"<b>{each.signed('difference')}</b> "
-            lines.append(
-                f'<li class="{kind.split()[0]}"><i>{sign}</i><span>{kind}: {escape(each.label)} {value}<small>{ends}</small></span></li>'
-            )
-    told = f"<ul>{''.join(lines)}</ul>" if lines else "<p>No verdict without an interval.</p>"
+def breakable(text: str) -> str:
+    """Text that a narrow column breaks after underscores and slashes, not within words."""
+    return re.sub(r"([_/])(?=\w)", r"\1<wbr>", escape(text))
+
+
+def _runs(comparison: Comparison) -> str:
+    """A card for each run: what it is, and how it stands beside the first."""
+    first = breakable(comparison.names[0])
+    cards = ["<p>The others are compared with it.</p>"]
+    cards += [_verdict(found, first) for found in comparison.found]
+    heads = map(_run_head, range(len(cards)), comparison.names, comparison.runs)
     return (
-        f'<section class="verdict"><h2>{_breaking(name)} <small>beside {_breaking(first)}</small></h2>{told}</section>'
+        '<div class="runs">'
+        + "".join(f"<section>{head}{card}</section>" for head, card in zip(heads, cards, strict=True))
+        + "</div>"
     )
 
 
-SIGNS = {BETTER: "▲", WORSE: "▼", UNCLEAR: "="}
+def _run_head(number: int, name: str, run: ComparedRun) -> str:
+    return (
+        f"<h3>{line_mark(number)}{breakable(name)}</h3><small>{escape(run.method)}, in {breakable(run.name)}</small>"
+    )
 
 
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+def _verdict(found: Sequence[Difference], first: str) -> str:
+    parts = []
+    for kind, differences in by_kind(found).items():
+        mark, css = KIND_MARKS[kind]
+        than = "" if kind == UNCLEAR else f" than {first}"
+        parts.append(f'<h4 class="{css}">{mark} {kind}{than}</h4><ul>')
+        parts += [f"<li>{breakable(each.label)}{_number(str(each), 'span')}</li>" for each in differences]
+        parts.append("</ul>")
+    return "".join(parts) or f"<p>{NO_VERDICT}</p>"
 
 
-def _breaking(text: str) -> str:
-    """Text that a narrow column breaks after these signs, and not within a word."""
-    return re.sub(r"([_/,])", r"\1<wbr>", escape(text))
+def _values(comparison: Comparison) -> list[str]:
+    deciding = len(comparison.deciding)
+    rows, heads = comparison.table(), ["", *_heads(comparison)]
+    parts = [_table(heads, rows[:deciding])] if deciding else []
+    return parts + (
+        [_folded("More rows, other temperatures", _table(heads, rows[deciding:]))] if rows[deciding:] else []
+    )
 
 
-def _table(head: list[str], rows: list[list[str]], css: str = "wide") -> str:
-    def cell(text: str) -> str:
-        value, bracket, interval = escape(text).partition(" (")
-        # An interval stands below its value, where a phone has room
-        return (
-            f"<td>{value}<small>{interval.removesuffix(')')}</small></td>"
-            if INTERVAL.search(text)
-            else f"<td>{_breaking(text)}</td>"
-        )
+def _heads(comparison: Comparison) -> list[str]:
+    return [
+        f'<span title="{escape(run.name)}">{line_mark(number)}{breakable(name)}</span>'
+        for number, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))
+    ]
 
-    lines = ["".join(f"<th>{_breaking(text)}</th>" for text in head)]
-    lines += ["".join([f"<td>{_breaking(label)}</td>", *map(cell, cells)]) for label, *cells in rows]
+
+def _table(heads: list[str], rows: list[list[str]], css: str = "wide") -> str:
+    lines = ["".join(f"<th>{head}</th>" for head in heads)]
+    lines += [
+        "".join([f"<td>{breakable(label)}</td>", *(_number(cell, "td") for cell in cells)]) for label, *cells in rows
+    ]
     return f'<div class="{css}"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
-INTERVAL = re.compile(r"^\S+ \(\S+ to \S+\)$")
+def _number(text: str, tag: str) -> str:
+    """A value with its interval small beside it, which is broken before its upper end if at all."""
+    found = INTERVAL.match(text)
+    inner = breakable(text)
+    if found:
+        value, low, high = map(escape, found.groups())
+        inner = f"{value} <small>{low}&nbsp;to {high}</small>"
+    return f"<{tag}>{inner}</{tag}>"
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _curves(comparison: Comparison) -> str:
@@ -133,36 +129,40 @@ def _curves(comparison: Comparison) -> str:
         ]
         for name, run in zip(comparison.names, comparison.runs, strict=True)
     }
-    return line_chart(f"{label_of(key)} along the training", "optimizer step", series)
+    return line_chart(f"{label_of(key)}, along the training", "optimizer step", series)
 
 
 def _diversity(comparison: Comparison) -> str:
     """Each temperature is a point: a better student lies higher, a sharper one only farther left."""
     if not comparison.judged:
         return ""
-    series = {
-        name: sorted(comparison.diversity_curve(run))
-        for name, run in zip(comparison.names, comparison.runs, strict=True)
-    }
+    curves = map(comparison.diversity_curve, comparison.runs)
+    series = {name: sorted(curve) for name, curve in zip(comparison.names, curves, strict=True)}
     return line_chart(f"{comparison.judged} by diversity, a point a temperature", "distinct 4-grams", series)
 
 
-def _example(example: dict, names: list[str]) -> str:
-    teacher = example["teacher"].strip()
+def _answers(comparison: Comparison) -> list[str]:
+    examples = [_example(example) for example in comparison.examples()]
+    parts = ["<h2>Answers</h2>", "<p>Marked: what the teacher's answer does not have there.</p>"]
+    parts += examples[:OPEN_EXAMPLES]
+    more = examples[OPEN_EXAMPLES:]
+    return parts + ([_folded(f"{len(more)} more", "".join(more))] if more else [])
+
+
+def _example(example: dict) -> str:
+    teacher = example["teacher"]
     entries = [("prompt", escape(example["prompt"])), ("teacher", escape(teacher))]
-    entries += [
-        (name, _marked(answer.strip(), teacher)) for name, answer in zip(names, example["answers"], strict=True)
-    ]
+    entries += [(name, _marked(answer, teacher)) for name, answer in example["answers"].items()]
     return (
         "<article><dl>"
-        + "".join(f"<dt>{_breaking(name)}</dt><dd>{text}</dd>" for name, text in entries)
+        + "".join(f"<dt>{breakable(name)}</dt><dd>{text}</dd>" for name, text in entries)
         + "</dl></article>"
     )
 
 
 def _marked(answer: str, teacher: str) -> str:
     """An answer with the words that the teacher's does not have there marked; with characters, in text without spaces."""
-    own, other = (re.findall(r"\s+|\S+", text) if " " in teacher else list(text) for text in (answer, teacher))
+    own, other = (re.findall(r"\s+|\S+", text) if " " in teacher.strip() else list(text) for text in (answer, teacher))
     text = ""
     for kind, start, end, _, _ in difflib.SequenceMatcher(None, own, other, autojunk=False).get_opcodes():
         piece = escape("".join(own[start:end]))

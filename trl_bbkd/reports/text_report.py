@@ -158,9 +158,12 @@ class TextReport(Report):
                 "sampling colder gains nothing there."
             )
         if self.judged_metrics:
+            mean = f"`{self.judged_metrics[0]}` is the judge's mean"
+            is_counted = any(key.startswith("distinct_valid") for key, _ in self.measured)
             text.append(
-                f"`{self.judged_metrics[0]}` is the judge's mean; distinct answers are different pairs of prompt and answer, "
-                "counted."
+                f"{mean}; distinct answers are different pairs of prompt and answer, counted."
+                if is_counted
+                else f"{mean}."
             )
         else:
             text.append("Distinct answers is the share of different pairs of prompt and answer among the samples.")
@@ -235,9 +238,11 @@ def table_metrics(report: TextReport) -> list[tuple[str, str]]:
         for temperature in report.temperatures:
             metrics.append((f"{name}@{temperature_name(temperature)}", f"{name}, {in_short(temperature)}"))
     at, short = report.at, in_short(report.temperatures[0])
-    if any(found.get(f"distinct_valid@{at}") for found in report.results.values()):
-        metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
-    elif not report.judged_metrics:
+    if report.judged_metrics:
+        # A judge that is not of 0 and 1 finds no answer that is simply right
+        if any(result.get(f"distinct_valid@{at}") for result in report.results.values()):
+            metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
+    else:
         metrics.append((f"distinct_share@{at}", f"distinct answers, {short}"))
     return metrics + [
         ("teacher_nll", "teacher NLL"),

@@ -9,6 +9,7 @@ from .uncertainty import has_interval, is_clear
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "no difference seen"
 KINDS = (BETTER, WORSE, UNCLEAR)
+NO_VERDICT = "no verdict without an interval"
 
 
 class Difference(NamedTuple):
@@ -22,23 +23,20 @@ class Difference(NamedTuple):
             Its name.
         found (`dict[str, float]`):
             As of [`~reports.uncertainty.paired_difference`]; empty where nothing can be said.
+        is_deciding (`bool`, *optional*, defaults to `True`):
+            Whether it is told of where no difference is seen, too.
     """
 
     label: str
     metric: str
     found: dict[str, float]
+    is_deciding: bool = True
 
     def __str__(self) -> str:
         if not has_interval(self.found):
             return "–"
         value, low, high = (self.signed(name) for name in ("difference", "low", "high"))
         return f"{value} ({low} to {high})"
-
-    @property
-    def told(self) -> str:
-        """With the interval; where no difference is seen, that alone says how large one might be."""
-        ends = f"({self.signed('low')} to {self.signed('high')})"
-        return f"{self.label} {ends}" if self.kind == UNCLEAR else f"{self.label} {self.signed('difference')} {ends}"
 
     def signed(self, name: str) -> str:
         value = self.found[name]
@@ -68,12 +66,23 @@ def verdicts(found: Sequence[Sequence[Difference]], names: Sequence[str]) -> lis
         names (`Sequence[str]`):
             What runs are called, the first one's first.
     """
-    return [f"**{name}** beside {names[0]}. {_verdict(own)}." for name, own in zip(names[1:], found, strict=True)]
+    return [f"**{name}** beside {names[0]}: {_verdict(own)}." for name, own in zip(names[1:], found, strict=True)]
+
+
+def by_kind(found: Sequence[Difference]) -> dict[str, list[Difference]]:
+    """What is told of a run, by its kind: all that is better or worse, and what decides where no difference is seen."""
+    told = {kind: [each for each in found if each.kind == kind] for kind in KINDS}
+    told[UNCLEAR] = [each for each in told[UNCLEAR] if each.is_deciding]
+    return {kind: differences for kind, differences in told.items() if differences}
 
 
 def _verdict(found: Sequence[Difference]) -> str:
-    parts = []
-    for kind in KINDS:
-        if told := [each.told for each in found if each.kind == kind]:
-            parts.append(f"{kind.capitalize()}: {'; '.join(told)}")
-    return ". ".join(parts) or "No verdict without an interval"
+    parts = [f"{kind}: {'; '.join(map(_told, differences))}" for kind, differences in by_kind(found).items()]
+    return ". ".join(parts) or NO_VERDICT
+
+
+def _told(difference: Difference) -> str:
+    value, low, high = (difference.signed(name) for name in ("difference", "low", "high"))
+    return (
+        f"{difference.label} ({value}, {low} to {high})" if difference.is_deciding else f"{difference.label} ({value})"
+    )
