@@ -120,8 +120,7 @@ class TextReport(Report):
         return f" But {'; '.join(texts)}." if texts else ""
 
     def sense(self, metric: str) -> int:
-        name = metric.partition("@")[0]
-        return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
+        return sense(metric)
 
     def written(self, metric: str, value: float | None) -> str:
         return format_value(metric, value)
@@ -214,6 +213,12 @@ class TextReport(Report):
         from .curves import plot_curves
 
         plot_curves(self, folder / "curves.png")
+
+
+def sense(metric: str) -> int:
+    """Which way is better: 1 up, -1 down, 0 neither."""
+    name = metric.partition("@")[0]
+    return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
 
 
 def decline(report: TextReport) -> list[dict]:

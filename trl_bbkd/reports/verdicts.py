@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .text_report import BETTER_WHEN_LOWER, WITHOUT_BETTER, format_value
+from .text_report import format_value, sense
 from .uncertainty import has_interval, is_clear
 
 
@@ -45,15 +45,14 @@ class Difference(NamedTuple):
     @property
     def kind(self) -> str | None:
         """Which of `KINDS` it is; `None` where neither more nor less is better, or no interval is known."""
-        name = self.metric.partition("@")[0]
-        if name in WITHOUT_BETTER or not has_interval(self.found):
+        if not sense(self.metric) or not has_interval(self.found):
             return None
         if (self.found["low"], self.found["high"]) == (0, 0):
             # All values are the same, as where no answer is cut
             return None
         if not is_clear(self.found):
             return UNCLEAR
-        return BETTER if (self.found["difference"] < 0) == (name in BETTER_WHEN_LOWER) else WORSE
+        return BETTER if self.found["difference"] * sense(self.metric) > 0 else WORSE
 
 
 def verdicts(found: Sequence[Sequence[Difference]], names: Sequence[str]) -> list[str]:
