@@ -291,6 +291,7 @@ TESTED = {
     "docs/hub.md": {
         "trl-bbkd train recipes/gad.yaml --push_to_hub true --hub_model_id me/student": parsed,
         "trl-bbkd push output/gad me/student": parsed,
+        "trl-bbkd compare output/gad output/preferencekd --push": parsed,
     },
     "docs/llkd.md": {
         "from datasets import Dataset": README + "code_of_the_llkd_docs_runs",
@@ -365,7 +366,6 @@ TESTED = {
         "python benchmarks/proxykd_real_text.py --proxy stories15M --data gsm8k_gpt3_solutions.jsonl \\": parsed,
     },
     "docs/results/recipes.md": {
-        "trl-bbkd train recipes/gad.yaml --seeds 0 1 2": parsed,
         "accelerate launch recipes/gad.yaml": README + "first_command_in_small",
         "accelerate launch recipes/proxykd-on-policy.yaml": parsed,
         "accelerate launch recipes/preferencekd.yaml": parsed,

@@ -22,8 +22,8 @@ from trl_bbkd.runs.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = [(block.language, block.code) for block in code_blocks("README.md")]
-RUNS = [text for text in code("docs/results/recipes.md", "bash") if "--seeds" not in text]
 RECIPES = ("gad", "proxykd-on-policy", "preferencekd", "proxykd", "bayeskd", "llkd")
+RUNS = [f"accelerate launch recipes/{name}.yaml\n" for name in RECIPES]
 MOST_LINES = 110
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SMALL_REPORT = "--eval_prompts 16 --eval_samples 1"
@@ -52,7 +52,8 @@ def run(command, cwd, timeout=900):
 
 def test_every_block_has_a_test():
     assert [name for name, _ in BLOCKS] == ["bash", "bash", "python", "json", "yaml", "bash"]
-    assert RUNS == [f"accelerate launch recipes/{method}.yaml\n" for method in RECIPES]
+    seeds = [f"trl-bbkd train recipes/{name}.yaml --seeds 0 1 2\n" for name in RECIPES]
+    assert code("docs/results/recipes.md", "bash") == [one + three for one, three in zip(RUNS, seeds, strict=True)]
     assert blocks("bash")[0].endswith(f"&& {RUNS[0]}")
 
 

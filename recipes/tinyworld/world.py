@@ -88,8 +88,11 @@ def parse_prompt(prompt: str) -> Story:
     raise ValueError(f"not a prompt of this world: {prompt!r}; expected e.g. 'tom takes 4 pears to the market .'")
 
 
-def clauses(story: Story) -> Iterator[tuple[float, tuple[str, ...], Story]]:
-    """Weight, words and resulting story of each clause the teacher may tell next; a weight is relative to the others."""
+def clauses(story: Story, verbs: Sequence[Verb] | None = None) -> Iterator[tuple[float, tuple[str, ...], Story]]:
+    """
+    Weight, words and resulting story of each clause the teacher may tell next; a weight is relative to the others. Where
+    `verbs` are named, an event is one of theirs.
+    """
     pronoun = "he" if story.name in HE else "she"
     count, noun = amount(story.count, story.thing)
     if not story.stated:
@@ -107,7 +110,7 @@ def clauses(story: Story) -> Iterator[tuple[float, tuple[str, ...], Story]]:
         ):
             yield 1.0, words, story._replace(closed=True)
     else:
-        for verb in story.untold:
+        for verb in story.untold if verbs is None else verbs:
             untold = tuple(other for other in story.untold if other != verb)
             for k in range(1, min(MAX_AMOUNT, MAX_COUNT - story.count if verb.sign > 0 else story.count) + 1):
                 after = (story.name, story.thing, story.place, story.count + verb.sign * k, untold, story.events + 1)
@@ -173,7 +176,12 @@ def _may_end(story: Story, words: tuple[str, ...]) -> bool:
     """Whether the teacher may tell the rest of a story in these words."""
     if story.closed:
         return not words
-    return any(_may_end(after, words[len(told) :]) for _, told, after in clauses(story) if words[: len(told)] == told)
+    # A clause names its verb soon. Making those of all other verbs would take most of a judge's time
+    begun = words[:3]
+    verbs = [verb for verb in story.untold if verb.present in begun or verb.gerund in begun]
+    return any(
+        _may_end(after, words[len(told) :]) for _, told, after in clauses(story, verbs) if words[: len(told)] == told
+    )
 
 
 def judge(prompts: list[str], completions: list[str]) -> dict[str, list[float]]:

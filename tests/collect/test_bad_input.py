@@ -10,7 +10,9 @@ from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, TeacherServer
 from tests.collect.teachers import byte_level
 from trl_bbkd.cli import main
+from trl_bbkd.collect.command import key_of
 from trl_bbkd.collect.journal import Journal
+from trl_bbkd.collect.settings import CollectConfig
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,18 @@ def test_a_key_with_a_line_break(refusal, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb-secret")
     line = refusal()
     assert "the key in OPENAI_API_KEY has characters that no header can carry" in line and "secret" not in line
+    # At its end, as a file of keys has it, it is no part of the key
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    assert key_of(CollectConfig("http://h/v1", "m", "out", "x")) == KEY
 
 
 CHANGES = {
     "a cap of 0": ({"max_cost": 0}, "max_cost: expected more than 0, got 0."),
+    "a cap that is no number": (
+        {"max_cost": float("nan"), "prompt_price": 1, "completion_price": 1},
+        "max_cost: expected more than 0, got nan.",
+    ),
+    "a price that is no number": ({"prompt_price": float("nan")}, "prompt_price: expected 0 or more, got nan."),
     "a cap of 0 requests": ({"max_requests": 0}, "max_requests: expected 1 or more, got 0."),
     "a cap of money without a price": ({"max_cost": 1}, "needs `prompt_price` and `completion_price`"),
     "a typo": ({"max_token": 5}, "unknown key 'max_token'; did you mean 'max_tokens'?"),

@@ -88,3 +88,25 @@ def test_cached_tokens_have_a_price_of_their_own():
     prices = Prices(prompt=2.0, completion=8.0, cached=0.5)
     assert prices.cost(Usage(1_000_000, 500_000, cached=400_000)) == pytest.approx(1.2 + 0.2 + 4.0)
     assert Prices.of(config()).cached == 1.0
+    # An endpoint that counts more of them than the prompt has is not believed
+    assert prices.cost(Usage(1_000_000, 0, cached=3_000_000)) == pytest.approx(0.5)
+
+
+def test_a_worst_case_is_at_the_dearer_price_of_a_prompt():
+    assert Prices(prompt=2.0, completion=8.0, cached=3.0).worst(WorstCase(1_000_000, 500_000)) == 3.0 + 4.0
+    assert Prices(prompt=2.0, completion=8.0, cached=0.5).worst(WorstCase(1_000_000, 500_000)) == 2.0 + 4.0
+
+
+def test_what_sums_of_floats_leave_takes_no_room():
+    """0.79 + 0.64 + 0.43 − 0.43 − 0.64 − 0.79 is above 0."""
+    costs = [0.79, 0.64, 0.43]
+    budget = Budget(config(max_cost=sum(costs)), Spent())
+
+    async def go():
+        for cost in costs:
+            await budget.claim(Spent(cost=cost))
+        for cost in reversed(costs):
+            budget.settle(Spent(cost=cost), Spent())
+        await budget.claim(Spent(cost=sum(costs)))
+
+    asyncio.run(go())

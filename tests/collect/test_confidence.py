@@ -42,6 +42,19 @@ def test_agreement(tmp_path):
     check_confidence(shares)
 
 
+def test_an_answer_that_is_not_whole_agrees_with_none():
+    raws = [
+        {"message": {"content": "Red."}, "finish_reason": reason} for reason in ("stop", "length", "length", "stop")
+    ]
+    assert confidences("agreement", list(map(read_choice, raws))) == [0.5, None, None, 0.5]
+
+
+def test_a_rounded_mean_is_no_more_than_certain():
+    entries = [{"token": "Red.", "logprob": 0.0005, "bytes": None}]
+    raw = {"message": {"content": "Red."}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+    assert confidences("mean_logprob", [read_choice(raw)]) == [1.0]
+
+
 def test_mean_log_probability(tmp_path):
     """Over the answer's own tokens; what has not all of them is left out."""
     with TeacherServer() as server:
@@ -90,6 +103,7 @@ def test_what_the_teacher_says(tmp_path):
         ("Red.\nConfidence: 85", ("Red.", 0.85)),
         ("Red.\n\n**Confidence:** 85%\n", ("Red.", 0.85)),
         ("Red.\n`Confidence: 0.85`", ("Red.", 0.85)),
+        ("Red.\n**Confidence**: **8**/10", ("Red.", 0.8)),
         ("Red.\nconfidence 1", ("Red.", 0.01)),
         ("Red.\nConfidence: 1.0", ("Red.", 1.0)),
         ("Red.\nConfidence: 100", ("Red.", 1.0)),

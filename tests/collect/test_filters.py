@@ -4,7 +4,8 @@ import pytest
 
 from tests.collect.helpers import left_out, run
 from tests.collect.test_confidence import Saying
-from trl_bbkd.collect.filters import is_refusal, repetition
+from trl_bbkd.collect.filters import Filters, is_refusal, repetition
+from trl_bbkd.collect.settings import CollectConfig
 
 
 STORY = "The fox ran over the hill, met a hare by the river, and asked it for the way to the old mill."
@@ -53,6 +54,28 @@ def test_languages(tmp_path):
     """Of a number, a word or a line of code no language is told."""
     pytest.importorskip("py3langid")
     assert SAYS.keys() - collected(tmp_path, languages=["en"]) == {"German?"}
+
+
+def reason(text, **changes):
+    return Filters(CollectConfig("http://x", "m", "out", "x", **changes)).reason(text)
+
+
+def test_what_is_no_other_language():
+    """Too short a text, one with as few letters, and one that is perhaps German."""
+    pytest.importorskip("py3langid")
+    filters = Filters(CollectConfig("http://x", "m", "out", "x", languages=["en"]))
+    assert filters.reason("Das ist gut, und das ist auch gut.") == "language"
+    for text in ("Das ist gut.", "Das ist gut (1/12/2024).", "Albert Einstein, Marie Curie"):
+        assert filters.reason(text) is None
+
+
+def test_bounds():
+    """Themselves they are within. A call of a tool has no text that could be too short."""
+    bounds = {"min_characters": 7, "max_characters": 15}
+    assert [reason("a" * length, **bounds) for length in (6, 7, 15, 16)] == ["short", None, None, "long"]
+    again = "a a a a a a a"
+    assert [reason(again, max_repetition=share) for share in (0.74, 0.75)] == ["repetition", None]
+    assert reason(" ", **bounds) is None
 
 
 def test_near_duplicates(tmp_path):

@@ -42,12 +42,30 @@ def test_what_is_kept(tmp_path):
         assert journal.spent() == Spent(2, 3, 4, 0.01) and journal.unheard() == 0
 
 
+def test_the_key_is_in_no_column(tmp_path):
+    """Wherever an endpoint quotes it."""
+    raw = {"message": {"content": "my KEY"}, "finish_reason": "stop KEY"}
+    answers = Answers([read_choice(raw)], USAGE, "m KEY", "fp KEY")
+    kept = Entry.answered(0, answers.choices[0], answers, USAGE, 1, lambda text: text.replace("KEY", "***"))
+    assert "KEY" not in str(vars(kept)) and str(vars(kept)).count("***") == 5
+
+
 def test_a_second_answer_takes_the_place_of_a_failure(tmp_path):
     with Journal(tmp_path / "journal.sqlite") as journal:
         failed = Entry(0, 3, now(), failure="status 500")
         journal.settle(journal.sending(Spent(1)), "status 500", Spent(1), {b"a": failed})
         journal.settle(journal.sending(Spent(1)), "answered", Spent(1), {b"a": entry()})
         assert journal.state(b"a") == "answer"
+
+
+def test_answers_and_what_they_took_are_one_commit(tmp_path):
+    """As where the process ends, or the disk is full, between the two."""
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        request = journal.sending(Spent(1, 9, 9, 1.0))
+        with pytest.raises(sqlite3.Error):
+            journal.settle(request, "answered", Spent(1, object(), 1, 0.1), {b"a": entry()})
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        assert journal.state(b"a") is None and journal.unheard() == 1 and journal.spent() == Spent(1, 9, 9, 1.0)
 
 
 def test_keys_that_come_again(tmp_path):

@@ -121,18 +121,40 @@ def test_a_column_of_another_name_and_gold(tmp_path):
     assert [row["gold"] for row in found] == [row["label"] for row in TEXTS] and "note" not in found[0]
 
 
-def read(content, listed, **changes):
-    """What one answer says, whose one token has these alternatives."""
-    settings = CollectConfig("http://x", "m", "out", "x", **BY_LOGPROBS | changes)
-    entries = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in listed]
-    raw = {"message": {"content": content}, "logprobs": {"content": [entries[0] | {"top_logprobs": entries}]}}
-    return Labeller(settings).read([read_choice(raw | {"finish_reason": "stop"})])
+def labeller(**changes):
+    return Labeller(CollectConfig("http://x", "m", "out", "x", **changes))
+
+
+def whole(content, logprobs=None):
+    return read_choice({"message": {"content": content}, "logprobs": logprobs, "finish_reason": "stop"})
+
+
+def read(content, listed, first=0):
+    """What one answer says, whose one token has these alternatives, or those from another place on."""
+    entries = [{"token": token, "logprob": math.log(p) if p else -9999.0, "bytes": None} for token, p in listed]
+    logprobs = {"content": [entries[0] | {"top_logprobs": entries[first:]}]}
+    return labeller(**BY_LOGPROBS).read([whole(content, logprobs)])
 
 
 def test_of_log_probabilities_the_likeliest_letter_is_the_label():
     """Also where another one was drawn, and by all the ways in which a letter is written."""
     found = read("A", [("A", 0.3), ("B", 0.2), (" B", 0.2), ("B.", 0.1), ("b", 0.1), ("Because", 0.05)])
     assert found.label == 1 and found.probs == pytest.approx([0.375, 0.625, 0.0])
+
+
+def test_a_letter_that_is_not_among_its_alternatives_counts():
+    assert read("B", [("B", 0.5), ("A", 0.25)], first=1).probs == pytest.approx([1 / 3, 2 / 3, 0.0])
+
+
+def test_answers_without_a_label_are_none():
+    votes = labeller(labels=NAMES, num_samples=2)
+    assert votes.read([whole("I cannot say."), whole("?")]) is None and votes.read([]) is None
+
+
+def test_a_letter_comes_before_a_name():
+    assert labeller(labels=["b", "a"], num_samples=2).label(whole("A")) == 0
+    by_letter = labeller(labels=NAMES, num_samples=2)
+    assert [by_letter.label(whole(text)) for text in ("B", "b. fruit", "Fruit")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +164,7 @@ def test_of_log_probabilities_the_likeliest_letter_is_the_label():
         ("I think B", [("I think B", 0.9)]),
         ("B", [("C", 0.9), ("B", 0.05)]),  # another token than the answer's
         ("B", [("B", 0.9), ("A", 0.9)]),  # no natural logarithms
+        ("B", [("B", 0.0)]),  # no number at all
     ],
 )
 def test_of_what_is_not_proven_nothing_is_read(content, listed):

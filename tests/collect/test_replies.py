@@ -28,6 +28,9 @@ ENDS_THE_RUN = {
     "quota": (429, error("You exceeded your current quota", "insufficient_quota", "insufficient_quota")),
     "quota that comes with 200": (200, error("You exceeded your current quota", "insufficient_quota")),
     "no balance": (402, error("Insufficient Balance")),
+    "no payment": (402, error("Payment required")),
+    "key that comes with another status": (400, error("Incorrect API key provided", "invalid_api_key")),
+    "key that comes with 200": (200, error("Incorrect API key provided", "invalid_api_key")),
     "key": (401, error("Incorrect API key provided", "invalid_api_key")),
     "permission": (403, error("Not allowed")),
     "page": (404, {"detail": "Not Found"}),
@@ -45,6 +48,7 @@ PASSES = {
     "rate that comes with 200": (200, error("slow down", "rate_limit_exceeded")),
     "rate, with words of a quota": (429, error("You exceeded your current quota, please check your plan", 429)),
     "500": (500, b"oops"),
+    "a model that is being loaded": (503, error("The model `x` is not available yet")),
     "502": (502, b"<html>bad gateway</html>"),
     "529": (529, error("Overloaded")),
     "408": (408, b""),
@@ -123,6 +127,23 @@ def test_retry_after(headers, seconds):
 )
 def test_reasoning(message, content, reasoning):
     assert read_message(message)[:2] == (content, reasoning)
+
+
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        (b"a \\ud83c", "a \ufffd"),
+        (b"\\uDF4F b", "\ufffd b"),
+        (b"a \xed\xa0\xbc", "a \ufffd"),
+        (b"\\ud83c\\udf4f \\u00fc", "🍏 ü"),
+        ("한국 🍏".encode(), "한국 🍏"),
+    ],
+)
+def test_half_a_character_is_none(written, content):
+    body = b'{"choices": [{"message": {"content": "%s"}}], "model": "%s"}' % (written, written)
+    answers = reply(body)
+    assert answers.choices[0].content == answers.choices[0].raw["message"]["content"] == answers.model == content
+    assert reply(b'{"error": {"message": "%s"}}' % written, 500).text == content
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}

@@ -88,6 +88,17 @@ def test_no_prompt_has_more_tokens_than_its_worst_case(texts):
     assert worst.prompt >= size + 4 * len(texts) and worst.completion == 1024
 
 
+def test_a_worst_case_has_the_tools_and_what_surrounds_messages():
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds two numbers." * 20}}]
+    made = maker()
+    alone, beside = (made.worst_case(made.body(Asked(prompt("a", tool), (0,)))).prompt for tool in (None, tools))
+    assert beside > alone + 20 * len("Adds two numbers.")
+    # A template writes its own tokens around each message, and opens the answer
+    talk = Prompt(0, [{"role": "user", "content": ""}] * 9, None, {})
+    size = len(json.dumps(talk.messages))
+    assert made.worst_case(made.body(Asked(talk, (0,)))).prompt >= size + 10 * 16
+
+
 def test_a_worst_case_by_a_tokenizer():
     text = "Name a red fruit, s'il vous plaît. 🍏" * 5
     made = maker(max_tokens=9, num_samples=2)

@@ -1,16 +1,21 @@
 """The key is nowhere but in the environment, also where an endpoint quotes it."""
 
+import asyncio
 import base64
 import os
 import subprocess
 import sys
 
+import aiohttp
 import pytest
 
 from tests.collect.helpers import prompts_file, write_recipe
 from tests.collect.server import KEY, LASTING, NOTED, TRANSIENT, TeacherServer
 from trl_bbkd.cli import main
+from trl_bbkd.collect.client import Client
 from trl_bbkd.collect.redaction import Redactor
+from trl_bbkd.collect.replies import NoReply
+from trl_bbkd.collect.settings import CollectConfig
 
 
 OTHER = "wandb-secret-of-another-program"
@@ -66,6 +71,20 @@ def test_in_what_ends_a_run(tmp_path, monkeypatch, capfd, caplog, kind):
     assert found_in(tmp_path, out, err, caplog.text) == []
 
 
+def test_of_an_error_of_the_connection_its_name_is_shown_alone(monkeypatch):
+    """Its text may hold the headers that were sent."""
+
+    def broken(*_, **__):
+        raise aiohttp.ClientError(f"headers: Bearer {KEY}")
+
+    async def send():
+        async with Client(CollectConfig("http://h/v1", "m", "out", "x"), KEY) as client:
+            return await client.send({})
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", broken)
+    assert asyncio.run(send()) == NoReply("connection lost", "ClientError")
+
+
 def test_in_a_traceback(tmp_path):
     """Of an error that nobody foresaw, while a request is on its way."""
     prompts_file(tmp_path, ["Why?"])
@@ -81,6 +100,16 @@ def test_in_a_traceback(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: unforeseen" in done.stderr and done.returncode == 1
     assert found_in(tmp_path, done.stdout, done.stderr) == []
+
+
+def test_secrets_of_the_environment(monkeypatch):
+    """With ends of lines, as JSON has them, and where one begins as another does."""
+    monkeypatch.setenv("SOME_TOKEN", 'schlüssel"geheim\n')
+    monkeypatch.setenv("OTHER_TOKEN", "another-secret-and-more")
+    redactor = Redactor("another-secret")
+    spelled = ('schlüssel"geheim', 'schlüssel\\"geheim', 'schl\\u00fcssel\\"geheim', "another-secret-and-more")
+    for text in (*spelled, "another-secret", "hf_" + "a" * 20):
+        assert redactor.in_messages(f"<{text}>") == "<***>"
 
 
 def test_spellings(monkeypatch):

@@ -72,6 +72,7 @@ def test_few_prompts_have_none():
     low, high = interval_of_mean([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert 0.1 <= low < 0.35 < high <= 0.6
     assert not excludes_zero(math.nan, math.nan) and not excludes_zero(None, None)
+    assert excludes_zero(0.1, 0.2) and excludes_zero(-0.2, -0.1) and not excludes_zero(-0.1, 0.2)
 
 
 @pytest.mark.parametrize(("degrees", "t"), [(4, 2.776), (9, 2.262), (19, 2.093), (1000, 1.962)])

@@ -5,12 +5,14 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy
 
 from tests.proxykd.helpers import make_kd_trainer, make_rows
+from tests.reports.test_report import make_report
 from trl_bbkd import BayesKDConfig, GADConfig, LLKDConfig
 from trl_bbkd.hub.model_card import FIRST_HYPERPARAMETERS, PLACEHOLDER, StudentCard, render_card
 from trl_bbkd.hub.settings import changed_settings, hyperparameters
@@ -53,6 +55,27 @@ class TestExample:
     def test_a_fence_in_it_breaks_nothing(self):
         page = MarkdownIt().enable("table").render(text_of(example="```\n# A heading").split("---\n", 2)[2])
         assert "<h1>A heading" not in page
+
+
+class TestModelIndex:
+    def test_results_are_those_of_the_report(self):
+        """As the Hub's own client reads them: the method's student, with intervals, without what is neither good nor bad."""
+        intervals = {"valid@t1.0": (0.75, 0.8333333), "teacher_nll": (float("nan"), float("nan"))}
+        report = make_report(intervals=intervals)
+        data = ModelCard(text_of(datasets=["someone/questions"], report=report)).data
+        found = {result.metric_name: result for result in data.eval_results}
+        assert data.model_name == "student" and not [name for name in found if name.startswith("length")]
+        valid, nll = found["valid, T=1.0"], found["teacher NLL"]
+        assert (valid.metric_type, valid.metric_value, nll.metric_value) == ("valid", 0.792, 0.84)
+        assert valid.metric_args["low"] == 0.75 and valid.metric_args["high"] == 0.8333 and nll.metric_args is None
+        assert {result.dataset_type for result in found.values()} == {"someone/questions"}
+        assert {result.verified for result in found.values()} == {False} and valid.dataset_split == "held-out"
+
+    def test_results_on_a_file_name_no_data_set_of_the_hub(self, tmp_path):
+        data = ModelCard(text_of(datasets=[f"{tmp_path}/rows.jsonl"], report=make_report())).data
+        assert {(result.dataset_type, result.dataset_name) for result in data.eval_results} == {
+            ("unknown", "rows.jsonl")
+        }
 
 
 class TestSettings:

@@ -176,7 +176,7 @@ class TestPushedRun:
     def test_metadata(self, card):
         data = card.data.to_dict()
         assert data["tags"] == ["trl", "trl-bbkd", "gad"] and data["library_name"] == "transformers"
-        assert data["pipeline_tag"] == "text-generation" and data["model_name"] == "student"
+        assert data["pipeline_tag"] == "text-generation" and data["model-index"][0]["name"] == "student"
         assert not {"base_model", "datasets", "license"} & set(data)
 
     def test_card_of_a_checkpoint_has_no_empty_sections(self, pushed):

@@ -1,10 +1,14 @@
 """What is wrong is one line."""
 
+import json
+import shutil
+
 import pytest
 
 from tests.collect.server import KEY
 from tests.judging.helpers import command, files, judging, write_rows
 from trl_bbkd.cli import main
+from trl_bbkd.judging import student
 
 
 @pytest.fixture
@@ -53,6 +57,70 @@ def test_an_output_dir_that_is_a_file(refusal, tmp_path):
         assert line.startswith(f"--output_dir {tmp_path / place} cannot be used: ") and line.endswith(
             "Name another folder."
         )
+
+
+def test_a_judge_is_tried_before_the_student_writes(refusal, monkeypatch, tiny_model_dir):
+    """With the teacher's answers beside themselves; a journal that is none is seen before, too."""
+    monkeypatch.setattr(student, "_sample", lambda *_: pytest.fail("sampled"))
+    model = {"model": tiny_model_dir}
+    assert "unreachable: Connection refused" in refusal(base_url="http://127.0.0.1:9/v1", **model)
+    line = refusal(says=lambda *_: "I like both.", metric="score", requests=4, **model)
+    assert "gave no points that can be read in 4 answers" in line
+    line = refusal(max_requests=5, requests=1, **model)
+    assert line == "--max_requests: 5 is reached before the judge's first verdicts are there. Raise it."
+
+
+def test_a_file_in_the_way(refusal, tmp_path):
+    (tmp_path / "out/evaluation.json").mkdir(parents=True)
+    line = refusal(metric="win_rate", requests=24)
+    assert line == (
+        f"{tmp_path}/out/evaluation.json cannot be read or written: Is a directory. Mend that; the same command goes on."
+    )
+
+
+STUDENTS = {
+    "cut weights": ("model.safetensors", "", "The student's weights cannot be read: {}/model.safetensors (0 bytes)"),
+    "no tokenizer": (
+        "tokenizer.json",
+        None,
+        "MODEL='{}' is neither a folder with a student nor a model on the Hub: {} has no to",
+    ),
+    "no JSON": ("adapter_config.json", "{", "{}/adapter_config.json is no JSON: Expecting"),
+    "a list": ("adapter_config.json", "[]", "{}/adapter_config.json has no settings of an adapter."),
+    "no template": (
+        "chat_template.jinja",
+        None,
+        "The rows are conversations, but the tokenizer of {} has no chat template.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "message"), STUDENTS.values(), ids=STUDENTS)
+def test_students(refusal, tmp_path, tiny_model_dir, monkeypatch, file, content, message):
+    """Each before its weights are loaded, and before the judge is paid."""
+    from trl_bbkd.host import model_files
+
+    monkeypatch.setattr(model_files.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    shutil.copytree(tiny_model_dir, folder := tmp_path / "model")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    if file.startswith("token"):
+        (folder / "tokenizer_config.json").unlink()
+    rows = [{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}]
+    write_rows(tmp_path / "teacher.jsonl", rows)
+    assert refusal(model="model").startswith(message.format(folder, folder))
+
+
+def test_an_adapter_without_weights(refusal, tmp_path, tiny_model_dir):
+    (tmp_path / "model").mkdir()
+    settings = {"base_model_name_or_path": tiny_model_dir, "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1}
+    (tmp_path / "model/adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    line = (
+        f"{tmp_path}/model is an adapter without weights: it has no adapter_model.safetensors. Copy or make it again."
+    )
+    assert refusal(model="model") == line
 
 
 OPTIONS = {

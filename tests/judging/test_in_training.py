@@ -150,6 +150,16 @@ def test_a_training_is_the_same_with_a_judge(tmp_path, tiny_model_dir):
     assert {request for request, *_ in told} == prompts and len(students) > 3
 
 
+def test_a_metric_of_the_same_name_is_refused(tmp_path, tiny_model_dir):
+    """Of the trainer's own, before the judge is asked and it is lost."""
+    with judging(by_wins) as server:
+        trainer, _ = judged_training(server, tmp_path / "out", tiny_model_dir)
+        trainer.compute_metrics = lambda _: {"win_rate": 0.5}
+        with pytest.raises(RecipeError, match="both would be eval_win_rate. Rename"):
+            trainer.evaluate()
+        assert server.requests == OF_THE_CHECK
+
+
 class FailingServer(JudgeServer):
     """After so many requests it refuses the key."""
 
@@ -175,6 +185,8 @@ def test_a_judge_that_fails_ends_no_training(tmp_path, tiny_model_dir, caplog):
         capped.train()
         *_, last = (line for line in caplog.messages if "is not judged" in line)
         assert last.startswith(f"Step 3 is not judged: max_requests={asked + 5} is reached.")
+        # What a part of the prompts says is no number of step 2
+        assert [line["step"] for line in capped.state.log_history if "eval_win_rate" in line] == [1]
         whole, _ = judged_training(server, tmp_path / "out", tiny_model_dir, **BEST)
         whole.train()
         assert whole.state.best_global_step == 2
@@ -201,6 +213,10 @@ def test_sets_of_rows_and_other_callbacks(tmp_path, tiny_model_dir):
         assert trainer.state.global_step == 3 and judged == [1, 2, 3]
         # Of the best checkpoint's weights, which were loaded
         assert trainer.evaluate()["eval_win_rate"] == pytest.approx(3 / 7) and judged == [1, 2, 3, 3, 3]
+        # Another training begins with another student
+        trainer.args.max_steps, trainer.args.eval_steps, trainer.args.load_best_model_at_end = 3, 3, False
+        trainer.train()
+        assert judged == [1, 2, 3, 3, 3, 3]
 
 
 def test_of_the_judge_before_a_training(tmp_path, tiny_model_dir, monkeypatch, caplog):

@@ -93,6 +93,21 @@ REFUSED = {
     ),
     "no key": ({"api_key_env": "NO_SUCH_VARIABLE"}, {}, "there is no key: the environment has no NO_SUCH_VARIABLE."),
     "never readable": ({}, {}, "the judge 'teacher-1' gave no preference that can be read in 2 answers"),
+    "the worst": (
+        {},
+        BEST | {"greater_is_better": False},
+        "greater_is_better=False with metric_for_best_model='eval_win_rate' would keep the student that the judge likes least.",
+    ),
+    "a best metric with a typo": (
+        {},
+        BEST | {"metric_for_best_model": "eval_winrate"},
+        "metric_for_best_model='eval_winrate' is nothing that eval_judge says; did you mean 'win_rate'?",
+    ),
+    "two of one name": (
+        {"metrics": ["score"]},
+        {"sample_metrics": "SCORE", "metric_for_best_model": "eval_score"},
+        "sample_metrics returns a metric 'score', and eval_judge.metrics names 'score' too: both would be eval_score.",
+    ),
     "a method without evaluations": (None, PREFERENCES | EVALUATED, "eval_strategy"),
 }
 
@@ -106,6 +121,9 @@ def test_what_is_refused_before_weights_are_loaded(
         if judge is not None:
             judge = {"model": MODEL, "base_url": server.url} | judge
             changes = {"eval_judge": judge} | changes
+        if "SCORE" in changes.values():
+            (tmp_path / "own.py").write_text("def score(prompts, texts):\n    return {'score': [1.0] * len(texts)}\n")
+            changes = changes | {"sample_metrics": f"{tmp_path / 'own.py'}:score"}
         recipe = write_recipe(recipe_folder, tiny_model_dir, tmp_path / "out", **{**EVALUATED, **BRIEF, **changes})
         with pytest.raises(DistillationError) as error:
             run(load_recipe(recipe))

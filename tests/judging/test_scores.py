@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from trl_bbkd.judging.length_control import length_controlled
+from trl_bbkd.evaluation.intervals import times_drawn
+from trl_bbkd.judging.length_control import RIDGE, _fit, length_controlled
 from trl_bbkd.judging.scores import mean_over_prompts, over_orders, share_of_sum
 
 
@@ -88,6 +89,21 @@ def test_without_the_order_a_rate_is_pulled_to_a_half():
     fit = length_controlled(wins, *others)
     assert fit.rate.value == pytest.approx(sigmoid(-1.5), abs=0.02) and wins.mean() > sigmoid(-1.5) + 0.08
     assert fit.order_effect == pytest.approx(2.0, abs=0.2) and fit.length_effect == pytest.approx(0.0, abs=0.2)
+
+
+def test_every_draw_is_fitted():
+    """Where length decides nearly all, and prompts have several answers: whole steps of Newton's would leave the road."""
+    prompts, each = 12, 16
+    longer_by = np.linspace(-300, 900, prompts)
+    wins = np.repeat((longer_by > 200).astype(float), each)
+    wins[0] = 1.0
+    lengths, orders = np.repeat(np.tanh(longer_by / longer_by.std()), each), np.tile([1.0, -1.0], prompts * each // 2)
+    features = np.stack([np.ones(prompts * each), lengths, orders], axis=1)
+    weights = np.repeat(times_drawn(prompts, 0), each, axis=1)
+    (whole,) = _fit(features, wins, np.ones((1, len(wins))), np.zeros(3))
+    found = _fit(features, wins, weights, whole)
+    slopes = (weights * (wins - sigmoid(found @ features.T))) @ features - RIDGE * found
+    assert np.abs(slopes).max() < 1e-6
 
 
 def test_equal_lengths_are_no_error():

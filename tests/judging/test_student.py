@@ -48,6 +48,24 @@ def test_answers_that_are_there_are_taken(answers):
     assert (found, cut, calls) == ({"a": ["2\u20280", "2\u20281"], "b": ["2\u20280", "2\u20281"]}, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [(SAMPLING, "{"), (SAMPLING, None), (ANSWERS, "{"), (ANSWERS, ""), (ANSWERS, None)]
+)
+def test_files_that_are_broken_or_gone_are_made_anew(answers, tmp_path, name, text):
+    answers()
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text + "\n" * bool(text))
+    assert answers() == answers() == ({"a": ["2\u20280"], "b": ["2\u20280"]}, 1, 2)
+
+
+def test_half_of_the_answers_are_none(answers, tmp_path):
+    answers()
+    (tmp_path / ANSWERS).write_text((tmp_path / ANSWERS).read_text().split("\n")[0] + "\n")
+    assert answers()[2] == 2
+
+
 SAMPLED = {"student_temperature": 1.0, "student_samples": 2}
 CHANGES = {
     "weights": {"model": "two"},

@@ -199,6 +199,11 @@ def test_the_page(runs):
         assert len({line.replace("\\|", "").count("|") for line in block if line.startswith("|")}) <= 1
     table = [line for line in lines if line.startswith("| valid, T=1.0 |")][0]
     assert table.count(" ± ") == 2 and table.endswith("| 1.000 |")
+    values = [run.report.results["GAD"]["valid@t1.0"] for run in runs]
+    spread = math.sqrt(sum((value - np.mean(values)) ** 2 for value in values) / 2)
+    assert f"{np.mean(values):.3f} ± {spread:.3f}" in table
+    kept = report.as_dict()["results"]["GAD"]["valid@t1.0"]
+    assert kept["standard_deviation"] == pytest.approx(spread) and kept["mean"] == pytest.approx(np.mean(values))
     assert "```bash\ntrl-bbkd train gad --seeds 0 1 2\n```" in text
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["results"]["GAD"]["valid@t1.0"]["of_each_seed"]
 
@@ -223,6 +228,40 @@ def test_what_fell_is_named(runs):
             line["students"]["GAD"]["values"]["teacher_nll"] = line["students"]["SeqKD"]["values"]["teacher_nll"] + 0.1
         run.report.differences["SeqKD"]["teacher_nll"] = {"difference": 0.1 + 0.001 * number}
     assert SeedsReport(runs, "").summary.endswith(" But worse than SeqKD: teacher NLL (+0.101).")
+    # These prompts say so, other seeds need not
+    for run, difference in zip(runs, (0.6, 0.1, -0.4), strict=True):
+        run.report.differences["SeqKD"]["teacher_nll"] = {"difference": difference}
+    found = SeedsReport(runs, "")
+    assert found.differences["SeqKD"]["teacher_nll"].over_prompts[0] > 0 and " But " not in found.summary
+
+
+def test_intervals_of_tokens_and_of_numbers_of_answers(runs):
+    """A mean over tokens weighs prompts by them; a number of answers is a sum over prompts."""
+    tokens = [3 + number % 7 for number in range(40)]
+    for run in runs:
+        for number, line in enumerate(run.lines):
+            line["teacher_tokens"] = [tokens[number] - 2, 2]
+            for name, found in line["students"].items():
+                found["values"]["distinct_valid@t1.0"] = float(number % (3 if name == "GAD" else 5))
+    apart = {
+        key: np.mean(
+            [
+                [
+                    line["students"]["GAD"]["values"][key] - line["students"]["SeqKD"]["values"][key]
+                    for line in run.lines
+                ]
+                for run in runs
+            ],
+            axis=0,
+        )
+        for key in ("teacher_nll", "distinct_valid@t1.0")
+    }
+    report = SeedsReport(runs, "")
+    assert report._over_prompts("SeqKD", "teacher_nll") == pytest.approx(
+        interval_of_mean(apart["teacher_nll"], weights=tokens)
+    )
+    low, high = interval_of_mean(apart["distinct_valid@t1.0"])
+    assert report._over_prompts("SeqKD", "distinct_valid@t1.0") == pytest.approx((40 * low, 40 * high))
 
 
 @pytest.mark.parametrize(

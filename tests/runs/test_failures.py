@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Trainer, TrainerState
 
 from trl_bbkd.errors import DiskFullError, DivergedError, JudgeError, RecipeError
 from trl_bbkd.evaluation.student import judge
@@ -141,6 +142,21 @@ def test_a_function_of_the_users(tmp_path):
     # Elsewhere it may be ours, and its traceback is wanted
     with pytest.raises(ZeroDivisionError):
         run_that_fails(tmp_path, lambda: 1 / 0, sample_metrics=spec, reward_funcs=["os.path.join"])
+
+
+def test_a_best_metric_that_no_evaluation_has(tmp_path):
+    """In the words of transformers."""
+
+    def determine():
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(metric_for_best_model="blu", output_dir=str(tmp_path)), state=TrainerState()
+        )
+        Trainer._determine_best_metric(trainer, {"eval_loss": 1.0}, None)
+
+    with pytest.raises(
+        RecipeError, match="set to 'eval_blu', which is not found in .* No checkpoint .* start again.$"
+    ):
+        run_that_fails(tmp_path, determine)
 
 
 @pytest.mark.parametrize("text", ["def f(:", "import nothing_at_all", "raise KeyError('x')"])

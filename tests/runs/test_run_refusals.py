@@ -24,6 +24,7 @@ class TestRefusals:
         files = {
             "no_config": {},
             "no_architecture": {"config.json": {k: v for k, v in config.items() if k != "architectures"}},
+            "no_tokenizer": {"config.json": config, "tokenizer.json": None, "tokenizer_config.json": None},
             "encoder": {"config.json": {"architectures": ["BertModel"], "model_type": "bert"}},
             "adapter": {"adapter_config.json": adapter},
             "lost_adapter": {"adapter_config.json": {**adapter, "base_model_name_or_path": "./gone"}},
@@ -34,7 +35,7 @@ class TestRefusals:
             folders[name] = str(folder := tmp_path_factory.mktemp(name))
             AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
             for file, content in contents.items():
-                (folder / file).write_text(json.dumps(content))
+                (folder / file).write_text(json.dumps(content)) if content else (folder / file).unlink()
         return folders
 
     @pytest.mark.parametrize("max_steps", [3, -1])
@@ -71,6 +72,10 @@ class TestRefusals:
                 "neither a folder with a student.*the folder has no config.json.$",
             ),
             ({"model_name_or_path": "{no_architecture}"}, "its config.json names no `architectures`, by which TRL"),
+            (
+                {"model_name_or_path": "{no_tokenizer}"},
+                "has no tokenizer. Copy the one that the model was trained with",
+            ),
             ({"model_name_or_path": "{encoder}"}, "is a BertModel, which writes no text: take a causal language"),
             (
                 {"model_name_or_path": "{adapter}", "use_peft": True},

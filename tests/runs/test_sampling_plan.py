@@ -4,6 +4,7 @@ import pytest
 
 from tests.recipes import write_recipe
 from trl_bbkd.errors import RecipeError
+from trl_bbkd.runs.methods import load_method
 from trl_bbkd.runs.recipe import RecipeArguments, load_recipe
 from trl_bbkd.runs.sampling_plan import FEWEST_PROMPTS, answers_in_training, sampling_plan
 
@@ -65,3 +66,38 @@ def test_temperatures_that_are_none(tmp_path, recipe_folder, tiny_model_dir, val
         load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "a"), ["--eval_temperatures", "1", "1"])
     recipe = load_recipe(write_recipe(recipe_folder, tiny_model_dir, tmp_path / "b", eval_temperatures=[0.7, 0]))
     assert recipe.script_args.eval_temperatures == [0.7, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "samples", "says"),
+    [
+        ("gad", [], 1, "1.7 for each answer that the training samples and learns from"),
+        ("proxykd-on-policy", [], 1, "1.7 for each answer that the training samples and learns from"),
+        ("preferencekd", [], 3.2, "0.53 for each answer that the training samples and learns from"),
+        (
+            "preferencekd",
+            ["--num_train_epochs", "1"],
+            8,
+            "0.21 for each answer that the training samples and learns from",
+        ),
+        ("proxykd", [], 0, "about 340% of the training's cost"),
+        ("bayeskd", [], 0, "about 340% of the training's cost"),
+    ],
+)
+def test_a_method_that_samples_itself_is_told_no_share_of_its_cost(name, overrides, samples, says):
+    """How long it learns from a sample is not known; how many there are is."""
+    recipe, rows = load_recipe(f"recipes/{name}.yaml", overrides), 120 * 256
+    method = load_method(recipe.method)
+    of_a_row = method.samples_of_a_row(recipe.training_args)
+    assert of_a_row == samples
+    answers = answers_in_training(method.samples_per_prompt(recipe.training_args), rows)
+    recipe.script_args.eval_temperatures = [1.0, 1.2, 0.8, 0.6, 0.4, 0.2]
+    plan = sampling_plan(recipe.script_args, 120, 256, True, answers, of_a_row * rows)
+    # The recipes name their counts
+    assert (plan.prompts, plan.samples, plan.all) == (256, 8, 52_224)
+    assert str(plan).endswith(f"52,224 in the whole run, {says}")
+    assert ("training's cost" in str(plan)) == (samples == 0)
+
+
+def test_one_sample_is_one():
+    assert "16 held-out prompts (eval_prompts), 1 sample of each" in str(sampling_plan(RecipeArguments(), 2, 99, True))

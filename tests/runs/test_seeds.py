@@ -1,5 +1,6 @@
 """`trl-bbkd train RECIPE --seeds 0 1 2`: real runs, one after the other, and what they come to together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -46,6 +47,17 @@ def files(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@contextlib.contextmanager
+def changed(file, content):
+    """A file with other content, or none, for a while."""
+    before = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    yield
+    file.write_bytes(before)
 
 
 def tables(folder):
@@ -101,6 +113,23 @@ class TestThreeSeeds:
             f"output_dir: {folder} holds seeds of other settings (learning_rate: 0.001; now learning_rate: 0.5)"
             in error
         )
+
+        # What is broken or gone
+        for name, content, message in (
+            ("metrics.json", "{}", "seed-1 cannot be read (KeyError: 'method')"),
+            ("metrics.json", "[]", "seed-1 cannot be read (TypeError: "),
+            ("held_out.jsonl", "{", "seed-1 cannot be read (JSONDecodeError: "),
+            ("held_out.jsonl", None, "seed-1 cannot be read (ValueError: held_out.jsonl has other prompts than "),
+            ("progress.json", "{}", "seed-1 cannot be read (KeyError: 'settings')"),
+        ):
+            with changed(folder / "seed-1" / name, content), pytest.raises(SystemExit):
+                main(["train", str(recipe), "--seeds", "0", "1"])
+            assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+        (folder / "seeds.md").unlink()
+        (folder / "seeds.md").mkdir()
+        with pytest.raises(SystemExit):
+            main(["train", str(recipe), "--seeds", "0", "1"])
+        assert f"{folder}/seeds.md cannot be read or written: Is a directory." in capsys.readouterr().err
 
         # One that was trained otherwise, by hand
         progress = folder / "seed-1/progress.json"
@@ -158,6 +187,25 @@ class TestStopped:
     def test_one_that_left_no_report(self, recipe, capsys, monkeypatch):
         code, error = self.ended(recipe, capsys, status=0, monkeypatch=monkeypatch)
         assert code == 2 and "seed-0 has no metrics.json: the recipe leaves the student's training out" in error
+
+    def test_what_is_finished_has_a_report_and_came_to_its_end(self, recipe, tmp_path):
+        """A run that is killed after its first report is not finished."""
+        several = SeveralSeeds(str(recipe), ["0", "1"], [])
+        several.folder(0).mkdir(parents=True)
+        (several.folder(0) / "metrics.json").write_text("{}")
+        assert not several.is_finished(0)
+        several.finish(0)
+        again = SeveralSeeds(str(recipe), ["0", "1"], [])
+        assert again.is_finished(0) and not again.is_finished(1)
+        (several.folder(0) / "metrics.json").unlink()
+        assert not again.is_finished(0)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": 1, "finished": [0]}', "\xff"])
+    def test_a_list_of_what_is_finished_that_is_broken(self, recipe, tmp_path, text):
+        """Each run says itself what it has."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/seeds.json").write_text(text, encoding="latin-1")
+        assert SeveralSeeds(str(recipe), ["0", "1"], []).finished == set()
 
     def test_it_goes_on_where_something_is_left(self, recipe, tmp_path):
         several = SeveralSeeds(str(recipe), ["0", "1"], [])

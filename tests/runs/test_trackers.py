@@ -319,3 +319,15 @@ def test_wandb_goes_on_in_the_run_of_the_training(tmp_path, monkeypatch):
     }
     job()[0].send(report, [], 3)
     assert len(wandb.logged) == 1
+
+
+def test_a_measurement_is_sent_once():
+    """A step without a log of its own has that of the step before."""
+    sent = []
+    tracker = SimpleNamespace(name="a tracker", log=lambda step, values, tables: sent.append((step, values)))
+    own = SimpleNamespace(trackers=[tracker], answers=list)
+    log = [{"held_out/teacher_nll": 2.0, "step": 1}]
+    for step in (1, 2):
+        state = SimpleNamespace(is_world_process_zero=True, log_history=log, global_step=step)
+        trackers.Trackers.on_step_end(own, None, state, None)
+    assert sent == [(1, {"held_out/teacher_nll": 2.0})]

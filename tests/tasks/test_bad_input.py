@@ -1,5 +1,6 @@
 """What is wrong with tasks is one line, before any weights are loaded."""
 
+import shutil
 import sys
 
 import pytest
@@ -48,6 +49,11 @@ def test_names(refusal):
 def test_unsafe_code(refusal, tmp_path):
     line = "runs on this machine what the student writes. Where that may happen, in a container, add --confirm_run_unsafe_code."
     assert refusal("humaneval") == f"--tasks: humaneval {line}"
+    # Its own functions are not run either
+    own = write_writing_task(tmp_path / "stock", task="humaneval", unsafe_code=True, process_docs="DOCS")
+    own.write_text(own.read_text().replace("DOCS", "!function module.docs"))
+    (tmp_path / "stock/module.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\ndocs = list\n")
+    assert refusal("humaneval") == f"--tasks: humaneval {line}" and not (tmp_path / "it_ran").exists()
     assert refusal(write_writing_task(tmp_path, unsafe_code=True)) == f"--tasks: writing {line}"
 
 
@@ -88,6 +94,47 @@ def test_paths(refusal, tmp_path):
     assert refusal("red", options=["--include_path", "nowhere"]) == "--include_path: there is no folder nowhere."
     first, second = write_task(tmp_path), write_task(tmp_path, file="again.yaml")
     assert f"{first} and {second} are both the task 'red'" in refusal(first, second)
+
+
+def test_data_that_cannot_be_read(refusal, tmp_path):
+    assert refusal(write_task(tmp_path, rows=[])).endswith("red.yaml cannot be loaded: its data has no rows.")
+    task = write_task(tmp_path)
+    (tmp_path / "red.jsonl").write_text("{broken")
+    assert "cannot be loaded: its data cannot be read: JSON parse error: Missing a name" in refusal(task)
+
+
+def test_a_name_that_is_a_number(refusal, tmp_path):
+    """Also in a file beside that of a group, which lists its folder."""
+    assert refusal(write_task(tmp_path, task=5)).endswith(
+        "red.yaml: `task` is the task's name, a text: put it in quotes."
+    )
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [red]\n")
+    line = refusal("./group.yaml")
+    assert f"--tasks: the tasks in {tmp_path} cannot be listed: TypeError: " in line and "is a name." in line
+
+
+def test_an_output_dir_that_is_a_file(refusal, tmp_path):
+    task = write_task(tmp_path)
+    for place in (tmp_path / "out", tmp_path / "out/benchmarks"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("")
+        assert (
+            refusal(task)
+            == f"--output_dir {tmp_path}/out/benchmarks cannot be used: {WHY[place.name]}. Name another folder."
+        )
+        place.unlink()
+
+
+WHY = {"out": "Not a directory", "benchmarks": "File exists"}
+
+
+def test_a_student_whose_weights_are_cut(refusal, tmp_path, tiny_model_dir):
+    """Before tasks are loaded."""
+    shutil.copytree(tiny_model_dir, tmp_path / "cut")
+    (tmp_path / "cut/model.safetensors").write_bytes(b"")
+    assert refusal("no_such_task", model="./cut").startswith(
+        "The student's weights cannot be read: cut/model.safetens"
+    )
 
 
 def test_the_student(refusal, tmp_path, tiny_model_dir):

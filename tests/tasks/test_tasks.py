@@ -1,16 +1,19 @@
 """Benchmarks by tasks of lm_eval that lie on disk: values by hand, a second run, adapters, beside a judge."""
 
 import json
+import shutil
 import statistics
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.judging.helpers import evaluate as judge
 from tests.judging.helpers import files, judging
 from tests.tasks.helpers import CHOICES, ask, write_task, write_writing_task
+from trl_bbkd.tasks.report import results_of
 
 
 pytest.importorskip("lm_eval")
@@ -106,6 +109,74 @@ def test_what_is_asked_anew(tmp_path, tiny_model_dir, other_model_dir, loads):
     assert result["low"] is None and "| 2 of 8 |" in page and "Warning: --limit 2: of red the first rows alone" in page
 
 
+def test_settings_that_ask_anew(tmp_path, tiny_model_dir, loads, monkeypatch):
+    """Rows, template, few-shot examples, lm_eval's version: each alone."""
+    shutil.copytree(tiny_model_dir, model := tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    task = write_task(tmp_path / "mine")
+    templated = ["--apply_chat_template"]
+
+    def asked(*options):
+        before = len(loads)
+        ask(tmp_path, model, task, options=options)
+        return len(loads) - before
+
+    assert [asked("--limit", 3), asked("--limit", 3), asked(), asked(*templated), asked(*templated)] == [1, 0, 1, 1, 0]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    assert asked(*templated) == 1
+    keys = yaml.safe_load(task.read_text())
+    keys["dataset_kwargs"]["data_files"]["train"] = str(tmp_path / "examples.jsonl")
+    task.write_text(yaml.safe_dump(keys | {"training_split": "train", "num_fewshot": 1}))
+    for gold in (0, 1):
+        (tmp_path / "examples.jsonl").write_text(json.dumps(CHOICES[5] | {"gold": gold}) + "\n")
+        assert [asked(), asked()] == [1, 0]
+    monkeypatch.setattr("lm_eval.__version__", "0")
+    assert asked() == 1
+
+
+def test_a_task_that_says_no_examples_means_it(tmp_path, tiny_model_dir):
+    tasks = write_task(tmp_path, num_fewshot=0), write_task(tmp_path, "blue")
+    found, _ = ask(tmp_path, tiny_model_dir, *tasks, options=["--num_fewshot", 1])
+    assert {result["task"]: result["n_shot"] for result in found["benchmarks"]["results"]} == {"red": 0, "blue": 1}
+
+
+@pytest.mark.parametrize(("rows", "has_interval"), [(5, False), (6, True)])
+def test_an_interval_needs_rows(rows, has_interval):
+    found = {"red": {"sample_len": rows, "acc,none": 0.4, "acc_stderr,none": 0.1}}
+    (result,) = results_of(
+        {"results": found} | dict.fromkeys(("n-samples", "higher_is_better", "versions", "n-shot"), {})
+    )
+    assert (result.low is not None) == has_interval
+
+
+BROKEN = ["{", "[]", "{}", '{"how": HOW, "results": [{"task": "red"}]}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_record_that_is_broken_is_made_anew(tmp_path, tiny_model_dir, loads, text):
+    task = write_task(tmp_path)
+    found = ask(tmp_path, tiny_model_dir, task)
+    record = tmp_path / "out/benchmarks/red.json"
+    record.write_text(text.replace("HOW", json.dumps(json.loads(record.read_text())["how"])))
+    assert ask(tmp_path, tiny_model_dir, task) == found and len(loads) == 2
+
+
+def test_a_function_that_fails_at_work_is_one_line(tmp_path, tiny_model_dir, capsys):
+    """It names the line; what other tasks have come to is kept."""
+    task = write_writing_task(tmp_path, process_results="RESULTS")
+    task.write_text(task.read_text().replace("RESULTS", "!function words.results"))
+    (tmp_path / "words.py").write_text("def results(row, answers):\n    raise KeyError('gone')\n")
+    with pytest.raises(SystemExit) as stopped:
+        ask(tmp_path, tiny_model_dir, write_task(tmp_path), task)
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == (
+        f"error: --tasks: writing ended with KeyError: 'gone' ({tmp_path}/words.py, line 2). Mend that; the same command goes on with "
+        "what is missing."
+    )
+    assert [path.name for path in (tmp_path / "out/benchmarks").glob("*.json")] == ["red.json"]
+
+
 def test_an_adapter_is_asked_with_its_base_model(tmp_path, tiny_model_dir):
     """One without a tokenizer of its own, whose B is not zero, answers otherwise than its base model, and is known from it."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -149,6 +220,7 @@ def test_a_group_and_names_of_a_folder(tmp_path, tiny_model_dir, few_tasks):
     found, _ = ask(tmp_path, tiny_model_dir, tmp_path / "mine")
     values = {result["task"]: result for result in found["benchmarks"]["results"]}
     assert set(values) == {"red", "other", "both"} and values["both"]["rows"] == 10
+    assert len(found["benchmarks"]["results"]) == 3
     mean = (7 * values["red"]["value"] + 3 * values["other"]["value"]) / 10
     assert values["both"]["value"] == pytest.approx(mean)
     found, _ = ask(tmp_path, tiny_model_dir, "red,other", options=["--include_path", tmp_path / "mine"])
@@ -176,7 +248,7 @@ def test_beside_a_judge(tmp_path, tiny_model_dir, capsys):
     with judging(lambda *_: "Verdict: A") as server:
         found, page = judge(server, tmp_path, **changes)
         asked = server.requests
-        assert judge(server, tmp_path, **changes) == (found, page) and server.requests == asked == 14
+        assert judge(server, tmp_path, **changes) == (found, page) and server.requests == asked == 4 + 14
     assert found["metrics"]["win_rate"]["value"] == 0.5 and found["benchmarks"]["results"][0]["task"] == "red"
     assert page.index("`win_rate`") < page.index("## Benchmarks") < page.index("| `red` |")
 

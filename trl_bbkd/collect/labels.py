@@ -74,12 +74,14 @@ class Labeller:
         it is shared out. What a teacher says of its answer is that answer's probability; the others share the rest.
         """
         found = [self.label(choice) for choice in choices]
-        if not any(label is not None for label in found):
+        first = next((label for label in found if label is not None), None)
+        if first is None:
             return None
+        # By log-probabilities and by what a teacher says, there is one answer
         if self._uses_logprobs:
-            shares = self._shares(choices[0], found[0])
+            shares = self._shares(choices[0], first)
         elif self._is_verbalised:
-            return self._stated(choices[0], found[0])
+            return self._stated(choices[0], first)
         else:
             classes = range(len(self.names))
             shares = [found.count(label) + found.count(None) / len(classes) for label in classes]
@@ -87,17 +89,17 @@ class Labeller:
             return None
         return Labelled(shares.index(max(shares)), [share / sum(shares) for share in shares])
 
-    def _shares(self, choice: Choice, label: int | None) -> list[float] | None:
+    def _shares(self, choice: Choice, label: int) -> list[float] | None:
         """Probabilities of the letters where the answer has its own."""
         placed = place(choice)
         token = next((one for one in placed.tokens if _letter(one.shown.text)), None) if placed else None
-        if token is None or label is None or _letter(token.shown.text) != self._letters[label]:
+        if token is None or _letter(token.shown.text) != self._letters[label]:
             return None
         return _by_letter(token, self._letters)
 
-    def _stated(self, choice: Choice, label: int | None) -> Labelled | None:
+    def _stated(self, choice: Choice, label: int) -> Labelled | None:
         stated = split_confidence(choice.content)[1]
-        if label is None or stated is None:
+        if stated is None:
             return None
         rest = (1 - stated) / (len(self.names) - 1)
         return Labelled(label, [stated if index == label else rest for index in range(len(self.names))])

@@ -21,6 +21,8 @@ UNKNOWN_MODEL = re.compile(
 ENDS_THE_RUN = (401, 402, 403, 404)
 MAY_PASS = (408, 409, 425, 429)
 SHOWN = 300
+# Surrogates, as JSON may escape them and as bytes that a careless server writes; alone they are no text
+MAY_CUT_CHARACTERS, HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"), re.compile("[\ud800-\udfff]")
 
 
 @dataclass
@@ -129,7 +131,7 @@ def read(reply: Reply | NoReply, now: float) -> Answers | Fault:
     if isinstance(reply, NoReply):
         return Fault(reply.kind, reply.text, may_pass=True, may_be_paid=reply.was_sent)
     try:
-        body = json.loads(reply.body)
+        body = _parsed(reply.body)
     except ValueError:
         body = None
     if reply.status != 200:
@@ -153,6 +155,14 @@ def read(reply: Reply | NoReply, now: float) -> Answers | Fault:
         _text_or_none(body.get("model")),
         _text_or_none(body.get("system_fingerprint")),
     )
+
+
+def _parsed(body: bytes) -> Any:
+    """JSON, in which half a character, as of an emoji that was cut, becomes U+FFFD: no file can hold it, and no journal."""
+    parsed = json.loads(body)
+    if MAY_CUT_CHARACTERS.search(body) is None:
+        return parsed
+    return json.loads(HALF_A_CHARACTER.sub("\ufffd", json.dumps(parsed, ensure_ascii=False)))
 
 
 def _index(choice: dict) -> int:

@@ -209,14 +209,10 @@ class Collection:
         tokens = self.maker.worst_case(body)
         worst = self.budget.worst(tokens)
         await self.budget.claim(worst)
-        try:
-            entered = await self.pace.enter(tokens.total)
-        except BaseException:
-            self.budget.settle(worst, Spent())
-            raise
+        entered = await self.pace.enter(tokens.total)
         if self._stop.is_set():
+            # What is held is not given back: nobody waits for room any more, but others may for a turn
             self.pace.leave()
-            self.budget.settle(worst, Spent())
             raise _Stopping
         try:
             number = self.journal.sending(worst)

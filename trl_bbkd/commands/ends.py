@@ -17,6 +17,14 @@ def exit_with_error(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
+def exit_with_file(error: OSError) -> NoReturn:
+    """End with one line where a file or a disk is in the way; any other error of the system goes on as it is."""
+    if error.filename is None:
+        raise error
+    file = error.filename2 or error.filename
+    exit_with_error(f"{file} cannot be read or written: {error.strerror}. Mend that; the same command goes on.")
+
+
 def exit_if_stopped(finished: bool) -> None:
     """End with a status of its own where Ctrl-C left something to go on with."""
     if not finished:

@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import DistillationError
-from .ends import be_silent_to_the_hub, exit_if_stopped, exit_with_error, pass_over_known_noise
+from .ends import be_silent_to_the_hub, exit_if_stopped, exit_with_error, exit_with_file, pass_over_known_noise
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -56,6 +56,8 @@ def run(options: argparse.Namespace, unknown: list[str]) -> None:
             benchmarks.run(is_judged)
     except DistillationError as error:
         exit_with_error(error)
+    except OSError as error:
+        exit_with_file(error)
     except KeyboardInterrupt:
         finished = False
     exit_if_stopped(finished)

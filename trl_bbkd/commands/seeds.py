@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from ..errors import DistillationError
-from .ends import INTERRUPTED, ONE_OF_SEVERAL, exit_if_stopped, exit_with_error, pass_over_known_noise
+from .ends import INTERRUPTED, ONE_OF_SEVERAL, exit_if_stopped, exit_with_error, exit_with_file, pass_over_known_noise
 
 
 PROGRAM = [sys.executable, "-c", "from trl_bbkd.cli import main; main()"]
@@ -31,6 +31,8 @@ def train_seeds(recipe: str, seeds: list[str], arguments: list[str]) -> None:
         print(f"Also in {several.output_dir}: seeds.md, seeds.json")
     except DistillationError as error:
         exit_with_error(error)
+    except OSError as error:
+        exit_with_file(error)
     except KeyboardInterrupt:
         exit_if_stopped(False)
 

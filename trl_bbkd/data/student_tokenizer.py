@@ -34,6 +34,9 @@ def student_tokenizer(
     if processing_class is None:
         path = student if isinstance(student, str) else student.config._name_or_path
         processing_class = AutoTokenizer.from_pretrained(path, **{"padding_side": "left", **hub_kwargs})
+        # Where there are no files of one, transformers makes one that reads nothing
+        if not processing_class.get_vocab().keys() - {*processing_class.all_special_tokens}:
+            raise ValueError(f"{path} has no tokenizer. Copy the one that the model was trained with into its folder.")
     for name in ("eos_token", "pad_token"):
         token = getattr(args, name, None)
         if token is not None:

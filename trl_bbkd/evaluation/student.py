@@ -12,7 +12,7 @@ from ..data.splitting import input_key, rows_by_input
 from ..data.teacher_data import answer_text, end_token_id, prompt_ids_of, prompt_token_ids
 from ..errors import JudgeError, kind_of
 from ..host._compat import wait_for_each_other
-from .bars import progress_bar_of
+from .bars import TokensAsTheyCome, progress_bar_of
 from .processes import place, shared
 from .vllm import TrainersVLLM
 
@@ -128,7 +128,7 @@ def generate_completion_ids(
 ) -> list[list[list[int]]]:
     """
     [`generate_completions`], as token ids up to and including the token that ends an answer. `progress_bar` is the text
-    before a bar of the completions made; `None` shows none. With `is_shared` the processes of a run, all of which call it
+    before a bar of their tokens; `None` shows none. With `is_shared` the processes of a run, all of which call it
     with the same prompts, share the work. `vllm`, which holds the model, samples in its place, on all processes.
     """
     num_samples = num_samples if temperature > 0 else 1
@@ -168,17 +168,19 @@ def generate_completion_ids(
     model.eval()
     wait_for_each_other(model)
     devices = [model.device] if model.device.type != "cpu" else []
-    bar = progress_bar_of(len(queue), progress_bar, "completion")
+    bar = progress_bar_of(len(queue) * max_new_tokens, progress_bar, "token")
     at_once = place()[1] if is_shared else 1
 
     def generate(indices: list[int]) -> list[list[int]]:
         input_ids, attention_mask = pad_rows(
             [prompt_ids[index] for index in indices], pad_id, model.device, side="left"
         )
+        streamer = None if bar.disable else TokensAsTheyCome(bar, end_ids, max_new_tokens, at_once)
         with without_router_logits(model):
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, streamer=streamer
+            )
         rows = output[:, input_ids.shape[1] :].tolist()
-        bar.update(min(len(indices) * at_once, bar.total - bar.n))
         lengths = [next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row)) for row in rows]
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -330,7 +332,7 @@ def evaluate_student(
         samples (`dict[str, list[list[str]]]`, *optional*):
             Filled with each temperature's answers, a list for each prompt.
         progress_bar (`str`, *optional*):
-            Text before bars of the completions made and of the answers whose likelihood was measured. `None` shows none.
+            Text before bars of the tokens sampled and of the answers whose likelihood was measured. `None` shows none.
         vllm ([`~evaluation.vllm.TrainersVLLM`], *optional*):
             Samples in the model's place.
 

@@ -108,6 +108,9 @@ class GAD(Method):
     def samples_per_prompt(self, args) -> int:
         return args.num_generations
 
+    def samples_of_a_row(self, args) -> float:
+        return 1.0
+
     def sft_learning_rate(self, args) -> float:
         """That of the warm-up, which is supervised fine-tuning as well."""
         return args.warmup_learning_rate or args.learning_rate

@@ -57,7 +57,7 @@ def base_of_adapter(path: str, what: str | None = None) -> str | None:
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _settings_of_adapter(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if base and Path(base).expanduser().is_dir():
         return str(Path(base).expanduser())
     if base and not _names_a_folder(base):
@@ -71,6 +71,16 @@ def base_of_adapter(path: str, what: str | None = None) -> str | None:
         f"{what or path} is an adapter, and {where}. Set `base_model_name_or_path` in its {ADAPTER_CONFIG} to the model it was "
         "trained on, or hand in the merged model."
     )
+
+
+def _settings_of_adapter(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}. Copy or make the adapter again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} has no settings of an adapter. Copy or make it again.")
+    return found
 
 
 def base_of_student(path: str) -> str | None:

@@ -7,7 +7,6 @@ from huggingface_hub import EvalResult
 
 from ..evaluation.intervals import LEVEL
 from ..reports.report import Report
-from ..reports.text_report import WITHOUT_BETTER
 from .names import hub_id
 
 
@@ -47,7 +46,7 @@ def eval_results(report: Report, datasets: list[str], task: str, repo_id: str) -
             source_url=source_url(repository) if repository else None,
         )
         for key, label in report.compared
-        if _is_number(values.get(key)) and key.partition("@")[0] not in WITHOUT_BETTER
+        if _is_number(values.get(key)) and report.sense(key)
     ]
 
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..errors import HubError
 from ..host.version import __version__
@@ -73,7 +73,7 @@ def _card_of(api: HfApi, repository: str, folder: Path, token: str | None) -> st
         with tempfile.TemporaryDirectory(prefix="card-") as fetched:
             path = api.hf_hub_download(repository, CARD_NAME, token=token, local_dir=fetched)
             return Path(path).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         why, advice = "it has no card", ""
     except Exception as error:
         # Without its chain: a client may quote the request, and with it the token

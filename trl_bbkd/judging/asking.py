@@ -13,14 +13,12 @@ from ..collect.replies import read_choice
 from ..collect.requests import RequestMaker
 from ..collect.run import Collection, End
 from ..errors import EndpointError
-from .pairs import Pair
+from .pairs import FIRST_PAIRS, Pair
 from .settings import JudgeConfig
 from .verdicts import Question
 
 
 READ, UNPARSABLE, FAILED, NOT_ASKED = "read", "unparsable", "failed", "not asked"
-# Pairs that are judged before all others, so that a judge without readable verdicts is not paid for all of them
-FIRST_PAIRS = 4
 SHOWN = 120
 GOES_ON = " The same command goes on with what is missing."
 

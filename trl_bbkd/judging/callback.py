@@ -11,13 +11,12 @@ from ..data.teacher_files import ROW_COLUMN
 from ..data.teacher_tokens import RENDERED_COLUMNS, prompt_ids_of
 from ..evaluation.student import generate_completion_ids
 from .in_training import Judged, TrainingJudge, on_the_main_process
-from .reading import refuse_unjudged
+from .reading import PREFIX, refuse_names, refuse_unjudged
 from .settings import EvalJudgeConfig
 
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "eval_"
 MAX_TOKENS = 512
 SEED = 0
 
@@ -78,7 +77,7 @@ class JudgeCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, rows: Dataset | list[dict], judge: EvalJudgeConfig):
         args = trainer.args
-        refuse_unjudged(args.metric_for_best_model, judge, args.eval_strategy != "no")
+        refuse_unjudged(args, judge)
         self.trainer = trainer
         self.judge = TrainingJudge(judge, args.output_dir, rows)
         self.judge.check()
@@ -107,6 +106,8 @@ class JudgeCallback(TrainerCallback):
         )
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
+        # Before anything is asked: of two metrics of one name the first would be lost
+        refuse_names(None, self.judge.config, [name.removeprefix(PREFIX) for name in metrics])
         if self._found is None or self._step != state.global_step or not self.trainer.is_in_train:
             answers = self._answers(args, model)
             name = f"step-{state.global_step}"

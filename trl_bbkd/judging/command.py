@@ -35,21 +35,29 @@ def evaluate(settings: EvaluateConfig) -> bool:
     from ..host.files import write_atomically
     from .asking import Calls, ask_judge, read_verdicts
     from .measures import measure
-    from .pairs import make_pairs, read_teacher_rows
+    from .pairs import make_pairs, read_teacher_rows, teachers_beside_themselves
     from .report import Evaluation, verdict_lines
-    from .student import student_answers
+    from .student import check_student, is_to_be_sampled, student_answers
 
     folder = Path(judge.output_dir).expanduser()
     rows = read_teacher_rows(settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"--output_dir {folder} cannot be used: {error.strerror}. Name another folder.") from error
-    answers, cut = student_answers(settings, rows.prompts, folder)
-    pairs = make_pairs(rows.prompts, answers)
-    _say(f"{len(pairs):,} pairs of answers, to {len(answers):,} prompts.")
-    calls = Calls(pairs, list(dict.fromkeys(METRICS[name] for name in settings.metrics)))
+    make_folder(folder)
+    questions = list(dict.fromkeys(METRICS[name] for name in settings.metrics))
     with Journal(Path(judge.journal).expanduser() if judge.journal else folder / "journal.sqlite") as journal:
+        if is_to_be_sampled(settings, rows.prompts, folder):
+            # Before the student writes for minutes: a judge that cannot be asked is an error; and before it is paid: the student
+            check_student(settings, rows.prompts)
+            end = ask_judge(judge, Calls(teachers_beside_themselves(rows.prompts), questions), journal, key)
+            if end is not None and end.kind == "interrupt":
+                return False
+            if end is not None:
+                raise RecipeError(
+                    f"--{end.text}: {getattr(judge, end.text):g} is reached before the judge's first verdicts are there. Raise it."
+                )
+        answers, cut = student_answers(settings, rows.prompts, folder)
+        pairs = make_pairs(rows.prompts, answers)
+        _say(f"{len(pairs):,} pairs of answers, to {len(answers):,} prompts.")
+        calls = Calls(pairs, questions)
         end = ask_judge(judge, calls, journal, key)
         verdicts = read_verdicts(judge, calls, journal)
         spent = journal.spent()
@@ -70,6 +78,19 @@ def evaluate(settings: EvaluateConfig) -> bool:
     print(page, end="")
     _say(f"Written to {folder / TABLE}.")
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """
+    Make the folder of `--output_dir`, or one in it.
+
+    Raises:
+        [`~errors.RecipeError`]: there cannot be one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--output_dir {folder} cannot be used: {error.strerror}. Name another folder.") from error
 
 
 def _say(text: str) -> None:

@@ -2,10 +2,9 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +16,10 @@ from ..collect.command import key_of
 from ..collect.journal import Journal
 from ..errors import DistillationError, RecipeError
 from ..host.files import write_atomically
-from .asking import FIRST_PAIRS, GOES_ON, UNPARSABLE, Calls, ask_judge, read_verdicts
+from .asking import GOES_ON, UNPARSABLE, Calls, ask_judge, read_verdicts
 from .measures import Measured, measure
-from .pairs import Pair, make_pairs, prompts_of
+from .pairs import Pair, make_pairs, prompts_of, teachers_beside_themselves
+from .reading import refuse_names
 from .report import is_same_model, verdict_lines
 from .settings import EvalJudgeConfig
 from .verdicts import METRICS, request_text, shown_answer
@@ -91,6 +91,10 @@ class TrainingJudge:
     def is_the_teacher(self) -> bool:
         return any(is_same_model(name, self.config.model) for name in self.teachers)
 
+    def refuse_names(self, metric: str | None, others: Callable[[], Collection[str]]) -> None:
+        """[`~judging.reading.refuse_names`], of names that the main process finds. All processes call this."""
+        refuse_names(metric, self.config, on_the_main_process(others))
+
     def check(self) -> None:
         """
         Ask about a few of the teacher's answers, each beside itself, before anything is trained. All processes call this.
@@ -99,14 +103,10 @@ class TrainingJudge:
             [`~errors.EndpointError`]: the judge refuses, cannot be reached, or says nothing that can be read.
             [`~errors.RecipeError`]: a cap leaves no request for it.
         """
-        pairs = []
-        for asked in islice(self.prompts.values(), FIRST_PAIRS):
-            request = request_text(asked.columns["prompt"], f"Row {asked.row}: `prompt`")
-            pairs.append(Pair(asked.row, request, asked.answers[0], asked.answers[0]))
 
         def ask() -> DistillationError | None:
             try:
-                end, _ = self._asked(pairs)
+                end, _ = self._asked(teachers_beside_themselves(self.prompts))
             except DistillationError as error:
                 return type(error)(f"eval_judge: {_in_a_training(error)}")
             if end is not None:

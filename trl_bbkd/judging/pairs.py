@@ -17,6 +17,10 @@ from .settings import EvaluateConfig
 from .verdicts import request_text, shown_answer
 
 
+# Pairs that are judged before all others, so that a judge without readable verdicts is not paid for all of them
+FIRST_PAIRS = 4
+
+
 @dataclass
 class Asked:
     """
@@ -145,6 +149,15 @@ def make_pairs(prompts: dict[str, Asked], answers: dict[str, list]) -> list[Pair
         for number, answer in enumerate(answers.get(key, ())):
             student = shown_answer(answer, f"The student's answer to row {asked.row}")
             pairs.append(Pair(asked.row, request, student, asked.answers[number % len(asked.answers)]))
+    return pairs
+
+
+def teachers_beside_themselves(prompts: dict[str, Asked]) -> list[Pair]:
+    """A few of the teacher's answers, each beside itself: what a judge is tried with before there are a student's."""
+    pairs = []
+    for asked in islice(prompts.values(), FIRST_PAIRS):
+        request = request_text(asked.columns["prompt"], f"Row {asked.row}: `prompt`")
+        pairs.append(Pair(asked.row, request, asked.answers[0], asked.answers[0]))
     return pairs
 
 

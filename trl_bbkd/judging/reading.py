@@ -1,6 +1,7 @@
 """The command line of `trl-bbkd evaluate`, and the key `eval_judge` of recipes. Imports nothing heavy."""
 
 import argparse
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -19,6 +20,7 @@ from .settings import (
 )
 
 
+PREFIX = "eval_"
 NEEDED = ("data", "judge", "base_url", "output_dir")
 # A message of the judge's settings, by the option that says it here
 OPTION_OF = {"model": "judge", "dataset_name": "data"}
@@ -115,22 +117,22 @@ def read_eval_judge(values: dict[str, Any]) -> EvalJudgeConfig:
         raise RecipeError(f"eval_judge.{error}") from error
 
 
-def refuse_unjudged(metric: str | None, judge: EvalJudgeConfig | None, is_evaluated: bool) -> None:
+def refuse_unjudged(args: Any, judge: EvalJudgeConfig | None) -> None:
     """
-    Refuse to choose the best checkpoint by what no judge says.
+    Refuse to choose the best checkpoint by what no judge says, or the worst one.
 
     Args:
-        metric (`str`, *optional*):
-            `metric_for_best_model`.
+        args ([`~transformers.TrainingArguments`]):
+            Arguments of the training.
         judge ([`~judging.settings.EvalJudgeConfig`], *optional*):
             The judge.
-        is_evaluated (`bool`):
-            Whether there are evaluations.
 
     Raises:
-        [`~errors.RecipeError`]: it is one of a judge's metrics, and there is no such judge, or nothing that it is asked of.
+        [`~errors.RecipeError`]: `metric_for_best_model` is one of a judge's metrics, and there is no such judge, or nothing that it
+            is asked of, or less of it is to be better.
     """
-    name = (metric or "").removeprefix("eval_")
+    metric = args.metric_for_best_model
+    name = (metric or "").removeprefix(PREFIX)
     if name not in METRIC_NAMES:
         return
     if judge is None:
@@ -140,8 +142,41 @@ def refuse_unjudged(metric: str | None, judge: EvalJudgeConfig | None, is_evalua
             f"metric_for_best_model={metric!r} is not asked for: add {name} to `metrics` of `eval_judge`, which are "
             f"{', '.join(judge.metrics)}."
         )
-    if not is_evaluated:
+    if args.eval_strategy == "no":
         raise RecipeError(
             f"metric_for_best_model={metric!r} is judged at evaluations, and there are none. Set `eval_strategy: steps` and "
             "`eval_steps`."
         )
+    if args.greater_is_better is False:
+        raise RecipeError(
+            f"greater_is_better=False with metric_for_best_model={metric!r} would keep the student that the judge likes least. Take "
+            "greater_is_better out."
+        )
+
+
+def refuse_names(metric: str | None, judge: EvalJudgeConfig, others: Collection[str]) -> None:
+    """
+    Refuse two metrics of one name, and a name that is nearly a judge's.
+
+    Args:
+        metric (`str`, *optional*):
+            `metric_for_best_model`.
+        judge ([`~judging.settings.EvalJudgeConfig`]):
+            The judge.
+        others (`Collection[str]`):
+            Names of the metrics that `sample_metrics` returns.
+
+    Raises:
+        [`~errors.RecipeError`]: for the first such name.
+    """
+    for name in judge.metrics:
+        if name in others:
+            raise RecipeError(
+                f"sample_metrics returns a metric {name!r}, and eval_judge.metrics names {name!r} too: both would be {PREFIX}{name}. "
+                "Rename the one of sample_metrics, or take it out of eval_judge.metrics."
+            )
+    name = (metric or "").removeprefix(PREFIX)
+    if name and name not in METRIC_NAMES and name not in others:
+        near = nearest(name, METRIC_NAMES, {})
+        if near != ".":
+            raise RecipeError(f"metric_for_best_model={metric!r} is nothing that eval_judge says{near}")

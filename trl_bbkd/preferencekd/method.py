@@ -91,6 +91,10 @@ class PreferenceKD(Method):
             **job.trainer_arguments() | {"callbacks": [curve]},
         )
 
+    def samples_of_a_row(self, args) -> float:
+        """A round samples each of its prompts once, whatever its epochs."""
+        return args.num_generations / args.num_train_epochs
+
     def sft_learning_rate(self, args) -> float:
         """That of the warm-up, which is supervised fine-tuning as well."""
         return args.warmup_learning_rate

@@ -48,5 +48,8 @@ class ProxyKD(ProxyMethod):
         kept = phase.targets_per_token if args.sample_weighting != "none" else 0
         return replace(phase, models=(student, live), loss="dense", targets_per_token=kept)
 
+    def samples_of_a_row(self, args) -> float:
+        return float(args.is_on_policy)
+
 
 METHOD = ProxyKD()

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..evaluation.intervals import interval_of_mean
 from .held_out import HELD_OUT_NAME, read_held_out
 from .markdown import code, escape, one_line, table
 from .report import without_secrets
-from .text_report import EQUAL_DIVERSITY, format_value
+from .run_names import short_names
+from .text_report import EQUAL_DIVERSITY, WITHOUT_BETTER, format_value
 from .uncertainty import paired_difference
 from .verdicts import Difference, verdicts
 
@@ -32,7 +34,7 @@ class ComparedRun:
 
     Args:
         name (`str`):
-            What it is called here: its folder, as it was named.
+            Its folder, as it was named.
         metrics (`dict`):
             Its `metrics.json`.
         lines (`list[dict]`):
@@ -81,7 +83,7 @@ def read_runs(folders: Sequence[str]) -> list[ComparedRun]:
         [`~errors.ComparisonError`]: a folder has no finished run of a student that writes text, or runs were measured on different
             test rows.
     """
-    if len(folders) < 2 or len({*folders}) < len(folders):
+    if len(folders) < 2 or len({*map(os.path.realpath, folders)}) < len(folders):
         raise ComparisonError("compare takes the folders of at least two runs, each once.")
     runs = [_read_run(folder) for folder in folders]
     first = {_key(line): number for number, line in enumerate(runs[0].lines)}
@@ -154,6 +156,7 @@ class Comparison:
 
     def __init__(self, runs: list[ComparedRun], metrics: Sequence[str] = ()):
         self.runs = runs
+        self.names = short_names([run.name for run in runs])
         known = [
             name for name in runs[0].answers[0]["values"] if all(name in run.answers[0]["values"] for run in runs)
         ]
@@ -163,10 +166,16 @@ class Comparison:
         )
         if not self.has_one_tokenizer:
             known = [name for name in known if name != NLL and not name.startswith("length")]
+        if not all(map(self._counts_valid_answers, runs)):
+            known = [name for name in known if not name.startswith("distinct_valid")]
         for metric in metrics:
             if not any(metric in (name, name.partition("@")[0]) for name in known):
                 raise ComparisonError(f"--metric {metric}: not every run has it. All have: {', '.join(known)}.")
-        self.metrics = [name for name in known if not metrics or {name, name.partition("@")[0]} & {*metrics}]
+        known = [name for name in known if not metrics or {name, name.partition("@")[0]} & {*metrics}]
+        self.deciding = {name for name in known if name in metrics or self._is_deciding(name)}
+        kinds = list(dict.fromkeys(name.partition("@")[0] for name in known))
+        kinds.sort(key=lambda kind: kind in WITHOUT_BETTER)
+        self.metrics = sorted(known, key=lambda name: (name not in self.deciding, kinds.index(name.partition("@")[0])))
         judges = {self._judged(run) for run in runs}
         self.judged = judges.pop() if len(judges) == 1 else None
 
@@ -176,6 +185,22 @@ class Comparison:
         name = run.metrics["headline"]
         return None if name == NLL else name.partition("@")[0]
 
+    @classmethod
+    def _counts_valid_answers(cls, run: ComparedRun) -> bool:
+        """Whether its judge gives 0 or 1: each prompt's mean is a share of its answers."""
+        judged, at = cls._judged(run), run.temperatures[0]
+        if judged is None:
+            return False
+        means = np.array(run.values(f"{judged}@{at}"))
+        right = means * [len(answers["samples"][at]) for answers in run.answers]
+        return bool(((means >= 0) & (means <= 1)).all() and np.allclose(right, right.round()))
+
+    def _is_deciding(self, metric: str) -> bool:
+        """Whether it is of the deciding temperature or of none. Where no answer is cut, that decides nothing."""
+        name, _, at = metric.partition("@")
+        is_seen = name != "truncated" or any(any(run.values(metric)) for run in self.runs)
+        return at in ("", self.runs[0].temperatures[0]) and is_seen
+
     @property
     def headline(self) -> str:
         """What the curves are of."""
@@ -183,7 +208,7 @@ class Comparison:
         return found.pop() if len(found) == 1 else NLL
 
     def table(self) -> list[list[str]]:
-        """A line for each metric: its label, then each run's value with its interval."""
+        """A line for each metric, those that decide first: its label, then each run's value with its interval."""
         return [[label_of(name), *(self._value(run, name) for run in self.runs)] for name in self.metrics]
 
     def _value(self, run: ComparedRun, metric: str) -> str:
@@ -198,7 +223,10 @@ class Comparison:
         return [self._found(run) for run in self.runs[1:]]
 
     def _found(self, run: ComparedRun) -> list[Difference]:
-        lines = [Difference(label_of(name), name, self.difference(run, name)) for name in self.metrics]
+        lines = [
+            Difference(label_of(name), name, self.difference(run, name), name in self.deciding)
+            for name in self.metrics
+        ]
         if self.judged:
             lines.insert(0, Difference(EQUAL_DIVERSITY, "", self.at_equal_diversity(run)))
         return lines
@@ -240,9 +268,9 @@ class Comparison:
         found = []
         for number, line in enumerate(self.runs[0].lines[:EXAMPLES]):
             answers = {}
-            for run in self.runs:
+            for name, run in zip(self.names, self.runs, strict=True):
                 samples = run.answers[number]["samples"]
-                answers[run.name] = samples.get("greedy", next(iter(samples.values())))[0]
+                answers[name] = samples.get("greedy", next(iter(samples.values())))[0]
             found.append({"prompt": prompt_text(line["prompt"]), "teacher": line["teacher"][0], "answers": answers})
         return found
 
@@ -250,18 +278,22 @@ class Comparison:
     def explanation(self) -> str:
         prompts = len(self.runs[0].lines)
         text = (
-            f"Measured on the same {prompts} held-out prompts. In brackets: 95 % intervals over prompts drawn anew (none with fewer than "
-            "6). They say nothing of another seed of the training."
+            f"Measured on the same {prompts} held-out prompts, with 95 % intervals over prompts drawn anew (none with fewer than 6). "
+            "They say nothing of another seed of the training. Where two students do not differ, about one interval in 20 says that they do."
         )
         if not self.has_one_tokenizer:
             text += " The students have different tokenizers: lengths and NLL, which count tokens, are left out."
         return text
 
     def markdown(self) -> str:
-        names = [escape(run.name) for run in self.runs]
-        lines = ["# Comparison", "", *table(["", *names], self.table()), "", self.explanation, ""]
-        lines += ["## Differences", "", *(f"* {text}" for text in verdicts(self.found, names)), ""]
-        lines += [*table([f"less {names[0]}", *names[1:]], self.differences()), ""]
+        names = [escape(name) for name in self.names]
+        lines = ["# Comparison", "", *(f"* {text}" for text in verdicts(self.found, names)), "", self.explanation, ""]
+        lines += [
+            f"* {name} is the run of {run.method} in {code(run.name)}."
+            for name, run in zip(names, self.runs, strict=True)
+        ]
+        lines += ["", "## Values", "", *table(["", *names], self.table()), ""]
+        lines += ["## Differences", "", *table([f"less {names[0]}", *names[1:]], self.differences()), ""]
         if self.judged:
             lines += [equal_diversity_explained(self.judged), ""]
         if self.settings():

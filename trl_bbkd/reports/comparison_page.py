@@ -2,99 +2,151 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from html import escape
 
-from .comparison import Comparison, equal_diversity_explained, label_of
-from .line_chart import COLORS, line_chart
+from .comparison import ComparedRun, Comparison, equal_diversity_explained, label_of
+from .line_chart import line_chart, line_mark
+from .page_style import style
+from .verdicts import BETTER, NO_VERDICT, UNCLEAR, WORSE, Difference, by_kind
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #d1d5db; --paper: #ffffff; --card: #f6f7f9; --mark: #fde68a; %s }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --paper: #111827; --card: #1f2937; --mark: #854d0e; %s }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-p { color: var(--soft); max-width: 44rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 8rem }
-.settings td { white-space: normal; overflow-wrap: anywhere; text-align: left }
-small { color: var(--soft); display: block }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 20rem), 1fr)); gap: 1rem }
-figure { margin: 0; padding: .75rem; background: var(--card); border-radius: .5rem } figcaption { font-weight: 600; font-size: .9rem }
-svg { width: 100%%; height: auto; display: block } svg text { fill: var(--soft); font-size: 11px } .grid { stroke: var(--line) }
-.legend { font-size: .85rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem } .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%%; margin-right: .35em }
-article { background: var(--card); border-radius: .5rem; padding: .75rem; margin: .75rem 0 }
-dl { margin: 0 } dt { color: var(--soft); font-size: .85rem; margin-top: .4rem } dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }
-mark { background: var(--mark); color: inherit }
-"""
+# Shape and word say it too, where colour does not
+KIND_MARKS = {BETTER: ("▲", "better"), WORSE: ("▼", "worse"), UNCLEAR: ("≈", "unclear")}
+OPEN_EXAMPLES = 2
+NOTHING_FETCHED = "default-src 'none'; style-src 'unsafe-inline'"
+INTERVAL = re.compile(r"^(\S+) \((\S+) to (\S+)\)$")
 
 
 def page(comparison: Comparison) -> str:
-    """The page's HTML. What differs from the teacher's answer is marked in the students'."""
-    names = [run.name for run in comparison.runs]
+    """The page's HTML: verdicts, what decides, pictures, and folded what is left."""
+    first = breakable(comparison.names[0])
     parts = [
-        "<h1>Comparison</h1>",
-        _table(["", *names], comparison.table()),
+        f"<h1>{' · '.join(map(breakable, comparison.names))}</h1>",
+        _runs(comparison),
         f"<p>{escape(comparison.explanation)}</p>",
-        "<h2>Differences</h2>",
-        _table([f"less {names[0]}", *names[1:]], comparison.differences()),
+        *_values(comparison),
+        f'<div class="charts">{_curves(comparison)}{_diversity(comparison)}</div>',
     ]
     if comparison.judged:
-        parts.append(f"<p>{escape(equal_diversity_explained(comparison.judged)).replace('`', '')}</p>")
-    parts.append(f'<div class="charts">{_curves(comparison)}{_diversity(comparison)}</div>')
-    settings = comparison.settings()
-    if settings:
-        parts += ["<h2>Settings that differ</h2>", _table(["", *names], settings, "wide settings")]
-    parts += ["<h2>Answers</h2>", *(_example(example) for example in comparison.examples())]
-    light, dark = (" ".join(f"--c{number}: {color};" for number, color in enumerate(colors)) for colors in COLORS)
+        explained = escape(equal_diversity_explained(comparison.judged)).replace("`", "")
+        parts.append(
+            f"<p>{explained} In the picture a better student lies higher, a sharper one only farther left.</p>"
+        )
+    head = [f"less {first}", *_heads(comparison)[1:]]
+    parts.append(_folded("All differences", _table(head, comparison.differences())))
+    if settings := comparison.settings():
+        parts.append(_folded("Settings that differ", _table(["", *_heads(comparison)], settings, "wide settings")))
+    parts += _answers(comparison)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(', '.join(names))}</title>\n<style>{STYLE % (light, dark)}</style>\n</head>\n<body>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_FETCHED}">\n'
+        f"<title>{escape(', '.join(comparison.names))}</title>\n<style>{style()}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
 
 
-def _table(head: list[str], rows: list[list[str]], css: str = "wide") -> str:
-    def cell(text: str) -> str:
-        value, bracket, interval = escape(text).partition(" (")
-        # An interval stands below its value, where a phone has room
-        return (
-            f"<td>{value}<small>{interval.removesuffix(')')}</small></td>"
-            if INTERVAL.search(text)
-            else f"<td>{escape(text)}</td>"
-        )
+def breakable(text: str) -> str:
+    """Text that a narrow column breaks after underscores and slashes, not within words."""
+    return re.sub(r"([_/])(?=\w)", r"\1<wbr>", escape(text))
 
-    lines = ["".join(f"<th>{escape(text)}</th>" for text in head)]
-    lines += ["".join([f"<td>{escape(label)}</td>", *map(cell, cells)]) for label, *cells in rows]
+
+def _runs(comparison: Comparison) -> str:
+    """A card for each run: what it is, and how it stands beside the first."""
+    first = breakable(comparison.names[0])
+    cards = ["<p>The others are compared with it.</p>"]
+    cards += [_verdict(found, first) for found in comparison.found]
+    heads = map(_run_head, range(len(cards)), comparison.names, comparison.runs)
+    return (
+        '<div class="runs">'
+        + "".join(f"<section>{head}{card}</section>" for head, card in zip(heads, cards, strict=True))
+        + "</div>"
+    )
+
+
+def _run_head(number: int, name: str, run: ComparedRun) -> str:
+    return (
+        f"<h3>{line_mark(number)}{breakable(name)}</h3><small>{escape(run.method)}, in {breakable(run.name)}</small>"
+    )
+
+
+def _verdict(found: Sequence[Difference], first: str) -> str:
+    parts = []
+    for kind, differences in by_kind(found).items():
+        mark, css = KIND_MARKS[kind]
+        than = "" if kind == UNCLEAR else f" than {first}"
+        parts.append(f'<h4 class="{css}">{mark} {kind}{than}</h4><ul>')
+        parts += [f"<li>{breakable(each.label)}{_number(str(each), 'span')}</li>" for each in differences]
+        parts.append("</ul>")
+    return "".join(parts) or f"<p>{NO_VERDICT}</p>"
+
+
+def _values(comparison: Comparison) -> list[str]:
+    deciding = len(comparison.deciding)
+    rows, heads = comparison.table(), ["", *_heads(comparison)]
+    parts = [_table(heads, rows[:deciding])] if deciding else []
+    return parts + (
+        [_folded("More rows, other temperatures", _table(heads, rows[deciding:]))] if rows[deciding:] else []
+    )
+
+
+def _heads(comparison: Comparison) -> list[str]:
+    return [
+        f'<span title="{escape(run.name)}">{line_mark(number)}{breakable(name)}</span>'
+        for number, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))
+    ]
+
+
+def _table(heads: list[str], rows: list[list[str]], css: str = "wide") -> str:
+    lines = ["".join(f"<th>{head}</th>" for head in heads)]
+    lines += [
+        "".join([f"<td>{breakable(label)}</td>", *(_number(cell, "td") for cell in cells)]) for label, *cells in rows
+    ]
     return f'<div class="{css}"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
-INTERVAL = re.compile(r"^\S+ \(\S+ to \S+\)$")
+def _number(text: str, tag: str) -> str:
+    """A value with its interval small beside it, which is broken before its upper end if at all."""
+    found = INTERVAL.match(text)
+    inner = breakable(text)
+    if found:
+        value, low, high = map(escape, found.groups())
+        inner = f"{value} <small>{low}&nbsp;to {high}</small>"
+    return f"<{tag}>{inner}</{tag}>"
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
 
 
 def _curves(comparison: Comparison) -> str:
     key = comparison.headline
     series = {
-        run.name: [
+        name: [
             (point["step"], point[key]) for point in run.metrics["curves"][run.method] if point.get(key) is not None
         ]
-        for run in comparison.runs
+        for name, run in zip(comparison.names, comparison.runs, strict=True)
     }
-    return line_chart(f"{label_of(key)} along the training", "optimizer step", series)
+    return line_chart(f"{label_of(key)}, along the training", "optimizer step", series)
 
 
 def _diversity(comparison: Comparison) -> str:
     """Each temperature is a point: a better student lies higher, a sharper one only farther left."""
     if not comparison.judged:
         return ""
-    series = {run.name: sorted(comparison.diversity_curve(run)) for run in comparison.runs}
+    curves = map(comparison.diversity_curve, comparison.runs)
+    series = {name: sorted(curve) for name, curve in zip(comparison.names, curves, strict=True)}
     return line_chart(f"{comparison.judged} by diversity, a point a temperature", "distinct 4-grams", series)
+
+
+def _answers(comparison: Comparison) -> list[str]:
+    examples = [_example(example) for example in comparison.examples()]
+    parts = ["<h2>Answers</h2>", "<p>Marked: what the teacher's answer does not have there.</p>"]
+    parts += examples[:OPEN_EXAMPLES]
+    more = examples[OPEN_EXAMPLES:]
+    return parts + ([_folded(f"{len(more)} more", "".join(more))] if more else [])
 
 
 def _example(example: dict) -> str:
@@ -103,7 +155,7 @@ def _example(example: dict) -> str:
     entries += [(name, _marked(answer, teacher)) for name, answer in example["answers"].items()]
     return (
         "<article><dl>"
-        + "".join(f"<dt>{escape(name)}</dt><dd>{text}</dd>" for name, text in entries)
+        + "".join(f"<dt>{breakable(name)}</dt><dd>{text}</dd>" for name, text in entries)
         + "</dl></article>"
     )
 

@@ -7,10 +7,12 @@ from html import escape
 
 # In light and dark
 COLORS = (
-    ("#2563eb", "#d97706", "#0d9488", "#9333ea", "#dc2626", "#4b5563"),
+    ("#2563eb", "#b45309", "#0d9488", "#9333ea", "#dc2626", "#4b5563"),
     ("#60a5fa", "#fbbf24", "#2dd4bf", "#c084fc", "#f87171", "#d1d5db"),
 )
-WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 360, 220, 44, 32, 8
+# Of lines, so that who sees no colours tells them apart, and the same as borders
+DASHES = (("none", "solid"), ("7 4", "dashed"), ("2 3", "dotted"))
+WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 360, 236, 46, 40, 8
 TICKS = 4
 
 
@@ -42,22 +44,30 @@ def line_chart(title: str, x_label: str, series: Mapping[str, Sequence[tuple[flo
         parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in _ticks(x_low, x_high):
         x, _ = place(value, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     for number, line in enumerate(series.values()):
-        color = f"var(--c{number % len(COLORS[0])})"
+        color = _color(number)
         placed = [place(*point) for point in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{DASHES[number % len(DASHES)][0]}"/>'
+        )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in placed]
-    legend = "".join(
-        f'<span><i style="background: var(--c{number % len(COLORS[0])})"></i>{escape(name)}</span>'
-        for number, name in enumerate(series)
-    )
+    legend = "".join(f"<span>{line_mark(number)}{escape(name)}</span>" for number, name in enumerate(series))
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
     )
+
+
+def line_mark(number: int) -> str:
+    """What tells the line of that number beside its name."""
+    return f'<i style="border-color: {_color(number)}; border-style: {DASHES[number % len(DASHES)][1]} none none"></i>'
+
+
+def _color(number: int) -> str:
+    return f"var(--c{number % len(COLORS[0])})"
 
 
 def _span(values: list[float]) -> tuple[float, float]:

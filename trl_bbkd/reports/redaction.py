@@ -13,7 +13,7 @@ SECRET = re.compile(
 )
 HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 # Two components at least: `/` and `/think` are no paths. What comes before tells a path from a URL or a fraction.
-ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w./~]))/(?!/)(?:[\w.@+~-]+/)+[\w.@+~-]*")
+ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w./~]))/(?!/)(?:[\w.@+~-]+/)+[\w.@+~*-]*")
 ADDRESS = re.compile(r"\b(https?://)(\[[\da-fA-F:]+\]|[\w.-]+)(:\d+)?")
 SHORTEST_SECRET = 8
 

@@ -120,8 +120,7 @@ class TextReport(Report):
         return f" But {'; '.join(texts)}." if texts else ""
 
     def sense(self, metric: str) -> int:
-        name = metric.partition("@")[0]
-        return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
+        return sense(metric)
 
     def written(self, metric: str, value: float | None) -> str:
         return format_value(metric, value)
@@ -158,9 +157,12 @@ class TextReport(Report):
                 "sampling colder gains nothing there."
             )
         if self.judged_metrics:
+            mean = f"`{self.judged_metrics[0]}` is the judge's mean"
+            is_counted = any(key.startswith("distinct_valid") for key, _ in self.measured)
             text.append(
-                f"`{self.judged_metrics[0]}` is the judge's mean; distinct answers are different pairs of prompt and answer, "
-                "counted."
+                f"{mean}; distinct answers are different pairs of prompt and answer, counted."
+                if is_counted
+                else f"{mean}."
             )
         else:
             text.append("Distinct answers is the share of different pairs of prompt and answer among the samples.")
@@ -213,6 +215,12 @@ class TextReport(Report):
         plot_curves(self, folder / "curves.png")
 
 
+def sense(metric: str) -> int:
+    """Which way is better: 1 up, -1 down, 0 neither."""
+    name = metric.partition("@")[0]
+    return 0 if name in WITHOUT_BETTER else -1 if name in BETTER_WHEN_LOWER else 1
+
+
 def decline(report: TextReport) -> list[dict]:
     """A warning where the student is worse than before it learned, by what the run is summed up by."""
     key = report.headline
@@ -236,7 +244,9 @@ def table_metrics(report: TextReport) -> list[tuple[str, str]]:
             metrics.append((f"{name}@{temperature_name(temperature)}", f"{name}, {in_short(temperature)}"))
     at, short = report.at, in_short(report.temperatures[0])
     if report.judged_metrics:
-        metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
+        # A judge that is not of 0 and 1 finds no answer that is simply right
+        if any(result.get(f"distinct_valid@{at}") for result in report.results.values()):
+            metrics.append((f"distinct_valid@{at}", f"distinct answers with {report.judged_metrics[0]} 1, {short}"))
     else:
         metrics.append((f"distinct_share@{at}", f"distinct answers, {short}"))
     return metrics + [

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .text_report import BETTER_WHEN_LOWER, WITHOUT_BETTER, format_value
+from .text_report import format_value, sense
 from .uncertainty import has_interval, is_clear
 
 
 BETTER, WORSE, UNCLEAR = "better", "worse", "no difference seen"
 KINDS = (BETTER, WORSE, UNCLEAR)
+NO_VERDICT = "no verdict without an interval"
 
 
 class Difference(NamedTuple):
@@ -22,11 +23,14 @@ class Difference(NamedTuple):
             Its name.
         found (`dict[str, float]`):
             As of [`~reports.uncertainty.paired_difference`]; empty where nothing can be said.
+        is_deciding (`bool`, *optional*, defaults to `True`):
+            Whether it is told of where no difference is seen, too.
     """
 
     label: str
     metric: str
     found: dict[str, float]
+    is_deciding: bool = True
 
     def __str__(self) -> str:
         if not has_interval(self.found):
@@ -41,15 +45,14 @@ class Difference(NamedTuple):
     @property
     def kind(self) -> str | None:
         """Which of `KINDS` it is; `None` where neither more nor less is better, or no interval is known."""
-        name = self.metric.partition("@")[0]
-        if name in WITHOUT_BETTER or not has_interval(self.found):
+        if not sense(self.metric) or not has_interval(self.found):
             return None
         if (self.found["low"], self.found["high"]) == (0, 0):
             # All values are the same, as where no answer is cut
             return None
         if not is_clear(self.found):
             return UNCLEAR
-        return BETTER if (self.found["difference"] < 0) == (name in BETTER_WHEN_LOWER) else WORSE
+        return BETTER if self.found["difference"] * sense(self.metric) > 0 else WORSE
 
 
 def verdicts(found: Sequence[Sequence[Difference]], names: Sequence[str]) -> list[str]:
@@ -65,11 +68,20 @@ def verdicts(found: Sequence[Sequence[Difference]], names: Sequence[str]) -> lis
     return [f"**{name}** beside {names[0]}: {_verdict(own)}." for name, own in zip(names[1:], found, strict=True)]
 
 
+def by_kind(found: Sequence[Difference]) -> dict[str, list[Difference]]:
+    """What is told of a run, by its kind: all that is better or worse, and what decides where no difference is seen."""
+    told = {kind: [each for each in found if each.kind == kind] for kind in KINDS}
+    told[UNCLEAR] = [each for each in told[UNCLEAR] if each.is_deciding]
+    return {kind: differences for kind, differences in told.items() if differences}
+
+
 def _verdict(found: Sequence[Difference]) -> str:
-    parts = []
-    for kind in KINDS:
-        own = [difference for difference in found if difference.kind == kind]
-        told = [each.label if kind == UNCLEAR else f"{each.label} ({each.signed('difference')})" for each in own]
-        if told:
-            parts.append(f"{kind}: {'; '.join(told)}")
-    return ". ".join(parts) or "no verdict without an interval"
+    parts = [f"{kind}: {'; '.join(map(_told, differences))}" for kind, differences in by_kind(found).items()]
+    return ". ".join(parts) or NO_VERDICT
+
+
+def _told(difference: Difference) -> str:
+    value, low, high = (difference.signed(name) for name in ("difference", "low", "high"))
+    return (
+        f"{difference.label} ({value}, {low} to {high})" if difference.is_deciding else f"{difference.label} ({value})"
+    )

@@ -68,6 +68,8 @@ def _known(error: Exception, recipe) -> DistillationError | None:
             f"The training diverged: {one_line(error).rstrip('.')}. {_state_of(output_dir)} Lower learning_rate (and that of what is "
             f"trained beside the student), and {_again(output_dir)}."
         )
+    if isinstance(error, KeyError) and "metric_for_best_model" in str(error):
+        return RecipeError(f"{one_line(error.args[0])} {_state_of(output_dir)} Mend it, and {_again(output_dir)}.")
     frame = _last_frame_of(_files_of_functions(recipe.script_args), error)
     if frame is not None:
         return RecipeError(

@@ -82,6 +82,10 @@ class Method:
         """The method's sequences for each prompt of a step."""
         return 1
 
+    def samples_of_a_row(self, args) -> float:
+        """Answers that it samples itself, in training, for each sequence that it learns from."""
+        return 0.0
+
     def sft_learning_rate(self, args) -> float:
         """That of its supervised fine-tuning, which the baseline takes."""
         return args.learning_rate

@@ -221,10 +221,7 @@ def check_judge(script_args: RecipeArguments, training_args: "TrainingArguments"
     judge = judge_of(script_args)
     # A function may have a metric of the same name
     if judge is not None or script_args.sample_metrics is None:
-        is_evaluated = training_args.eval_strategy != "no"
-        load_class("trl_bbkd.judging.reading:refuse_unjudged")(
-            training_args.metric_for_best_model, judge, is_evaluated
-        )
+        load_class("trl_bbkd.judging.reading:refuse_unjudged")(training_args, judge)
 
 
 def judge_of(script_args: RecipeArguments):

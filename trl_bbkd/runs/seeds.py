@@ -1,11 +1,12 @@
 """One recipe trained with several seeds: what is asked for, what is finished, and what is read of it. Imports little until it has to."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..errors import ComparisonError, RecipeError
 from .methods import load_class, load_method
@@ -137,8 +138,9 @@ class SeveralSeeds:
     def _read_finished(self) -> set[int]:
         try:
             found = json.loads((self.output_dir / SEEDS_NAME).read_text(encoding="utf-8"))
-            settings, finished = found["settings"], {*found["finished"]}
+            settings, finished = dict(found["settings"]), {*found["finished"]}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
+            # Each run knows its own settings, and is gone on with
             return set()
         if settings != self.settings:
             self._refuse_other(settings)
@@ -233,28 +235,37 @@ class SeveralSeeds:
 
         report_class = load_class(load_method(self.recipe_file.method).report)
         fields = [field.name for field in dataclasses.fields(report_class)]
-        runs, settings = [], []
+        runs: list[SeedRun] = []
+        settings: list[dict] = []
         for seed in self.seeds:
             folder = self.folder(seed)
-            metrics = _read(folder / "metrics.json")
-            settings.append(_without_seed(_read(folder / "progress.json")["settings"]))
-            lines = read_held_out(folder) if (folder / HELD_OUT_NAME).is_file() else []
-            runs.append(SeedRun(seed, report_class(**{name: metrics[name] for name in fields}), lines))
+            with _told(folder):
+                metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+                lines = read_held_out(folder) if (folder / HELD_OUT_NAME).is_file() else []
+                runs.append(SeedRun(seed, report_class(**{name: metrics[name] for name in fields}), lines))
+                progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+                settings.append(_without_seed(progress["settings"]))
             differing = [name for name in settings[0] if settings[0][name] != settings[-1].get(name)]
             if differing:
                 raise ComparisonError(
                     f"{self.folder(self.seeds[0])} and {folder} differ in more than their seed: {', '.join(differing)}. Delete the one "
                     "that is out of date, and start the command again."
                 )
+            with _told(folder):
+                if [line["rows"] for line in lines] != [line["rows"] for line in runs[0].lines]:
+                    raise ValueError(f"{HELD_OUT_NAME} has other prompts than {self.folder(self.seeds[0])}")
         return runs
 
 
-def _read(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say of files that are gone or broken how they are made again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ComparisonError(
-            f"{path} is missing or cannot be read. Delete {path.parent}, and start the command again."
+            f"{folder} cannot be read ({type(error).__name__}: {error}). Delete its metrics.json, and start the command again: what is "
+            "missing is made anew."
         ) from error
 
 

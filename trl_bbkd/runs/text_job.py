@@ -75,12 +75,14 @@ class TextJob(Job):
         self._tokenize(train, test, most)
         self.temperatures = [float(value) for value in self.script_args.eval_temperatures or TEMPERATURES]
         steps = self._planned_steps()
+        learned = steps * self._rows_of_a_step
         self.plan = sampling_plan(
             self.script_args,
             steps,
             count_prompts(self.test),
             self.script_args.seqkd_baseline,
-            answers_in_training(self.method.samples_per_prompt(self.args), steps * self._rows_of_a_step),
+            answers_in_training(self.method.samples_per_prompt(self.args), learned),
+            self.method.samples_of_a_row(self.args) * learned,
         )
         self.held_out_rows = first_prompts(self.test, self.plan.prompts)
         self.data_warnings = sameness_warnings(self.train, self.held_out_rows, self.counts)
@@ -90,7 +92,9 @@ class TextJob(Job):
         self.judge = judge_of(self.script_args)
         if self.judge is not None:
             # Before any weights are loaded, a judge that cannot be asked is an error
-            self._training_judge().check()
+            training_judge = self._training_judge()
+            training_judge.refuse_names(self.args.metric_for_best_model, self._names_of_sample_metrics)
+            training_judge.check()
         self.vllm: TrainersVLLM | None = None
         self._measuring = 0.0  # seconds since they were asked for
         self.measure = functools.partial(
@@ -135,12 +139,20 @@ class TextJob(Job):
     @property
     def _evaluation_seconds(self) -> float:
         """What all measurements of the run took, those along the way included."""
+        # Others are lists, as of the trackers that have the report
         parts = [part for part in self.progress.parts.values() if isinstance(part, dict)]
         along = sum(part.get(EVALUATION, 0.0) for part in parts)
         return along + sum(part.get("seconds", 0.0) for part in parts if "by_row" in part)
 
     def _training_judge(self):
         return load_class("trl_bbkd.judging.in_training:TrainingJudge")(self.judge, self.args.output_dir, self.test)
+
+    def _names_of_sample_metrics(self) -> list[str]:
+        """Of what `sample_metrics` returns, by one of the teacher's answers; none where no evaluation has them."""
+        if self.sample_metrics is None or self.args.eval_strategy == "no":
+            return []
+        found = evaluate_teacher(self.held_out_rows[:1], self.sample_metrics, self.tokenizer)
+        return [name.partition("@")[0] for name in found]
 
     def _planned_steps(self) -> int:
         args = self.args

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from ..judging.command import JSON, TABLE
+from ..judging.command import JSON, TABLE, make_folder
 from ..judging.student import is_file_of_answers
 from .settings import TasksConfig
 
@@ -37,12 +37,15 @@ class Benchmarks:
                 f"--tasks: {settings.model} is a file of answers. Tasks are asked of a model: name its folder."
             )
         # Only now: what reads data sets and models takes seconds to import
-        from ..evaluation.loading import load_tokenizer
+        from ..evaluation.loading import load_tokenizer, refuse_broken_student
         from ..host.model_paths import checkpoint_fingerprint
         from .finding import find_tasks
 
         self.settings = settings
+        self.folder = Path(settings.output_dir).expanduser() / FOLDER
+        make_folder(self.folder)
         self.tokenizer = load_tokenizer(settings.model)
+        refuse_broken_student(settings.model)
         if settings.apply_chat_template and self.tokenizer.chat_template is None:
             raise RecipeError(f"--apply_chat_template: the tokenizer of {settings.model} has no chat template.")
         template = json.dumps(self.tokenizer.chat_template) if settings.apply_chat_template else ""
@@ -66,12 +69,11 @@ class Benchmarks:
         from .report import as_json, markdown, warnings_of
         from .running import run_part
 
-        output = Path(self.settings.output_dir).expanduser()
-        (output / FOLDER).mkdir(parents=True, exist_ok=True)
+        output = self.folder.parent
         results = [
             result
             for part in self.parts
-            for result in run_part(part, self.settings, self.student, output / FOLDER, lambda: self._language_model)
+            for result in run_part(part, self.settings, self.student, self.folder, lambda: self._language_model)
         ]
         warnings = warnings_of(self.settings, results)
         section = markdown(self.settings, lm_eval.__version__, results, warnings)

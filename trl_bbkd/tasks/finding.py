@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import is_offline_mode
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
@@ -24,6 +24,7 @@ from .settings import TasksConfig
 
 SUFFIXES = (".yaml", ".yml")
 DATA_KEYS = ("dataset_path", "custom_dataset", "class", "include")
+TEXT = "tag:yaml.org,2002:str"
 FILE_IS_NO_TASK = "it is no task of lm_eval. A task has the keys `task` (its name) and `dataset_path`, a group has `group` and a list `task`"
 
 
@@ -116,7 +117,11 @@ def _files(word: str) -> list[Path]:
 def _spec(file: Path) -> str:
     """What lm_eval loads a file by. A group goes by its name: by its path lm_eval takes the list of its tasks for the name."""
     keys = _keys(file)
-    return keys["group"].value if "group" in keys else str(file)
+    if "group" in keys:
+        return keys["group"].value
+    if keys["task"].tag != TEXT:
+        raise RecipeError(f"--tasks: {file}: `task` is the task's name, a text: put it in quotes.")
+    return str(file)
 
 
 def _keys(file: Path) -> dict[str, yaml.Node]:
@@ -140,11 +145,17 @@ def _manager(settings: TasksConfig, names: list[str], files: list[Path]) -> Task
         if not Path(settings.include_path).expanduser().is_dir():
             raise RecipeError(f"--include_path: there is no folder {settings.include_path}.")
         folders.append(str(Path(settings.include_path).expanduser()))
-    with lm_eval_at_work():
-        manager = TaskManager(include_path=folders, include_defaults=False)
-        if groups or any(not manager.match_tasks([name]) for name in names):
-            print("Reading the list of lm_eval's tasks.", flush=True)
-            manager = TaskManager(include_path=folders)
+    try:
+        with lm_eval_at_work():
+            manager = TaskManager(include_path=folders, include_defaults=False)
+            if groups or any(not manager.match_tasks([name]) for name in names):
+                print("Reading the list of lm_eval's tasks.", flush=True)
+                manager = TaskManager(include_path=folders)
+    except Exception as error:  # whatever another file in those folders makes go wrong
+        raise RecipeError(
+            f"--tasks: the tasks in {', '.join(folders)} cannot be listed: {_reason(error)} Each YAML file there is read, and its "
+            "`task` or `group` is a name."
+        ) from error
     return manager
 
 
@@ -166,16 +177,24 @@ def _load(manager: TaskManager, spec: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+    if isinstance(error, StopIteration):
+        return "its data has no rows."
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        return f"its data cannot be read: {_first_line(error.__cause__)}."
+    line = _first_line(error)
     if isinstance(error, FileNotFoundError | DatasetsError) and not isinstance(error, ConnectionError):
         return f"{line}. Relative paths of data files start at {Path.cwd()}."
     if isinstance(error, ConnectionError):
         if is_offline_mode():
             return f"{line}. HF_HUB_OFFLINE is set: load its data once without it, or name a task with local data."
         return f"{line}."
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and error.args[0] is not None:
         return f"there is no {line}. A split of a local file is named so: `dataset_kwargs: {{data_files: {{test: rows.jsonl}}}}`."
-    return f"{type(error).__name__}: {line}."
+    return f"{type(error).__name__}{f': {line}' if line else ''}."
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
 
 
 def _refuse_unsafe(manager: TaskManager, spec: str, settings: TasksConfig) -> None:
