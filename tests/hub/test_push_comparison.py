@@ -23,13 +23,14 @@ from trl_bbkd.reports.comparison import Comparison, read_runs
 
 PAPER = {"title": "A paper", "id": "2511.10643", "citation": "@article{}"}
 SECRET = "a-password-of-somebody"
+SETTING = "mirror-4f9c"  # that no variable of the environment holds
 
 
 @pytest.fixture
 def runs(tmp_path):
     """Two finished runs with a student and a card each."""
     found = [
-        write_run(tmp_path / "one", 0.5, discriminator=f"{tmp_path}/larger", model_init_kwargs={"token": SECRET}),
+        write_run(tmp_path / "one", 0.5, discriminator=f"{tmp_path}/larger", model_init_kwargs={"token": SETTING}),
         write_run(tmp_path / "two", 0.8, seed=1, learning_rate=1e-4, discriminator=f"{tmp_path}/{SECRET}"),
     ]
     for folder in found:
@@ -136,7 +137,7 @@ class TestSection:
         for repository in ("me/one", "me/two"):
             card = on_the_hub(hub, repository)
             assert '| discriminator | `"larger"` | `"***"` |' in card and "model_init_kwargs" in card
-            for private in (SECRET, TOKEN, str(tmp_path), "prompt</b>", "0 1 2"):
+            for private in (SECRET, SETTING, TOKEN, str(tmp_path), "prompt</b>", "0 1 2"):
                 assert private not in card
 
     def test_again_it_is_replaced_and_the_hubs_edits_stay(self, pushed, hub):
