@@ -1,16 +1,20 @@
 """The table of a comparison in the students' cards: with the real client against a server of the Hub's protocol."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from tests.hub.test_hub import start
 from tests.hub_server import TOKEN, HubServer
 from tests.reports.test_comparison import write_run
+from tests.reports.test_report import make_report
 from trl_bbkd.cli import main
 from trl_bbkd.errors import HubError
-from trl_bbkd.hub.compared import SECTION
+from trl_bbkd.hub.compared import END, SECTION, STANDS_BEFORE
 from trl_bbkd.hub.model_card import StudentCard, write_card
 from trl_bbkd.hub.push import push_student
 from trl_bbkd.hub.push_comparison import push_comparison
@@ -90,6 +94,43 @@ class TestSection:
         page = MarkdownIt().enable("table").render(section[0])
         assert page.count("<table>") == 3 and page.count('href="https://huggingface.co/me/two"') == 1
 
+    def test_the_command_by_itself(self, runs, hub, tmp_path):
+        """Each in a process of its own, which finds the Hub by its environment alone."""
+        for folder in runs:
+            push_student(folder, f"me/{os.path.basename(folder)}")
+        done = start(hub, "compare", *runs, "--push", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for name in ("one", "two"):
+            assert f"On the Hub: {hub.url}/me/{name}\n" in done.stderr
+            assert SECTION.search(on_the_hub(hub, f"me/{name}"))[0] in text_in(tmp_path / name)
+        assert "| valid, T=1.0 | " in done.stdout and TOKEN not in done.stdout + done.stderr
+
+    @pytest.mark.slow
+    def test_commands_that_follow(self, runs, hub, tmp_path):
+        def succeeds(*arguments):
+            done = start(hub, *arguments, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+
+        def refused():
+            done = start(hub, "compare", *runs, "--push", cwd=tmp_path)
+            assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr
+            return done.stderr
+
+        succeeds("push", runs[0], "me/one")
+        line = f"error: Nothing was sent: the card in {runs[1]} names no repository. Send that student first: "
+        assert refused() == f"{line}`trl-bbkd push {runs[1]} me/student`.\n"
+        succeeds("push", runs[1], "me/two")
+        hub.refusals["me/two/commit/"] = 403
+        error = refused()
+        assert error.count("\n") == 1 and "the Hub answered 403" in error and "Done before: me/one." in error
+        hub.refusals.clear()
+        succeeds("compare", *runs, "--push")
+        succeeds("push", runs[1], "me/two")
+        assert on_the_hub(hub, "me/two").count("## Compared") == 1
+        (tmp_path / "two/model.safetensors").write_text("trained anew")
+        succeeds("push", runs[1], "me/two")
+        assert "## Compared" not in on_the_hub(hub, "me/two") and "## Compared" in on_the_hub(hub, "me/one")
+
     def test_nothing_private_is_in_it(self, pushed, hub, tmp_path):
         push_comparison(Comparison(read_runs(pushed)))
         for repository in ("me/one", "me/two"):
@@ -108,6 +149,23 @@ class TestSection:
         card = on_the_hub(hub, "me/one")
         assert card.count("## Compared") == 1 and "less me/two" in card and "teacher NLL" not in card
         assert "## Edited there" in card and "## Edited there" not in text_in(pushed[0])
+
+    def test_a_card_without_an_example_has_it_at_its_end(self, pushed, hub):
+        card = on_the_hub(hub, "me/one").partition(f"{STANDS_BEFORE}\n")[0]
+        hub.commits[0].files["README.md"] = card.encode()
+        push_comparison(Comparison(read_runs(pushed)))
+        found = on_the_hub(hub, "me/one")
+        assert found.startswith(card.rstrip()) and found.endswith(f"{END}\n") and found.count("## Compared") == 1
+
+    def test_a_folder_that_cannot_be_written_to_ends_nothing(self, pushed, hub, monkeypatch, caplog):
+        def refuse(path, *arguments, **settings):
+            raise PermissionError(13, "Permission denied")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_text", refuse)
+            push_comparison(Comparison(read_runs(pushed)))
+        assert [commit.repo_id for commit in hub.commits[2:]] == ["me/one", "me/two"]
+        assert f"The card in {pushed[0]} cannot be written (Permission denied)." in caplog.text
 
     def test_it_stays_as_long_as_the_weights(self, pushed, hub, caplog):
         push_comparison(Comparison(read_runs(pushed)))
@@ -153,6 +211,31 @@ class TestRefusals:
         del hub.commits[1].files["README.md"]
         assert "the card of me/two cannot be changed: it has no card." in self.refused(*pushed)
 
+    def test_another_student_there(self, pushed, hub):
+        metrics = json.loads(hub.commits[1].files["metrics.json"])
+        metrics["results"]["GAD"]["valid@t1.0"] += 0.01
+        hub.commits[1].files["metrics.json"] = json.dumps(metrics).encode()
+        text = self.refused(*pushed)
+        assert (
+            f"the card of me/two cannot be changed: its student is another than that in {pushed[1]}. Send this" in text
+        )
+        del hub.commits[1].files["metrics.json"]  # as where only a checkpoint was sent
+        assert f"Send this one first: `trl-bbkd push {pushed[1]} me/two`." in self.refused(*pushed)
+        assert len(hub.commits) == 2
+
+    def test_half_a_section(self, pushed, hub):
+        push_comparison(Comparison(read_runs(pushed)))
+        hub.commits[3].files["README.md"] = on_the_hub(hub, "me/two").replace(END, "").encode()
+        assert "the card of me/two cannot be changed: it has a comparison whose first or last" in self.refused(*pushed)
+        with open(f"{pushed[0]}/README.md", "a") as card:
+            card.write(END)
+        assert f"Nothing was sent: {pushed[0]}/README.md has a comparison whose first or last" in self.refused(*pushed)
+        with open(f"{pushed[0]}/README.md", "wb") as card:
+            card.write(b"\xff")
+        assert f"Nothing was sent: {pushed[0]}/README.md cannot be read ('utf-8' codec" in self.refused(*pushed)
+        os.remove(f"{pushed[0]}/README.md")
+        assert f"the card in {pushed[0]} names no repository" in self.refused(*pushed) and len(hub.commits) == 4
+
     def test_not_logged_in(self, pushed, hub, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenOfNobody")
         text = self.refused(*pushed)
@@ -175,3 +258,19 @@ class TestRefusals:
     def test_offline(self, pushed, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert "Unset HF_HUB_OFFLINE" in self.refused(*pushed)
+
+
+def test_results_are_of_the_repository_that_they_are_sent_to(runs, hub, tmp_path):
+    """As the Hub's own client reads a card that was written for another repository, and has a comparison."""
+    report = make_report(intervals={"valid@t1.0": (0.75, 0.8333)})
+    for folder in runs:
+        write_card(StudentCard("GAD", PAPER, [], None, name="old", repo_id="me/old", report=report), folder)
+        push_student(folder, f"me/{os.path.basename(folder)}")
+    push_comparison(Comparison(read_runs(runs)))
+    (tmp_path / "README.md").write_text(on_the_hub(hub, "me/two"))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == "two" and "## Compared" in card.text
+    found = {result.metric_name: result for result in card.data.eval_results}
+    assert {result.source_url for result in found.values()} == {"https://huggingface.co/me/two/blob/main/metrics.json"}
+    valid = found["valid, T=1.0"]
+    assert valid.metric_value == 0.792 and valid.metric_args == {"interval": 0.95, "low": 0.75, "high": 0.8333}

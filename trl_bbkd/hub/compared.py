@@ -17,6 +17,7 @@ CARD_NAME = "README.md"
 CARD_STUDENT = re.compile(r'^student = (".*")$', re.MULTILINE)
 BEGIN, END = "<!-- trl-bbkd compare, of weights {weights} -->", "<!-- end of trl-bbkd compare -->"
 SECTION = re.compile(BEGIN.format(weights=r"(\w+)") + f".*?{END}", re.DOTALL)
+FIRST_LINE = re.compile(BEGIN.format(weights=r"\w+"))
 STANDS_BEFORE = "## How to use it"
 
 
@@ -53,6 +54,11 @@ def with_section(card: str, section: str) -> str:
         return SECTION.sub(lambda _: section, card, count=1)
     before, heading, after = card.partition(f"\n{STANDS_BEFORE}\n")
     return f"{before.rstrip()}\n\n{section}\n{heading}{after}"
+
+
+def is_torn(card: str) -> bool:
+    """Whether of a section in the card not both ends are left: what to replace is not known."""
+    return not len(FIRST_LINE.findall(card)) == card.count(END) == len(SECTION.findall(card))
 
 
 def with_comparison_of(folder: Path, card: str) -> str:

@@ -1,6 +1,7 @@
 """The table of `trl-bbkd compare` on the Hub: in the cards of the students that it compares."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -9,10 +10,16 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..errors import HubError
 from ..host.version import __version__
-from ..reports.comparison import Comparison
-from .compared import CARD_NAME, CARD_STUDENT, compared_section, with_section
+from ..reports.comparison import ComparedRun, Comparison
+from ..reports.markdown import one_line
+from .compared import CARD_NAME, CARD_STUDENT, compared_section, is_torn, with_section
 from .names import hub_id
 from .push import reason, remedy
+
+
+logger = logging.getLogger(__name__)
+
+TORN = "has a comparison whose first or last line is gone: delete what is left of it"
 
 
 def push_comparison(comparison: Comparison, token: str | None = None) -> list[str]:
@@ -30,34 +37,45 @@ def push_comparison(comparison: Comparison, token: str | None = None) -> list[st
         `list[str]`: for each run, the address of its repository.
 
     Raises:
-        [`~errors.HubError`]: a run has no repository, or the Hub refuses a card. Before anything is sent all repositories are
-            read, and asked whether they may be written to.
+        [`~errors.HubError`]: a run has no repository, another student is there, or the Hub refuses a card. Before anything is sent
+            all repositories are read, and asked whether they may be written to.
     """
     folders = [Path(run.name) for run in comparison.runs]
-    repositories = [repository_of(folder) for folder in folders]
+    own_cards = [_own_card(folder) for folder in folders]
+    repositories = [_repository_of(*pair) for pair in zip(own_cards, folders, strict=True)]
     if len({*repositories}) < len(repositories):
         raise HubError(f"Two runs have the same repository, of {', '.join(repositories)}. Push each to its own.")
     api = HfApi(library_name="trl-bbkd", library_version=__version__)
-    cards = [_card_of(api, *pair, token) for pair in zip(repositories, folders, strict=True)]
+    cards = [_card_of(api, *pair, token) for pair in zip(repositories, comparison.runs, strict=True)]
     sent: list[str] = []
-    for folder, repository, card in zip(folders, repositories, cards, strict=True):
+    for folder, own_card, repository, card in zip(folders, own_cards, repositories, cards, strict=True):
         section = compared_section(comparison, repositories, folder)
         _send(api, repository, card, with_section(card, section), token, sent)
-        own = folder / CARD_NAME
-        own.write_text(with_section(own.read_text(encoding="utf-8"), section), encoding="utf-8")
         sent.append(repository)
+        try:
+            (folder / CARD_NAME).write_text(with_section(own_card, section), encoding="utf-8")
+        except OSError as error:
+            logger.warning(
+                f"The card in {folder} cannot be written ({error.strerror}). If that student is pushed again, the comparison goes."
+            )
     return [f"{api.endpoint}/{repository}" for repository in repositories]
 
 
-def repository_of(folder: Path) -> str:
-    """
-    Where the student of a run is on the Hub, as its card says.
+def _own_card(folder: Path) -> str:
+    """The card in a run's folder; empty where there is none."""
+    path = folder / CARD_NAME
+    try:
+        card = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise HubError(f"Nothing was sent: {path} cannot be read ({one_line(error)}).") from error
+    if is_torn(card):
+        raise HubError(f"Nothing was sent: {path} {TORN}.")
+    return card
 
-    Raises:
-        [`~errors.HubError`]: it was not pushed, or its card is gone.
-    """
-    card = folder / CARD_NAME
-    found = CARD_STUDENT.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+
+def _repository_of(card: str, folder: Path) -> str:
+    """Where the student of a run is on the Hub, as its card says."""
+    found = CARD_STUDENT.search(card)
     name = hub_id(json.loads(found[1])) if found else None
     if name is None or "/" not in name:
         raise HubError(
@@ -66,22 +84,44 @@ def repository_of(folder: Path) -> str:
     return name
 
 
-def _card_of(api: HfApi, repository: str, folder: Path, token: str | None) -> str:
-    """The card as it is on the Hub."""
+def _card_of(api: HfApi, repository: str, run: ComparedRun, token: str | None) -> str:
+    """The card as it is on the Hub, of the student that was compared."""
+    push = f"`trl-bbkd push {run.name} {repository}`"
+    advice = f"If the student is not there yet, send it: {push}"
     try:
         api.auth_check(repository, token=token, write=True)
-        with tempfile.TemporaryDirectory(prefix="card-") as fetched:
-            path = api.hf_hub_download(repository, CARD_NAME, token=token, local_dir=fetched)
-            return Path(path).read_text(encoding="utf-8")
-    except RemoteEntryNotFoundError:
-        why, advice = "it has no card", ""
+        card, metrics = (_text_of(api, repository, name, token) for name in (CARD_NAME, "metrics.json"))
     except Exception as error:
         # Without its chain: a client may quote the request, and with it the token
-        why, advice = reason(error, token), remedy(error)
-    raise HubError(
-        f"Nothing was sent: the card of {repository} cannot be changed: {why}. {advice}If the student is not there yet, send it: "
-        f"`trl-bbkd push {folder} {repository}`."
-    ) from None
+        why, advice = reason(error, token), f"{remedy(error)}{advice}"
+    else:
+        if card is None:
+            why = "it has no card"
+        elif _results(metrics, run.method) != run.metrics["results"][run.method]:
+            why, advice = f"its student is another than that in {run.name}", f"Send this one first: {push}"
+        elif is_torn(card):
+            why, advice = f"it {TORN}", "Or send it anew: " + push
+        else:
+            return card
+    raise HubError(f"Nothing was sent: the card of {repository} cannot be changed: {why}. {advice}.") from None
+
+
+def _text_of(api: HfApi, repository: str, name: str, token: str | None) -> str | None:
+    """A file on the Hub; `None` where it is not there."""
+    with tempfile.TemporaryDirectory(prefix="card-") as fetched:
+        try:
+            path = api.hf_hub_download(repository, name, token=token, local_dir=fetched)
+        except RemoteEntryNotFoundError:
+            return None
+        return Path(path).read_text(encoding="utf-8")
+
+
+def _results(metrics: str | None, method: str) -> dict | None:
+    """Of a `metrics.json`, what its student reached; `None` where that is not known."""
+    try:
+        return json.loads(metrics or "")["results"][method]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _send(api: HfApi, repository: str, before: str, card: str, token: str | None, sent: list[str]) -> None:
