@@ -368,7 +368,7 @@ class TestEndOfTurn:
         assert end not in (tokenizer.eos_token_id, model.generation_config.eos_token_id)
         stops = []
 
-        def generate(input_ids, attention_mask, generation_config):
+        def generate(input_ids, attention_mask, generation_config, streamer):
             stops.append(generation_config.eos_token_id)
             return torch.cat([input_ids, torch.tensor([[5, end, 6]] * len(input_ids))], dim=1)
 
@@ -420,7 +420,7 @@ class TestConsumers:
         data = tokenize_teacher_data(rows, tokenizer, max_completion_length=200)[0].to_list()
         asked = []
 
-        def generate(input_ids, attention_mask, generation_config):
+        def generate(input_ids, attention_mask, generation_config, streamer):
             asked.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
             return torch.cat([input_ids, torch.full((len(input_ids), 1), tokenizer.eos_token_id)], dim=1)
 

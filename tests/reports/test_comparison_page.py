@@ -191,9 +191,10 @@ class TestDistinctValidAnswers:
         assert "distinct_valid@t1.0" not in comparison.metrics and "valid@t1.0" in comparison.metrics
         assert "distinct valid" not in page(comparison) + comparison.markdown()
 
-    def test_a_graded_judge_between_0_and_1(self, better_and_worse):
+    @pytest.mark.parametrize("score", [0.3, 7.0, -1.0])
+    def test_one_score_of_another_kind_is_enough(self, better_and_worse, score):
         runs = read_runs(better_and_worse)
-        runs[2].answers[7]["values"]["valid@t1.0"] = 0.3
+        runs[2].answers[7]["values"]["valid@t1.0"] = score
         assert "distinct_valid@t1.0" not in Comparison(runs).metrics
 
     def test_one_runs_report(self):

@@ -1,14 +1,10 @@
-"""A card's section on the student beside others: where it stands, and how long it holds."""
+"""A card's section on the student beside others: where it stands, and how long it holds. Imports little, as each push needs it."""
 
 import logging
 import re
 from pathlib import Path
 
 from ..host.model_paths import checkpoint_fingerprint
-from ..reports.comparison import Comparison, equal_diversity_explained
-from ..reports.markdown import code, escape, table
-from ..reports.redaction import public_text
-from ..reports.verdicts import verdicts
 
 
 logger = logging.getLogger(__name__)
@@ -19,33 +15,6 @@ BEGIN, END = "<!-- trl-bbkd compare, of weights {weights} -->", "<!-- end of trl
 SECTION = re.compile(BEGIN.format(weights=r"(\w+)") + f".*?{END}", re.DOTALL)
 FIRST_LINE = re.compile(BEGIN.format(weights=r"\w+"))
 STANDS_BEFORE = "## How to use it"
-
-
-def compared_section(comparison: Comparison, repositories: list[str], folder: str | Path) -> str:
-    """
-    The section in Markdown, fit for strangers: tables and settings. Answers are left out, since the teacher's rows may be nobody's
-    to read.
-
-    Args:
-        comparison ([`~reports.comparison.Comparison`]):
-            The runs.
-        repositories (`list[str]`):
-            What each is called.
-        folder (`str` or `Path`):
-            Folder of the run whose card it is for: the section holds as long as the weights there stay.
-    """
-    names = [escape(name) for name in repositories]
-    links = " · ".join(f"[{name}](https://huggingface.co/{name})" for name in repositories)
-    lines = ["## Compared", "", f"Students of the same teacher, side by side: {links}.", ""]
-    lines += [f"* {sentence}" for sentence in verdicts(comparison.found, names)]
-    lines += ["", *table(["", *names], comparison.table()), "", comparison.explanation, ""]
-    lines += [*table([f"less {names[0]}", *names[1:]], comparison.differences()), ""]
-    if comparison.judged:
-        lines += [equal_diversity_explained(comparison.judged), ""]
-    if settings := comparison.settings():
-        rows = [[escape(name), *map(code, values)] for name, *values in settings]
-        lines += ["Settings that differ:", "", *table(["", *names], rows), ""]
-    return "\n".join([BEGIN.format(weights=_weights(folder)), public_text("\n".join(lines)), END])
 
 
 def with_section(card: str, section: str) -> str:
@@ -83,9 +52,9 @@ def without_stale_comparison(card: str, folder: Path) -> str:
 
 
 def _holds(section: re.Match, folder: Path) -> bool:
-    return section[1] == _weights(folder)
+    return section[1] == weights_of(folder)
 
 
-def _weights(folder: str | Path) -> str:
+def weights_of(folder: str | Path) -> str:
     # Of an adapter without its base, which may be named by a path
     return checkpoint_fingerprint(str(folder)).partition("+")[0]

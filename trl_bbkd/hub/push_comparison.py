@@ -10,9 +10,11 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from ..errors import HubError
 from ..host.version import __version__
-from ..reports.comparison import ComparedRun, Comparison
-from ..reports.markdown import one_line
-from .compared import CARD_NAME, CARD_STUDENT, compared_section, is_torn, with_section
+from ..reports.comparison import ComparedRun, Comparison, equal_diversity_explained
+from ..reports.markdown import code, escape, one_line, table
+from ..reports.redaction import public_text
+from ..reports.verdicts import verdicts
+from .compared import BEGIN, CARD_NAME, CARD_STUDENT, END, is_torn, weights_of, with_section
 from .names import hub_id
 from .push import reason, remedy
 
@@ -59,6 +61,33 @@ def push_comparison(comparison: Comparison, token: str | None = None) -> list[st
                 f"The card in {folder} cannot be written ({error.strerror}). If that student is pushed again, the comparison goes."
             )
     return [f"{api.endpoint}/{repository}" for repository in repositories]
+
+
+def compared_section(comparison: Comparison, repositories: list[str], folder: str | Path) -> str:
+    """
+    The section in Markdown, fit for strangers: tables and settings. Answers are left out, since the teacher's rows may be nobody's
+    to read.
+
+    Args:
+        comparison ([`~reports.comparison.Comparison`]):
+            The runs.
+        repositories (`list[str]`):
+            What each is called.
+        folder (`str` or `Path`):
+            Folder of the run whose card it is for: the section holds as long as the weights there stay.
+    """
+    names = [escape(name) for name in repositories]
+    links = " · ".join(f"[{name}](https://huggingface.co/{name})" for name in repositories)
+    lines = ["## Compared", "", f"Students of the same teacher, side by side: {links}.", ""]
+    lines += [f"* {sentence}" for sentence in verdicts(comparison.found, names)]
+    lines += ["", *table(["", *names], comparison.table()), "", comparison.explanation, ""]
+    lines += [*table([f"less {names[0]}", *names[1:]], comparison.differences()), ""]
+    if comparison.judged:
+        lines += [equal_diversity_explained(comparison.judged), ""]
+    if settings := comparison.settings():
+        rows = [[escape(name), *map(code, values)] for name, *values in settings]
+        lines += ["Settings that differ:", "", *table(["", *names], rows), ""]
+    return "\n".join([BEGIN.format(weights=weights_of(folder)), public_text("\n".join(lines)), END])
 
 
 def _own_card(folder: Path) -> str:

@@ -39,7 +39,6 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th { vertical-align: bottom; font-size: .8rem; line-height: 1.3; overflow-wrap: normal } tr:last-child td { border: 0 } th i { display: block; margin: 0 0 .3em auto }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); padding-left: 0; width: 1%; min-width: 4.5rem }
-th:first-child:nth-last-child(-n+3), td:first-child:nth-last-child(-n+3) { min-width: 6rem }
 td small { display: block }
 @media (min-width: 44rem) { th:first-child, td:first-child { width: auto; white-space: nowrap; padding-right: 2rem } th, td { padding-left: 1.25rem } }
 .settings td { text-align: left; min-width: 5rem; overflow-wrap: normal }
