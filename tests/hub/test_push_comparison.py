@@ -272,6 +272,13 @@ class TestRefusals:
         push_comparison(Comparison(read_runs(pushed)))
         assert [commit.repo_id for commit in hub.commits[2:]] == ["me/one", "me/two"]
 
+    def test_what_the_client_says_in_many_lines(self, pushed, monkeypatch):
+        def fail(*arguments, **settings):
+            raise ConnectionError(f"no route\nfor {TOKEN}")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_file", fail)
+        assert "could not be sent: ConnectionError: no route for ***. Nothing was sent." in self.refused(*pushed)
+
     def test_offline(self, pushed, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         assert "Unset HF_HUB_OFFLINE" in self.refused(*pushed)

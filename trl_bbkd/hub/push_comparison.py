@@ -145,7 +145,7 @@ def _text_of(api: HfApi, repository: str, name: str, token: str | None) -> str |
             return None
         except LocalEntryNotFoundError as error:
             # The client speaks of a cache, in which nothing was looked for
-            raise error.__cause__ or error
+            raise (error.__cause__ or error) from None
         return Path(path).read_text(encoding="utf-8")
 
 
