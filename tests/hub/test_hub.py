@@ -173,7 +173,11 @@ class TestPushedRun:
         assert "trl-bbkd train recipes/tiny.yaml" in card.text and "--hub_model_id me/student" in card.text
         assert "eprint       = {arXiv:2511.10643}" in card.text
 
-    def test_metadata(self, card):
+    def test_metadata(self, pushed, card):
+        results = json.loads((pushed[2] / "metrics.json").read_text())["results"]["GAD"]
+        found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert found.keys() == {"distinct_share", "teacher_nll", "truncated"}
+        assert found["teacher_nll"] == round(results["teacher_nll"], 4)
         data = card.data.to_dict()
         assert data["tags"] == ["trl", "trl-bbkd", "gad"] and data["library_name"] == "transformers"
         assert data["pipeline_tag"] == "text-generation" and data["model-index"][0]["name"] == "student"

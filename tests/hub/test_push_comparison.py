@@ -197,6 +197,13 @@ class TestRefusals:
         assert f"Nothing was sent: the card in {runs[1]} names no repository." in text and len(hub.commits) == 1
         assert f"`trl-bbkd push {runs[1]} me/student`" in text
 
+    def test_the_folder_of_a_run_is_no_repository(self, runs, hub, tmp_path, monkeypatch):
+        """From another folder than that of its training, the name in its card is no path that is there."""
+        write_card(StudentCard("GAD", PAPER, [], None, name="two", repo_id=f"{tmp_path.name}/two"), runs[1])
+        push_student(runs[0], "me/one")
+        monkeypatch.chdir(tmp_path)
+        assert "the card in two names no repository. Send that" in self.refused("one", "two") and len(hub.commits) == 1
+
     def test_the_same_repository_twice(self, runs, hub):
         for folder in runs:
             push_student(folder, "me/one")
@@ -211,6 +218,14 @@ class TestRefusals:
     def test_no_card_there(self, pushed, hub):
         del hub.commits[1].files["README.md"]
         assert "the card of me/two cannot be changed: it has no card." in self.refused(*pushed)
+
+    # The client asks again, and waits, before it believes the last
+    @pytest.mark.parametrize("status", [403, pytest.param(500, marks=pytest.mark.slow)])
+    def test_a_card_that_cannot_be_read(self, pushed, hub, status):
+        hub.refusals["me/two/resolve/"] = status
+        text = self.refused(*pushed)
+        assert f"the card of me/two cannot be changed: the Hub answered {status}" in text and "cache" not in text
+        assert len(hub.commits) == 2
 
     def test_another_student_there(self, pushed, hub):
         metrics = json.loads(hub.commits[1].files["metrics.json"])
@@ -237,11 +252,13 @@ class TestRefusals:
         os.remove(f"{pushed[0]}/README.md")
         assert f"the card in {pushed[0]} names no repository" in self.refused(*pushed) and len(hub.commits) == 4
 
-    def test_not_logged_in(self, pushed, hub, monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenOfNobody")
+    @pytest.mark.parametrize("token", ["hf_anotherTokenOfNobody", None])
+    def test_not_logged_in(self, pushed, hub, monkeypatch, tmp_path, token):
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
         text = self.refused(*pushed)
         assert "Nothing was sent: the card of me/one cannot be changed: the Hub answered 401" in text
-        assert "hf auth login" in text
+        assert "hf auth login" in text and "anotherToken" not in text and len(hub.commits) == 2
 
     def test_no_write_access(self, pushed, hub):
         hub.refusals["me/two/auth-check/write"] = 403
@@ -255,6 +272,13 @@ class TestRefusals:
         hub.refusals.clear()
         push_comparison(Comparison(read_runs(pushed)))
         assert [commit.repo_id for commit in hub.commits[2:]] == ["me/one", "me/two"]
+
+    def test_what_the_client_says_in_many_lines(self, pushed, monkeypatch):
+        def fail(*arguments, **settings):
+            raise ConnectionError(f"no route\nfor {TOKEN}")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_file", fail)
+        assert "could not be sent: ConnectionError: no route for ***. Nothing was sent." in self.refused(*pushed)
 
     def test_offline(self, pushed, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

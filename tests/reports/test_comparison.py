@@ -13,6 +13,7 @@ from trl_bbkd.evaluation.intervals import interval_of_mean
 from trl_bbkd.reports.comparison import Comparison, read_runs
 from trl_bbkd.reports.comparison_page import page
 from trl_bbkd.reports.held_out import write_held_out
+from trl_bbkd.reports.verdicts import Difference
 
 
 PROMPTS = 40
@@ -95,6 +96,27 @@ def test_differences_are_of_the_same_prompts(runs):
     assert [row[0] for row in Comparison(comparison.runs, ["valid"]).table()] == [
         row for row in rows if row.startswith("valid")
     ]
+
+
+def test_which_way_is_better_is_the_metrics_own():
+    rise = {"difference": 0.2, "low": 0.1, "high": 0.3}
+    fall = {name: -value for name, value in rise.items()}
+    for metric, kinds in {
+        "valid@t1.0": ("better", "worse"),
+        "teacher_nll": ("worse", "better"),
+        "truncated@t1.0": ("worse", "better"),
+        "length@t1.0": (None, None),
+    }.items():
+        assert tuple(Difference(metric, metric, found).kind for found in (rise, fall)) == kinds, metric
+
+
+def test_what_is_neither_better_nor_worse_stands_last(runs):
+    compared = read_runs(runs)
+    for answers in (answers for run in compared for answers in run.answers):
+        answers["values"] = {"length@t1.0": 5.0, **answers["values"]}
+    comparison = Comparison(compared)
+    deciding = [name for name in comparison.metrics if name in comparison.deciding]
+    assert deciding[0] == "valid@t1.0" and deciding[-1] == "length@t1.0" and len(deciding) > 2
 
 
 def test_settings_that_differ_are_told(runs):

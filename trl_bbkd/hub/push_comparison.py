@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from ..errors import HubError
 from ..host.version import __version__
@@ -106,7 +106,8 @@ def _repository_of(card: str, folder: Path) -> str:
     """Where the student of a run is on the Hub, as its card says."""
     found = CARD_STUDENT.search(card)
     name = hub_id(json.loads(found[1])) if found else None
-    if name is None or "/" not in name:
+    # A student that was not pushed is called by its folder, as seen from where it was trained
+    if name is None or "/" not in name or name == "/".join(folder.resolve().parts[-2:]):
         raise HubError(
             f"Nothing was sent: the card in {folder} names no repository. Send that student first: `trl-bbkd push {folder} me/student`."
         )
@@ -142,6 +143,9 @@ def _text_of(api: HfApi, repository: str, name: str, token: str | None) -> str |
             path = api.hf_hub_download(repository, name, token=token, local_dir=fetched)
         except RemoteEntryNotFoundError:
             return None
+        except LocalEntryNotFoundError as error:
+            # The client speaks of a cache, in which nothing was looked for
+            raise (error.__cause__ or error) from None
         return Path(path).read_text(encoding="utf-8")
 
 

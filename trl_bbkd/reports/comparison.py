@@ -18,7 +18,7 @@ from .held_out import HELD_OUT_NAME, read_held_out
 from .markdown import code, escape, one_line, table
 from .report import without_secrets
 from .run_names import short_names
-from .text_report import EQUAL_DIVERSITY, WITHOUT_BETTER, format_value
+from .text_report import EQUAL_DIVERSITY, format_value, sense
 from .uncertainty import paired_difference
 from .verdicts import Difference, verdicts
 
@@ -174,7 +174,7 @@ class Comparison:
         known = [name for name in known if not metrics or {name, name.partition("@")[0]} & {*metrics}]
         self.deciding = {name for name in known if name in metrics or self._is_deciding(name)}
         kinds = list(dict.fromkeys(name.partition("@")[0] for name in known))
-        kinds.sort(key=lambda kind: kind in WITHOUT_BETTER)
+        kinds.sort(key=lambda kind: not sense(kind))
         self.metrics = sorted(known, key=lambda name: (name not in self.deciding, kinds.index(name.partition("@")[0])))
         judges = {self._judged(run) for run in runs}
         self.judged = judges.pop() if len(judges) == 1 else None

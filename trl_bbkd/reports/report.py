@@ -95,14 +95,14 @@ class Report:
         """One sentence with the deciding numbers, whichever way they point."""
         raise NotImplementedError
 
-    def verdict(self, other: str, metric: str, lower_is_better: bool = False) -> str:
+    def verdict(self, other: str, metric: str) -> str:
         """Whether the method is better than `other`, as far as the interval of their difference tells."""
         found = self.differences.get(other, {}).get(metric)
         if not has_interval(found):
             return f"no verdict on {self.method} without an interval"
         if not is_clear(found):
             return f"no difference seen ({self.signed(metric, found['low'])} to {self.signed(metric, found['high'])})"
-        is_better = (found["difference"] < 0) == lower_is_better
+        is_better = found["difference"] * self.sense(metric) > 0
         low, high = sorted(abs(found[end]) for end in ("low", "high"))
         size = f"{self._apart(other, metric)} ({self.written(metric, low)} to {self.written(metric, high)})"
         return f"{self.method} is {'better' if is_better else 'worse'} by {size}"

@@ -87,9 +87,9 @@ class TextReport(Report):
         text = f"{name} is {value[method]} after {method} and {value[UNDISTILLED]} before"
         before = self.differences.get(UNDISTILLED, {}).get(key)
         if has_interval(before) and not is_clear(before):
-            text += f", {self.verdict(UNDISTILLED, key, not judged)}"
+            text += f", {self.verdict(UNDISTILLED, key)}"
         if SEQKD in results:
-            text += f"; SeqKD on the same text reaches {value[SEQKD]}: {self.verdict(SEQKD, key, not judged)}"
+            text += f"; SeqKD on the same text reaches {value[SEQKD]}: {self.verdict(SEQKD, key)}"
             if not judged:
                 text += ". NLL is what SeqKD minimises; to compare the answers themselves, name a judge as `sample_metrics`"
         return f"{text}.{self._at_equal_diversity()}{self._losses()}"
