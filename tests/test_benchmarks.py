@@ -165,6 +165,7 @@ def test_real_text(monkeypatch, tmp_path, rows):
     )
 
 
+@pytest.mark.slow
 def test_gad_in_tinyworld(monkeypatch, tmp_path, tinyworld):
     ablations = importlib.import_module("tinyworld_ablations")
     selection = importlib.import_module("gad_prompt_selection")

@@ -59,8 +59,8 @@ class TestWaysIn:
         "command",
         [
             ["accelerate", "launch", "RECIPE"],
-            ["accelerate", "launch", "-m", "trl_bbkd", "RECIPE"],
-            ["trl-bbkd", "train", "RECIPE", "--num_processes", "1"],
+            pytest.param(["accelerate", "launch", "-m", "trl_bbkd", "RECIPE"], marks=pytest.mark.slow),
+            pytest.param(["trl-bbkd", "train", "RECIPE", "--num_processes", "1"], marks=pytest.mark.slow),
             [
                 "torchrun",
                 "--nproc_per_node",

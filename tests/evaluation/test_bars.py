@@ -77,6 +77,7 @@ def on_a_process(folder):
     return state.process_index, bar.is_shown, bar.moves, bar.total, ids
 
 
+@pytest.mark.slow
 def test_the_main_process_shows_what_all_do(tiny_model_dir):
     (_, is_shown, moves, total, ids), (rank, others_is, none, _, others) = on_processes(
         2, on_a_process, tiny_model_dir

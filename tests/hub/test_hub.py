@@ -393,7 +393,10 @@ def html(card):
 
 @pytest.mark.parametrize(
     ("method", "settings", "stage"),
-    [("proxykd", {"stages": ["cache", "distil"]}, "soft targets"), ("bayeskd", {}, "estimate of the teacher")],
+    [
+        ("proxykd", {"stages": ["cache", "distil"]}, "soft targets"),
+        pytest.param("bayeskd", {}, "estimate of the teacher", marks=pytest.mark.slow),
+    ],
 )
 def test_a_student_of_a_proxy_goes_alone(
     tmp_path, tiny_model_dir, other_model_dir, conversational_rows, method, settings, stage

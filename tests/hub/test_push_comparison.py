@@ -95,6 +95,7 @@ class TestSection:
         page = MarkdownIt().enable("table").render(section[0])
         assert page.count("<table>") == 3 and page.count('href="https://huggingface.co/me/two"') == 1
 
+    @pytest.mark.slow
     def test_the_command_by_itself(self, runs, hub, tmp_path):
         """Each in a process of its own, which finds the Hub by its environment alone."""
         for folder in runs:
