@@ -8,7 +8,8 @@ import transformers
 from tests.collect.server import KEY, MODEL
 from tests.judging.helpers import judging
 from tests.recipes import RESUME, write_recipe
-from trl_bbkd.errors import DistillationError
+from trl_bbkd.errors import DistillationError, RecipeError
+from trl_bbkd.judging.reading import read_eval_judge
 from trl_bbkd.runs.recipe import load_recipe
 from trl_bbkd.runs.run import run
 
@@ -140,6 +141,12 @@ def test_a_judge_on_the_command_line(tmp_path, recipe_folder, tiny_model_dir):
     assert load_recipe(recipe, ["--eval_judge", json.dumps(judge)]).script_args.eval_judge == judge
     with pytest.raises(DistillationError, match="eval_judge: not valid JSON"):
         load_recipe(recipe, ["--eval_judge", "gpt"])
+
+
+@pytest.mark.parametrize("values", [[1], 5, "x"])
+def test_what_is_no_mapping(values):
+    with pytest.raises(RecipeError, match="eval_judge: expected keys and values"):
+        read_eval_judge(values)
 
 
 @pytest.mark.slow

@@ -19,18 +19,18 @@ from trl_bbkd.reports.verdicts import Difference
 PROMPTS = 40
 
 
-def write_run(folder, skill, *, seed=0, method="GAD", words=(6, 5, 4), prompts=PROMPTS, tokens=5, **settings):
+def write_run(folder, skill, *, seed=0, method="GAD", words=(6, 5, 4), prompts=PROMPTS, tokens=5, draws=4, **settings):
     """A run whose student is right with probability `skill`, and writes four words out of some at each temperature."""
     generator = np.random.default_rng(seed)
     temperatures = dict(zip(("t1.0", "t0.7", "greedy"), words, strict=True))
     lines = []
     for number in range(prompts):
         samples = {
-            at: [" ".join(map(str, generator.integers(size, size=6))) for _ in range(1 if at == "greedy" else 4)]
+            at: [" ".join(map(str, generator.integers(size, size=6))) for _ in range(1 if at == "greedy" else draws)]
             for at, size in temperatures.items()
         }
-        values = {f"valid@{at}": float(generator.binomial(4, skill) / 4) for at in temperatures}
-        values |= {"distinct_valid@t1.0": 4 * values["valid@t1.0"], "teacher_nll": 1.0 + generator.random()}
+        values = {f"valid@{at}": float(generator.binomial(draws, skill) / draws) for at in temperatures}
+        values |= {"distinct_valid@t1.0": draws * values["valid@t1.0"], "teacher_nll": 1.0 + generator.random()}
         lines.append(
             {
                 "rows": [number],
@@ -128,6 +128,26 @@ def test_other_tokenizers_count_other_tokens(tmp_path, runs):
     other = write_run(tmp_path / "other", 0.5, tokens=9)
     comparison = Comparison(read_runs([runs[0], other]))
     assert "teacher_nll" not in comparison.metrics and "different tokenizers" in comparison.markdown()
+
+
+def test_more_samples_are_no_less_diverse_student(tmp_path):
+    """Distinct n-grams are a smaller share of more samples, of which as many are taken as the other run has."""
+    few, many = (
+        write_run(tmp_path / name, 0.5, draws=draws, words=(4, 3, 3)) for name, draws in (("few", 4), ("many", 16))
+    )
+    comparison = Comparison(read_runs([few, many]))
+    found = comparison.at_equal_diversity(comparison.runs[1])
+    assert found["low"] < 0 < found["high"] and comparison.samples == 4
+    assert not any(name.startswith("distinct_valid") for name in comparison.metrics)
+    assert "diversity is that of 4 answers a prompt" in comparison.explanation
+    everyone = np.arange(PROMPTS)
+    of_all, of_four = (comparison.runs[1].curve("valid", samples)(everyone)[0][0] for samples in (None, 4))
+    assert of_all < of_four - 0.02
+
+
+def test_another_metric_alone_says_nothing_of_the_judge(runs):
+    comparison = Comparison(read_runs(runs), ["teacher_nll"])
+    assert [row[0] for row in comparison.differences()] == ["teacher NLL"]
 
 
 def test_the_command_prints_a_table_and_writes_a_page(runs, tmp_path, capsys):

@@ -219,6 +219,10 @@ class TestStopped:
         assert SeveralSeeds(str(recipe), ["0", "1"], []).run_of(0)[-1] == str(folder)
 
 
+def test_an_option_that_is_given_twice_has_all_its_values():
+    assert taken_out("--seeds", ["--seeds", "0", "1", "--x", "2", "--seeds=3"]) == (["0", "1", "3"], ["--x", "2"])
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("seeds", "arguments", "message"),

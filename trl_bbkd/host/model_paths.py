@@ -121,6 +121,12 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return f"{path}@{revision or 'main'}"
+    weights, base = weights_fingerprint(folder), base_of_adapter(path)
+    return weights + (f"+{checkpoint_fingerprint(base)}" if base else "")
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """The part of [`checkpoint_fingerprint`] that is of the folder's own files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = os.path.getsize(file)
@@ -129,5 +135,4 @@ def checkpoint_fingerprint(path: str, revision: str | None = None) -> str:
             for offset in range(0, size, max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)):
                 weights.seek(offset)
                 digest.update(weights.read(SAMPLE_BYTES))
-    base = base_of_adapter(path)
-    return digest.hexdigest() + (f"+{checkpoint_fingerprint(base)}" if base else "")
+    return digest.hexdigest()

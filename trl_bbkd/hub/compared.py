@@ -4,7 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from ..host.model_paths import checkpoint_fingerprint
+from ..host.model_paths import weights_fingerprint
 
 
 logger = logging.getLogger(__name__)
@@ -56,5 +56,5 @@ def _holds(section: re.Match, folder: Path) -> bool:
 
 
 def weights_of(folder: str | Path) -> str:
-    # Of an adapter without its base, which may be named by a path
-    return checkpoint_fingerprint(str(folder)).partition("+")[0]
+    # Of an adapter without its base, which need not be here
+    return weights_fingerprint(Path(folder))

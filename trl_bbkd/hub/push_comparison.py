@@ -49,9 +49,11 @@ def push_comparison(comparison: Comparison, token: str | None = None) -> list[st
         raise HubError(f"Two runs have the same repository, of {', '.join(repositories)}. Push each to its own.")
     api = HfApi(library_name="trl-bbkd", library_version=__version__)
     cards = [_card_of(api, *pair, token) for pair in zip(repositories, comparison.runs, strict=True)]
+    sections = [compared_section(comparison, repositories, folder) for folder in folders]
     sent: list[str] = []
-    for folder, own_card, repository, card in zip(folders, own_cards, repositories, cards, strict=True):
-        section = compared_section(comparison, repositories, folder)
+    for folder, own_card, repository, card, section in zip(
+        folders, own_cards, repositories, cards, sections, strict=True
+    ):
         _send(api, repository, card, with_section(card, section), token, sent)
         sent.append(repository)
         try:

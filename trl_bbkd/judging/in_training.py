@@ -173,7 +173,7 @@ class TrainingJudge:
             f"eval_judge: for the report, at most {each * len(students):,} requests to {self.config.model}, {each:,} of each "
             f"student. What {self.folder} has is not asked again."
         )
-        found, problems = {}, []
+        found, problems, missing = {}, [], 0
         for student in students:
             pairs = []
             for line in lines:
@@ -184,12 +184,13 @@ class TrainingJudge:
             judged = self.judge_pairs(pairs, f"report-{student}")
             if judged.problem:
                 problems.append(f"the judge did not compare all of {student}'s answers: {judged.problem}")
+            missing += int(judged.values.get("judge_missing", 0))
             found[student] = {
                 name: {**metric.estimate._asdict(), "prompts": metric.prompts, "unparsable": metric.unparsable}
                 | {"failed": metric.failed, "verdict": metric.verdict}
                 for name, metric in judged.measured.items()
             }
-        return {"judge": self.config.model, "students": found}, problems
+        return {"judge": self.config.model, "students": found, "missing": missing}, problems
 
     def _asked(self, pairs: list[Pair]):
         """The cap that was reached, if any, and the verdicts."""

@@ -93,6 +93,8 @@ def read_eval_judge(values: dict[str, Any]) -> EvalJudgeConfig:
     Raises:
         [`~errors.RecipeError`]: for the first thing that is wrong; the message begins with its key, `eval_judge.max_cost: `.
     """
+    if not isinstance(values, dict):
+        raise RecipeError(f"eval_judge: expected keys and values, such as `model` and `base_url`, got {values!r}.")
     checked = {}
     hints, choices = get_type_hints(EvalJudgeConfig), {}
     for entry in fields(EvalJudgeConfig):

@@ -15,6 +15,7 @@ from .settings import EvaluateConfig
 
 
 ANSWERS, SAMPLING = "answers.jsonl", "answers.json"
+FILES_OF_TEXTS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SEED = 0
 
 
@@ -74,8 +75,10 @@ def _how(settings: EvaluateConfig, prompts: dict[str, Asked]) -> dict[str, Any]:
         model = checkpoint_fingerprint(str(Path(settings.model).expanduser()))
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    texts = [Path(settings.model).expanduser() / name for name in FILES_OF_TEXTS]
     return {
         "model": model,
+        "texts": hashlib.sha256(b"\0".join(file.read_bytes() for file in texts if file.is_file())).hexdigest(),
         "prompts": hashlib.sha256(json.dumps(given, default=str).encode()).hexdigest(),
         "max_tokens": settings.student_max_tokens,
         "temperature": settings.student_temperature,

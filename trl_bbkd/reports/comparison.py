@@ -68,9 +68,15 @@ class ComparedRun:
         """As metrics name them, the deciding one first."""
         return list(self.answers[0]["samples"])
 
-    def curve(self, metric: str) -> SampledCurve:
+    @property
+    def samples(self) -> int:
+        """Of each prompt, at a temperature that draws."""
+        return max(map(len, self.answers[0]["samples"].values()))
+
+    def curve(self, metric: str, samples: int | None = None) -> SampledCurve:
+        """Of the first `samples` to each prompt, or of all: among more samples fewer n-grams are distinct."""
         return SampledCurve(
-            [[answers["samples"][at] for answers in self.answers] for at in self.temperatures],
+            [[answers["samples"][at][:samples] for answers in self.answers] for at in self.temperatures],
             [self.values(f"{metric}@{at}") for at in self.temperatures],
         )
 
@@ -166,6 +172,10 @@ class Comparison:
         )
         if not self.has_one_tokenizer:
             known = [name for name in known if name != NLL and not name.startswith("length")]
+        self.samples = min(run.samples for run in runs)
+        self.has_as_many_samples = all(run.samples == self.samples for run in runs)
+        if not self.has_as_many_samples:
+            known = [name for name in known if not name.startswith(("distinct_valid", "distinct_share"))]
         if not all(map(self._counts_valid_answers, runs)):
             known = [name for name in known if not name.startswith("distinct_valid")]
         for metric in metrics:
@@ -178,6 +188,7 @@ class Comparison:
         self.metrics = sorted(known, key=lambda name: (name not in self.deciding, kinds.index(name.partition("@")[0])))
         judges = {self._judged(run) for run in runs}
         self.judged = judges.pop() if len(judges) == 1 else None
+        self.tells_of_the_judge = not metrics or any(name.partition("@")[0] == self.judged for name in metrics)
 
     @staticmethod
     def _judged(run: ComparedRun) -> str | None:
@@ -227,7 +238,7 @@ class Comparison:
             Difference(label_of(name), name, self.difference(run, name), name in self.deciding)
             for name in self.metrics
         ]
-        if self.judged:
+        if self.judged and self.tells_of_the_judge:
             lines.insert(0, Difference(EQUAL_DIVERSITY, "", self.at_equal_diversity(run)))
         return lines
 
@@ -244,12 +255,12 @@ class Comparison:
         first = self.runs[0]
         if len(run.temperatures) < 2 or len(first.temperatures) < 2:
             return {}
-        curves = run.curve(self.judged), first.curve(self.judged)
+        curves = run.curve(self.judged, self.samples), first.curve(self.judged, self.samples)
         return paired_difference_at_equal_diversity(*curves, len(run.lines))
 
     def diversity_curve(self, run: ComparedRun) -> Curve:
         """Diversity and judged quality at each temperature."""
-        return run.curve(self.judged)(np.arange(len(run.lines))) if self.judged else []
+        return run.curve(self.judged, self.samples)(np.arange(len(run.lines))) if self.judged else []
 
     def settings(self) -> list[list[str]]:
         """A line for each setting that differs: its name, then each run's value."""
@@ -281,6 +292,11 @@ class Comparison:
             f"Measured on the same {prompts} held-out prompts, with 95 % intervals over prompts drawn anew (none with fewer than 6). "
             "They say nothing of another seed of the training. Where two students do not differ, about one interval in 20 says that they do."
         )
+        if not self.has_as_many_samples:
+            text += (
+                f" They were sampled differently often: numbers of distinct answers are left out, and diversity is that of {self.samples} "
+                "answers a prompt."
+            )
         if not self.has_one_tokenizer:
             text += " The students have different tokenizers: lengths and NLL, which count tokens, are left out."
         return text

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from .comparison import ComparedRun, Comparison, equal_diversity_explained, label_of
+from .comparison import NLL, ComparedRun, Comparison, equal_diversity_explained, label_of
 from .line_chart import line_chart, line_mark
 from .page_style import style
 from .verdicts import BETTER, NO_VERDICT, UNCLEAR, WORSE, Difference, by_kind
@@ -123,6 +123,8 @@ def _folded(summary: str, content: str) -> str:
 
 def _curves(comparison: Comparison) -> str:
     key = comparison.headline
+    if key == NLL and not comparison.has_one_tokenizer:
+        return ""
     series = {
         name: [
             (point["step"], point[key]) for point in run.metrics["curves"][run.method] if point.get(key) is not None

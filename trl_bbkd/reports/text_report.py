@@ -271,14 +271,11 @@ def verdict_lines(found: dict, sampled_at: str) -> list[str]:
 
     rows = [[name, *(cell(judged.get(metric)) for metric in metrics)] for name, judged in students.items()]
     prompts = max((metric["prompts"] for judged in students.values() for metric in judged.values()), default=0)
-    missing = sum(
-        metric["unparsable"] + metric["failed"] for judged in students.values() for metric in judged.values()
-    )
     return [
         *table(["", *map(code, metrics)], rows),
         "",
         f"By {code(found['judge'])}, of {prompts:,} prompts and the first sample at {sampled_at} of each, in both orders. 0.5 is as good "
-        f"as the teacher; intervals are over prompts. Verdicts that failed or could not be read: {missing:,}.",
+        f"as the teacher; intervals are over prompts. Verdicts that failed or could not be read: {found['missing']:,}.",
     ]
 
 

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 STUDENT = "student"
 # Of a method's configuration, what changes no number of a report
+UNTOLD_ARGUMENTS = ("teacher_name", "eval_judge")
 UNDECISIVE_ARGUMENTS = (
     "disable_tqdm",
     "hub_",
@@ -114,8 +115,7 @@ class Job:
             name: value for name, value in self.args.to_dict().items() if not name.startswith(UNDECISIVE_ARGUMENTS)
         }
         # What a judge says is kept by its own journal
-        untold = ("teacher_name", "eval_judge")
-        script_args = {name: value for name, value in vars(self.script_args).items() if name not in untold}
+        script_args = {name: value for name, value in vars(self.script_args).items() if name not in UNTOLD_ARGUMENTS}
         held_out = hashlib.blake2b(json.dumps(self.held_out_rows, default=str).encode(), digest_size=16).hexdigest()
         return {
             **self.inputs,

@@ -35,7 +35,7 @@ def taken_out(option: str, arguments: list[str]) -> tuple[list[str] | None, list
     for word in arguments:
         name, equals, value = word.partition("=")
         if name.replace("-", "_") == option.replace("-", "_"):
-            values = destination = [value] if equals else []
+            values = destination = [*(values or []), *([value] if equals else [])]
             continue
         if word.startswith("--"):
             destination = rest
@@ -84,7 +84,7 @@ class SeveralSeeds:
         self.command = shlex.join(["trl-bbkd", "train", recipe, "--seeds", *seeds, *arguments])
         self.settings = self._settings(arguments)
         self._refuse_keys(arguments)
-        self.output_dir = Path(self._checked_output_dir())
+        self.output_dir = Path(self._checked_output_dir()).expanduser()
         self.arguments = taken_out("--output_dir", arguments)[1]
         self.finished = self._read_finished()
 
@@ -148,12 +148,13 @@ class SeveralSeeds:
 
     def _refuse_other(self, settings: dict[str, str]) -> None:
         # Only now: what it imports takes seconds
-        from .job import UNDECISIVE_ARGUMENTS
+        from .job import UNDECISIVE_ARGUMENTS, UNTOLD_ARGUMENTS
 
+        undecisive = (*UNDECISIVE_ARGUMENTS, *UNTOLD_ARGUMENTS)
         names = sorted(
             name
             for name in settings.keys() | self.settings.keys()
-            if settings.get(name) != self.settings.get(name) and not name.startswith(UNDECISIVE_ARGUMENTS)
+            if settings.get(name) != self.settings.get(name) and not name.startswith(undecisive)
         )
         if names:
             there, now = (

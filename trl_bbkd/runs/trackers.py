@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -179,7 +180,9 @@ class Trackers(TrainerCallback):
         trainer.add_callback(self)
 
     def go_on(self) -> None:
-        """Before a training or the report, in the runs of an earlier process."""
+        """Before a training or the report, on the main process, in the runs of an earlier process."""
+        if not PartialState().is_main_process:
+            return
         runs = self.progress[TRACKER_RUNS] if TRACKER_RUNS in self.progress else {}
         for tracker in self.trackers:
             if tracker.name in runs:
@@ -197,7 +200,9 @@ class Trackers(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         points = curve(state.log_history[-1:])
-        if not (state.is_world_process_zero and points and points[0].pop("step") == state.global_step):
+        if not (
+            self.trackers and state.is_world_process_zero and points and points[0].pop("step") == state.global_step
+        ):
             return
         scalars = {CURVE_PREFIX + name: value for name, value in points[0].items()}
         judged_or_nll = next(name for name in points[0] if name.partition("@")[0] not in OWN_METRICS)
